@@ -1,0 +1,77 @@
+/* The page policy: which pages a query block looks at. design: O_i = softmax over the keys of the
+ * pages j with Visit(l, h, i) and Gate(l, h, i, j), and the diagonal pages, which are always
+ * processed. i  query block: KV_BLOCK_TOKENS consecutive ABSOLUTE positions (i = position / 128) j
+ * page: KV_PAGE_TOKENS consecutive absolute positions l, h  layer and query head Visit is decided
+ * before QK and saves K too; Gate is decided after QK and saves exp, the V load and PV. A skipped
+ * page touches nothing: neither row max, nor row sum, nor output. NaN keeps a page. The policy
+ * belongs to prompt positions; generated positions follow the decode policy (visit only, no gate).
+ * Source: BSFA (arXiv 2512.07011) section 4; BLASST (arXiv 2512.12087). */
+#ifndef ATTENTION_POLICY_H
+#define ATTENTION_POLICY_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum attn_visit {
+    ATTN_VISIT_ALL,       /* every causally reachable page */
+    ATTN_VISIT_SINK_LOCAL /* pages [0, sink_pages) and the local_pages pages before the diagonal,
+                             plus the diagonal */
+};
+
+enum attn_gate {
+    ATTN_GATE_NONE,
+    ATTN_GATE_ABS, /* BSFA: skip iff max over the rows' scaled scores < T[level][l][h][min(i,
+                      n_blocks - 1)] */
+    ATTN_GATE_REL /* BLASST: skip iff in every row the page's maximum is below the running maximum +
+                     ln(lambda) */
+};
+
+/* Order in which a query block walks its pages. ABS does not depend on it; REL does. A function of
+ * the absolute block alone, never of chunks. The diagonal pages themselves are walked left to
+ * right. */
+enum attn_order {
+    ATTN_ORDER_DIAG_SINK_R2L, /* diagonal, page 0, then right to left: the default */
+    ATTN_ORDER_L2R            /* left to right, diagonal last: for comparison */
+};
+
+struct attn_head_policy {
+    uint8_t visit; /* enum attn_visit */
+    int32_t sink_pages, local_pages;
+};
+
+/* ABS thresholds, f32 [n_levels, n_layers, n_heads, n_blocks] in natural scaled-logit units (after
+ * 1/sqrt(d)). n_layers and n_heads are this rank's. -inf is dense, +inf is diagonal only. */
+struct attn_thresholds {
+    const float *t;
+    int32_t n_levels, n_layers, n_heads, n_blocks;
+    int64_t level_stride, layer_stride,
+        head_stride; /* in floats: a rank may look at a slice of the file's tensor */
+};
+
+/* What one sequence chose. level indexes thresholds (ABS); ln_lambda <= 0 (REL); gate_rows 128 (one
+ * decision for the query block, the paper) or 64 (one for each half of it). */
+struct attn_choice {
+    uint8_t gate; /* enum attn_gate */
+    uint8_t gate_rows;
+    int16_t level;
+    float ln_lambda;
+};
+
+/* What all sequences of a model share. */
+struct attn_policy {
+    enum attn_order order;
+    const struct attn_head_policy
+        *heads;                 /* [n_layers, n_heads], or NULL: every head visits all pages */
+    struct attn_thresholds abs; /* t == NULL: no ABS level can be chosen */
+};
+
+/* Decisions counted in (page, row group) units: a row group is gate_rows query rows (128 where
+ * there is no gate), a generated row is a group of its own. Diagonal pages count in all three.
+ * Density = kept / reachable. */
+struct attn_counts {
+    uint64_t reachable; /* causally reachable */
+    uint64_t visited;   /* QK computed */
+    uint64_t kept;      /* exp, V and PV done */
+};
+
+#endif

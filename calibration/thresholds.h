@@ -1,0 +1,63 @@
+/* Threshold files: safetensors holding `thresholds` f32 [S, L, H, NB] and `k` i32 [S], with
+ * metadata (all strings): format "sluice-thresholds", version "1", model (fingerprint, 16 hex
+ * digits), gate_rows, page "64", rope, softmax_scale, n_max (tokens), samples, set (hash of the
+ * calibration set, 16 hex digits), auto_k (level that `--sparse auto` chooses), auto_min (prompt
+ * tokens below which auto is dense). T[s][l][h][i] gates query head h of layer l at absolute query
+ * block i (128 tokens); natural scaled-logit units. Levels are stored by increasing k. Every error
+ * names the file and the field. Source: BSFA section 4.2-4.3. */
+#ifndef CALIBRATION_THRESHOLDS_H
+#define CALIBRATION_THRESHOLDS_H
+
+#include "attention/policy.h"
+#include "core/err.h"
+
+#include <stddef.h>
+
+struct thresholds;
+
+struct thresholds_meta {
+    uint64_t model;    /* struct model_info.fingerprint */
+    uint64_t set;      /* hash of the calibration samples */
+    int32_t gate_rows; /* 128 or 64 */
+    int32_t n_max;     /* longest calibrated position, tokens */
+    int32_t n_samples;
+    float softmax_scale;
+    char rope[64];
+    int32_t auto_k; /* 0: auto is dense */
+    int32_t auto_min;
+};
+
+MUST_CHECK int thresholds_load(struct thresholds **out, const char *path, struct err_msg *why);
+/* From memory, for tests and fuzzing; copies what it keeps. */
+MUST_CHECK int thresholds_parse(struct thresholds **out, const void *data, size_t len,
+                                const char *name, struct err_msg *why);
+/* t [S, L, H, NB], k [S] increasing. Written to a temporary name, then renamed. */
+MUST_CHECK int thresholds_save(const char *path, const struct thresholds_meta *meta, const float *t,
+                               const int32_t *k, int32_t n_levels, int32_t n_layers,
+                               int32_t n_heads, int32_t n_blocks, struct err_msg *why);
+void thresholds_free(struct thresholds *t); /* accepts NULL */
+
+const struct thresholds_meta *thresholds_meta(const struct thresholds *t);
+/* The whole tensor as kernels see it; lives as long as t. */
+const struct attn_thresholds *thresholds_view(const struct thresholds *t);
+const int32_t *thresholds_k(const struct thresholds *t, int32_t *n_levels);
+/* Index of the level with exactly this k, or ERR_INVALID with the list of those there are. */
+MUST_CHECK int thresholds_level(const struct thresholds *t, int32_t k, struct err_msg *why);
+/* Hash of the whole content: part of the policy fingerprint that seeds the prefix cache. */
+uint64_t thresholds_hash(const struct thresholds *t);
+
+/* What a model must agree on; ERR_MISMATCH names the first field that differs. */
+struct thresholds_expect {
+    uint64_t model;
+    int32_t n_layers, n_heads;
+    float softmax_scale;
+    const char *rope;
+};
+MUST_CHECK int thresholds_check(const struct thresholds *t, const struct thresholds_expect *e,
+                                struct err_msg *why);
+
+/* Predicted density of level k over a prompt of n_tokens: sum_i(min(k, A_i) + diag) / sum_i(A_i +
+ * diag), R11. */
+double thresholds_predicted_density(int32_t k, int64_t n_tokens, int32_t gate_rows);
+
+#endif

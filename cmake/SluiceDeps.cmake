@@ -1,0 +1,33 @@
+# Every outside library, as an imported target sluice_<name>.
+find_package(PkgConfig REQUIRED)
+find_package(Threads REQUIRED)
+
+# sluice_dep(uv libuv libuv_a.a): static archive when SLUICE_STATIC_DEPS is on, else the shared library.
+function(sluice_dep name module archive)
+  pkg_check_modules(${name} REQUIRED ${module})
+  add_library(sluice_${name} INTERFACE)
+  target_include_directories(sluice_${name} SYSTEM INTERFACE ${${name}_INCLUDE_DIRS})
+  if(SLUICE_STATIC_DEPS)
+    find_library(${name}_ARCHIVE ${archive} HINTS ${${name}_STATIC_LIBRARY_DIRS} ${${name}_LIBRARY_DIRS} REQUIRED)
+    target_link_libraries(sluice_${name} INTERFACE ${${name}_ARCHIVE} Threads::Threads ${CMAKE_DL_LIBS} m)
+  else()
+    target_link_directories(sluice_${name} INTERFACE ${${name}_LIBRARY_DIRS})
+    target_link_libraries(sluice_${name} INTERFACE ${${name}_LIBRARIES})
+  endif()
+endfunction()
+
+sluice_dep(uv "libuv>=1.44" libuv_a.a)
+sluice_dep(msgpack "msgpack>=4.0" libmsgpackc.a)
+sluice_dep(jansson "jansson>=2.13" libjansson.a)
+sluice_dep(openblas openblas libopenblas.a)
+pkg_check_modules(xxhash REQUIRED libxxhash) # header only: XXH_INLINE_ALL
+if(SLUICE_METRICS)
+  pkg_check_modules(microhttpd REQUIRED libmicrohttpd)
+  add_library(sluice_microhttpd INTERFACE)
+  target_link_libraries(sluice_microhttpd INTERFACE ${microhttpd_LIBRARIES})
+endif()
+if(SLUICE_TESTS)
+  pkg_check_modules(cmocka REQUIRED cmocka)
+  add_library(sluice_cmocka INTERFACE)
+  target_link_libraries(sluice_cmocka INTERFACE ${cmocka_LIBRARIES})
+endif()

@@ -1,0 +1,48 @@
+# Compiler flags, and the two functions every folder's CMakeLists.txt is written with.
+add_library(sluice_flags INTERFACE)
+target_compile_definitions(sluice_flags INTERFACE _GNU_SOURCE SLUICE_VERSION="${PROJECT_VERSION}")
+target_include_directories(sluice_flags INTERFACE ${PROJECT_SOURCE_DIR})
+target_compile_options(sluice_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:C>:-Wall;-Wextra;-Wpedantic;-Wshadow;-Wstrict-prototypes;-Wmissing-prototypes;-Wvla;-Wundef;-Wformat=2;-Wdouble-promotion;-Wconversion;-Wno-sign-conversion;-fno-common>
+  $<$<AND:$<COMPILE_LANGUAGE:C>,$<BOOL:${SLUICE_WERROR}>>:-Werror>)
+if(SLUICE_SANITIZE STREQUAL "address")
+  set(san -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+elseif(SLUICE_SANITIZE STREQUAL "thread")
+  set(san -fsanitize=thread -fno-omit-frame-pointer)
+elseif(SLUICE_SANITIZE)
+  message(FATAL_ERROR "SLUICE_SANITIZE: '${SLUICE_SANITIZE}' is not address or thread")
+endif()
+target_compile_options(sluice_flags INTERFACE ${san})
+target_link_options(sluice_flags INTERFACE ${san})
+
+# sluice_library(core SOURCES a.c b.c LINK x): static library sluice_core.
+function(sluice_library name)
+  cmake_parse_arguments(A "" "" "SOURCES;LINK" ${ARGN})
+  add_library(sluice_${name} STATIC ${A_SOURCES})
+  target_link_libraries(sluice_${name} PUBLIC sluice_flags ${A_LINK})
+endfunction()
+
+# sluice_program(sluiced SOURCES daemon.c LINK sluice_scheduler): program in build/<preset>/bin.
+function(sluice_program name)
+  cmake_parse_arguments(A "" "" "SOURCES;LINK" ${ARGN})
+  add_executable(${name} ${A_SOURCES})
+  target_link_libraries(${name} PRIVATE sluice_flags ${A_LINK})
+endfunction()
+
+# sluice_test(kv_blocks LINK sluice_kvcache [SOURCES extra.c] [LABELS slow] [TIMEOUT 60] [ARGS ...]):
+# test_kv_blocks from test_kv_blocks.c, one process; exit code 77 means skipped.
+function(sluice_test name)
+  cmake_parse_arguments(A "" "TIMEOUT" "SOURCES;LINK;LABELS;ARGS" ${ARGN})
+  if(NOT A_TIMEOUT)
+    set(A_TIMEOUT 60)
+  endif()
+  if(NOT A_LABELS)
+    set(A_LABELS unit)
+  endif()
+  add_executable(test_${name} test_${name}.c ${A_SOURCES})
+  target_link_libraries(test_${name} PRIVATE sluice_flags ${A_LINK} sluice_cmocka m)
+  target_compile_definitions(test_${name} PRIVATE TEST_DATA="${PROJECT_SOURCE_DIR}/tests/data"
+    TEST_BIN="${CMAKE_BINARY_DIR}/bin" TEST_ROOT="${PROJECT_SOURCE_DIR}")
+  add_test(NAME ${name} COMMAND test_${name} ${A_ARGS})
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${A_TIMEOUT} LABELS "${A_LABELS}" SKIP_RETURN_CODE 77)
+endfunction()

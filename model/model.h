@@ -1,0 +1,79 @@
+/* A Llama-family model bound to a device, its cache memory and its ranks: runs batches.
+ * Not thread-safe: one thread (the runner) calls model_step; model_info may be read from any. */
+#ifndef MODEL_MODEL_H
+#define MODEL_MODEL_H
+
+#include "attention/policy.h"
+#include "core/dev.h"
+#include "core/err.h"
+#include "kvcache/kv_view.h"
+#include "model/batch.h"
+
+#include <stdio.h>
+
+struct comm;
+struct model;
+
+struct model_info {
+    int32_t vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, intermediate_size;
+    int32_t max_position;
+    float rms_eps;
+    float softmax_scale;
+    uint64_t fingerprint; /* config and weights; the same for every rank count, device and dtype of
+                             the cache */
+    int32_t n_eos;
+    int32_t eos_ids[BATCH_MAX_STOP];
+    int32_t bos_id; /* -1: none */
+    char name[64];  /* the folder's last component */
+    char rope[64];  /* "default theta=1e+08", "llama3 theta=500000 factor=8": part of a threshold
+                       file's identity */
+};
+
+struct model_config {
+    const char *dir; /* HF folder: config.json and safetensors */
+    struct dev *dev;
+    struct comm *comm;    /* ranks; NULL: this process is the only one */
+    enum dtype kv_dtype;  /* DTYPE_F32 or DTYPE_BF16 */
+    int32_t max_seqs;     /* largest batch */
+    int32_t max_tokens;   /* largest sum of n_tokens in a batch */
+    int64_t max_position; /* longest sequence served; sizes the rotary table */
+    /* progress of loading, in bytes; may be NULL */
+    void (*progress)(void *arg, uint64_t done, uint64_t total);
+    void *progress_arg;
+};
+
+/* Loads weights (this rank's share) and takes all working memory except the pages. */
+MUST_CHECK int model_open(struct model **out, const struct model_config *cfg, struct err_msg *why);
+void model_close(struct model *m); /* accepts NULL */
+const struct model_info *model_info(const struct model *m);
+/* Bytes one page takes on this rank. */
+size_t model_page_bytes(const struct model *m);
+/* Takes the memory for n_pages pages. Once, before the first step. */
+MUST_CHECK int model_take_pages(struct model *m, int32_t n_pages, struct err_msg *why);
+/* The policy all sequences share; thresholds cover all heads of the model, the rank takes its
+ * slice. Copied shallowly: what it points to must outlive the model. Without a call every head
+ * visits all pages and only DENSE and REL can be chosen. */
+void model_set_policy(struct model *m, const struct attn_policy *policy);
+
+/* Runs one step: with ranks, rank 0 first sends the batch to the followers. Nothing allocates. On
+ * failure no token of the batch counts; ERR_PEER is final for the process. */
+MUST_CHECK int model_step(struct model *m, const struct batch *b, struct batch_result *r);
+/* A follower's life: waits for batches from rank 0 and replays them until rank 0 says stop (0) or
+ * is gone (ERR_PEER). */
+MUST_CHECK int model_follow(struct model *m);
+/* Rank 0: tells the followers to leave model_follow. */
+void model_stop_followers(struct model *m);
+
+/* Reads page maxima during model_step: fn is called for every layer after its attention, with the
+ * maxima of the one sequence of the batch (attention.h, struct attn_tile_max). fn == NULL turns it
+ * off. For the calibrator. */
+typedef void (*model_tile_fn)(void *arg, int layer, int32_t pos, int32_t n_tokens, const float *max,
+                              int32_t n_groups, int32_t n_pages);
+MUST_CHECK int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void *arg);
+/* Counters per [n_layers, n_heads], summed since open. */
+const struct attn_counts *model_head_counts(const struct model *m);
+/* Logits [vocab_size] f32 of sequence i of the last step (where sample was set); for tests and
+ * tools. */
+const float *model_last_logits(const struct model *m, int32_t i);
+
+#endif

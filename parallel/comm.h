@@ -1,0 +1,61 @@
+/* Collectives between the ranks of one model. Rank 0 decides everything; the others follow.
+ * Every call takes part on all ranks in the same order. A dead or stuck peer turns into ERR_PEER on
+ * the others within the communicator's timeout, never into a hang; after ERR_PEER the communicator
+ * is unusable. Reductions add in rank order, so every rank holds the same bits. */
+#ifndef PARALLEL_COMM_H
+#define PARALLEL_COMM_H
+
+#include "core/err.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct comm;
+
+struct comm_ops {
+    const char *name;
+    void (*close)(struct comm *c);
+    int (*all_reduce)(struct comm *c, float *buf, size_t n); /* sum, in place */
+    /* each rank gives n floats; out receives n_ranks * n in rank order. in may be out + rank * n */
+    int (*all_gather)(struct comm *c, float *out, const float *in, size_t n);
+    int (*barrier)(struct comm *c);
+    /* Rank 0 posts one message; followers wait for it without a deadline (an idle engine sends
+     * nothing), on a doorbell, not in a collective. *len is the message's length; buf must hold cap
+     * bytes. */
+    int (*post)(struct comm *c, const void *msg, size_t len);
+    int (*wait)(struct comm *c, void *buf, size_t cap, size_t *len);
+    void (*abort)(
+        struct comm *c); /* wakes every waiter on every rank with ERR_PEER; async-signal-unsafe */
+};
+
+/* Common head of every communicator. */
+struct comm {
+    const struct comm_ops *ops;
+    int rank, n_ranks;
+};
+
+/* One rank: every collective is the identity. */
+MUST_CHECK int comm_self_create(struct comm **out);
+
+struct comm_shm_config {
+    const char *name; /* of the shared memory object: "/sluice-<pid>-<random>" */
+    int rank, n_ranks;
+    size_t max_floats;  /* largest all_reduce or all_gather share, in floats; larger ones are cut
+                           into pieces */
+    size_t max_msg;     /* largest post, in bytes */
+    int64_t timeout_ms; /* of one collective */
+};
+/* Processes of one host over POSIX shared memory. Rank 0 creates the object and unlinks it once all
+ * have joined; the others wait up to timeout_ms for it to appear. */
+MUST_CHECK int comm_shm_create(struct comm **out, const struct comm_shm_config *cfg,
+                               struct err_msg *why);
+
+void comm_close(struct comm *c); /* accepts NULL */
+MUST_CHECK int comm_all_reduce(struct comm *c, float *buf, size_t n);
+MUST_CHECK int comm_all_gather(struct comm *c, float *out, const float *in, size_t n);
+MUST_CHECK int comm_barrier(struct comm *c);
+MUST_CHECK int comm_post(struct comm *c, const void *msg, size_t len);
+MUST_CHECK int comm_wait(struct comm *c, void *buf, size_t cap, size_t *len);
+void comm_abort(struct comm *c);
+
+#endif
