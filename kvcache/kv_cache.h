@@ -20,6 +20,9 @@ struct kv_cache_config {
     int32_t max_seqs;
     int32_t max_pages_per_seq; /* longest servable sequence, in pages */
     bool prefix_cache;         /* false: every prompt is computed in full */
+    /* NULL: XXH3. Hash of a chain ending with one page of tokens, given the hash before it; tests
+     * pass a poor one, for hits compare content and survive any hash. */
+    uint64_t (*hash)(uint64_t parent, const int32_t *tokens);
 };
 
 struct kv_cache_stats {
