@@ -47,10 +47,11 @@ void kv_blocks_put(struct kv_blocks *b, int32_t page, bool keep)
     ASSERT(k->refs > 0);
     if (--k->refs > 0)
         return;
-    if (keep)
+    if (keep) {
         list_push_back(&b->free, &k->link);
-    else
+    } else {
         list_push_front(&b->free, &k->link);
+    }
     b->n_free++;
 }
 
@@ -69,21 +70,25 @@ int kv_blocks_check(const struct kv_blocks *b, int32_t *pos, struct err_msg *why
         pos[i] = -1;
     LIST_FOREACH (l, &b->free) {
         int32_t page = kv_blocks_id(b, l);
-        if (page < 0 || page >= b->n_pages || pos[page] >= 0)
+        if (page < 0 || page >= b->n_pages || pos[page] >= 0) {
             return err_set(why, ERR_INTERNAL, "free list: entry %d is page %d, twice or outside", n,
                            page);
+        }
         if (l->next->prev != l || l->prev->next != l)
             return err_set(why, ERR_INTERNAL, "free list: links of page %d disagree", page);
-        if (b->blocks[page].refs != 0)
+        if (b->blocks[page].refs != 0) {
             return err_set(why, ERR_INTERNAL, "page %d is free with %d references", page,
                            b->blocks[page].refs);
+        }
         pos[page] = n++;
     }
     if (n != b->n_free)
         return err_set(why, ERR_INTERNAL, "free list has %d pages, count says %d", n, b->n_free);
-    for (int32_t i = 0; i < b->n_pages; i++)
-        if ((b->blocks[i].refs == 0) != (pos[i] >= 0))
+    for (int32_t i = 0; i < b->n_pages; i++) {
+        if ((b->blocks[i].refs == 0) != (pos[i] >= 0)) {
             return err_set(why, ERR_INTERNAL, "page %d: %d references, %sin the free list", i,
                            b->blocks[i].refs, pos[i] >= 0 ? "" : "not ");
+        }
+    }
     return 0;
 }

@@ -61,22 +61,26 @@ static struct kv_slot *open_slot(const struct kv_cache *kv, int32_t slot)
 
 static int check_config(const struct kv_cache_config *c, struct err_msg *why)
 {
-    if (c->n_pages < 1 || c->n_pages > MAX_PAGES)
+    if (c->n_pages < 1 || c->n_pages > MAX_PAGES) {
         return err_set(why, ERR_INVALID, "cache: n_pages %d is outside 1 to %d", c->n_pages,
                        MAX_PAGES);
-    if (c->max_seqs < 1 || c->max_seqs > MAX_SEQS)
+    }
+    if (c->max_seqs < 1 || c->max_seqs > MAX_SEQS) {
         return err_set(why, ERR_INVALID, "cache: max_seqs %d is outside 1 to %d", c->max_seqs,
                        MAX_SEQS);
-    if (c->max_pages_per_seq < 1 || c->max_pages_per_seq > MAX_PAGES)
+    }
+    if (c->max_pages_per_seq < 1 || c->max_pages_per_seq > MAX_PAGES) {
         return err_set(why, ERR_INVALID, "cache: max_pages_per_seq %d is outside 1 to %d",
                        c->max_pages_per_seq, MAX_PAGES);
+    }
     uint64_t bytes = (uint64_t)c->max_seqs * (uint64_t)c->max_pages_per_seq * sizeof(int32_t);
-    if (bytes > max_table_bytes)
+    if (bytes > max_table_bytes) {
         return err_set(why, ERR_INVALID,
                        "cache: page tables of %d sequences x %d pages x 4 bytes = %.1f GiB, more "
                        "than %.0f GiB",
                        c->max_seqs, c->max_pages_per_seq, (double)bytes / 0x1p30,
                        (double)max_table_bytes / 0x1p30);
+    }
     return 0;
 }
 
@@ -283,10 +287,11 @@ void kv_seq_publish(struct kv_cache *kv, int32_t slot, uint64_t seed, const int3
         return;
     while (s->n_published < full && !s->unindexable) {
         int32_t i = s->n_published;
-        if (publish_page(kv, &w, tokens + (size_t)i * KV_PAGE_TOKENS, row[i]))
+        if (publish_page(kv, &w, tokens + (size_t)i * KV_PAGE_TOKENS, row[i])) {
             s->n_published++;
-        else
+        } else {
             s->unindexable = true;
+        }
     }
     s->hash = w.hash;
     s->node = w.node;
@@ -351,21 +356,24 @@ static int check_table(const struct kv_cache *kv, int32_t slot, int32_t *refs, i
     const struct kv_slot *s = &kv->slots[slot];
     const int32_t *row = table_row(kv, slot);
     int32_t node = KV_NODE_NONE;
-    if (s->n_pages > kv->cfg.max_pages_per_seq || s->n_published > s->n_pages)
+    if (s->n_pages > kv->cfg.max_pages_per_seq || s->n_published > s->n_pages) {
         return err_set(why, ERR_INTERNAL, "slot %d: %d pages, %d published", slot, s->n_pages,
                        s->n_published);
+    }
     for (int32_t i = 0; i < s->n_pages; i++) {
-        if (row[i] < 0 || row[i] >= kv->cfg.n_pages || seen[row[i]] == slot + 1)
+        if (row[i] < 0 || row[i] >= kv->cfg.n_pages || seen[row[i]] == slot + 1) {
             return err_set(why, ERR_INTERNAL, "slot %d: entry %d is page %d, twice or outside",
                            slot, i, row[i]);
+        }
         seen[row[i]] = slot + 1;
         refs[row[i]]++;
         int32_t up = node;
         node = kv_prefix_node(&kv->prefix, row[i]);
         if (i < s->n_published ? node == KV_NODE_NONE || kv->prefix.nodes[node].parent != up
-                               : node != KV_NODE_NONE)
+                               : node != KV_NODE_NONE) {
             return err_set(why, ERR_INTERNAL, "slot %d: entry %d of %d published has node %d", slot,
                            i, s->n_published, node);
+        }
     }
     return 0;
 }
@@ -380,13 +388,16 @@ static int check_tables(const struct kv_cache *kv, int32_t *refs, int32_t *seen,
         n_open++;
         TRY(check_table(kv, i, refs, seen, why));
     }
-    if (n_open != kv->stats.open_seqs)
+    if (n_open != kv->stats.open_seqs) {
         return err_set(why, ERR_INTERNAL, "%d slots are open, count says %d", n_open,
                        kv->stats.open_seqs);
-    for (int32_t i = 0; i < kv->cfg.n_pages; i++)
-        if (refs[i] != kv_blocks_refs(&kv->blocks, i))
+    }
+    for (int32_t i = 0; i < kv->cfg.n_pages; i++) {
+        if (refs[i] != kv_blocks_refs(&kv->blocks, i)) {
             return err_set(why, ERR_INTERNAL, "page %d: %d references, %d table entries", i,
                            kv_blocks_refs(&kv->blocks, i), refs[i]);
+        }
+    }
     return 0;
 }
 
@@ -397,11 +408,12 @@ static int check_order(const struct kv_cache *kv, const int32_t *pos, struct err
     LIST_FOREACH (l, &kv->blocks.free) {
         int32_t page = kv_blocks_id(&kv->blocks, l), node = kv_prefix_node(&kv->prefix, page);
         if (node == KV_NODE_NONE) {
-            if (n_cached > 0)
+            if (n_cached > 0) {
                 return err_set(why, ERR_INTERNAL,
                                "free list: page %d without content stands after "
                                "cached ones",
                                page);
+            }
             continue;
         }
         n_cached++;
@@ -411,9 +423,10 @@ static int check_order(const struct kv_cache *kv, const int32_t *pos, struct err
         if (parent == KV_NODE_NONE)
             continue;
         int32_t up = kv->prefix.nodes[parent].page;
-        if (pos[up] >= 0 && pos[up] < pos[page])
+        if (pos[up] >= 0 && pos[up] < pos[page]) {
             return err_set(why, ERR_INTERNAL, "free list: page %d stands before its child %d", up,
                            page);
+        }
     }
     if (n_cached != kv->n_cached)
         return err_set(why, ERR_INTERNAL, "%d cached pages, count says %d", n_cached, kv->n_cached);
@@ -432,9 +445,10 @@ int kv_check(const struct kv_cache *kv, struct err_msg *why)
     if (err == 0)
         err = check_order(kv, scratch, why);
     int32_t used = kv->cfg.n_pages - kv->blocks.n_free;
-    if (err == 0 && kv->stats.peak_used_pages < used)
+    if (err == 0 && kv->stats.peak_used_pages < used) {
         err = err_set(why, ERR_INTERNAL, "peak %d is under the %d pages in use",
                       kv->stats.peak_used_pages, used);
+    }
     mem_free(scratch);
     return err;
 }

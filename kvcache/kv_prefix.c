@@ -150,9 +150,10 @@ static int check_node(const struct kv_prefix *p, uint64_t slot, int32_t *childre
                       struct err_msg *why)
 {
     int32_t node = p->table[slot], page;
-    if (node < 0 || node >= p->n_pages)
+    if (node < 0 || node >= p->n_pages) {
         return err_set(why, ERR_INTERNAL, "index slot %llu holds node %d", (unsigned long long)slot,
                        node);
+    }
     const struct kv_node *n = &p->nodes[node];
     if (probe(p, n->hash) != slot)
         return err_set(why, ERR_INTERNAL, "index: node %d is not reachable from its hash", node);
@@ -183,12 +184,14 @@ static int check_counts(const struct kv_prefix *p, const int32_t *children, int3
         int32_t node = p->pages[i].node;
         if (node == KV_NODE_NONE)
             continue;
-        if (p->table[probe(p, p->nodes[node].hash)] != node)
+        if (p->table[probe(p, p->nodes[node].hash)] != node) {
             return err_set(why, ERR_INTERNAL, "page %d names node %d, which is not indexed", i,
                            node);
-        if (p->nodes[node].n_children != children[node])
+        }
+        if (p->nodes[node].n_children != children[node]) {
             return err_set(why, ERR_INTERNAL, "node %d has %d children, count says %d", node,
                            children[node], p->nodes[node].n_children);
+        }
     }
     return 0;
 }

@@ -22,15 +22,17 @@ size_t kv_store_page_bytes(const struct kv_store_config *cfg)
 
 static int check_config(const struct kv_store_config *c, struct err_msg *why)
 {
-    if (c->dtype != DTYPE_F32 && c->dtype != DTYPE_BF16)
+    if (c->dtype != DTYPE_F32 && c->dtype != DTYPE_BF16) {
         return err_set(why, ERR_UNSUPPORTED, "cache dtype %s: only f32 and bf16 are",
                        dtype_name(c->dtype));
+    }
     if (c->n_layers < 1 || c->n_layers > MAX_LAYERS || c->n_kv_heads < 1 ||
-        c->n_kv_heads > MAX_HEADS || c->head_dim < 1 || c->head_dim > MAX_HEAD_DIM)
+        c->n_kv_heads > MAX_HEADS || c->head_dim < 1 || c->head_dim > MAX_HEAD_DIM) {
         return err_set(why, ERR_INVALID,
                        "cache shape: %d layers, %d kv heads, head_dim %d (at most %d, %d, %d)",
                        c->n_layers, c->n_kv_heads, c->head_dim, MAX_LAYERS, MAX_HEADS,
                        MAX_HEAD_DIM);
+    }
     if (c->n_pages < 1)
         return err_set(why, ERR_INVALID, "cache: %d pages", c->n_pages);
     return 0;
@@ -47,12 +49,13 @@ int kv_store_create(struct kv_store **out, struct dev *d, const struct kv_store_
     if (__builtin_mul_overflow(page, (size_t)cfg->n_pages, &bytes))
         return err_set(why, -ENOMEM, "cache: %d pages of %zu bytes overflow", cfg->n_pages, page);
     int err = dev_alloc(d, &memory, bytes, &cause);
-    if (err < 0)
+    if (err < 0) {
         return err_set(why, err,
                        "cache: %d pages x %.1f KiB (%d layers x %d kv heads x %d x 64 tokens x K "
                        "and V, %s): %s",
                        cfg->n_pages, (double)page / 1024, cfg->n_layers, cfg->n_kv_heads,
                        cfg->head_dim, dtype_name(cfg->dtype), err_why(&cause, err));
+    }
     struct kv_store *s = mem_zalloc(1, sizeof *s);
     size_t n_pools = 2 * (size_t)cfg->n_layers;
     s->dev = d;

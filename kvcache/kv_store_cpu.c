@@ -15,6 +15,8 @@ static void write_token(const struct kv_view *kv, void *pool, int32_t page, int3
     }
 }
 
+/* Eight parameters: a struct for them would have one user. */
+// NOLINTNEXTLINE(readability-function-size)
 void kv_store_write_cpu(const struct kv_view *kv, int layer, const int32_t *pages, int32_t pos,
                         int32_t n_tokens, const float *k, const float *v, size_t row_stride)
 {
