@@ -143,7 +143,7 @@ struct ipc_hello_ok {
 struct ipc_sparse {
     int32_t mode;      /* enum ipc_sparse_mode */
     int32_t k;         /* ABS: required, > 0 */
-    double ln_lambda;  /* REL: required, <= 0 (on the wire lambda in (0, 1] may stand for it) */
+    double ln_lambda;  /* REL: required, < 0 */
     int32_t gate_rows; /* 64, 128 or 0: as calibrated (ABS), 128 (REL) */
 };
 
@@ -288,12 +288,15 @@ void ipc_decoder_destroy(struct ipc_decoder *d); /* accepts NULL */
 
 /* Zeroes the body and sets every default of that type. */
 void ipc_msg_init(struct ipc_msg *m, enum ipc_type type);
-/* The body alone, for a message that is built by hand: struct ipc_submit and so on. */
-void ipc_submit_init(struct ipc_submit *m);
+/* The same for a body of its own. */
+void ipc_body_init(enum ipc_type type, void *body);
 
 /* Appends one whole frame, header included. -ENOMEM, ERR_INVALID (why names the field), or
  * ERR_TOO_LONG above IPC_FRAME_CEILING; then buf is as it was. */
 MUST_CHECK int ipc_msg_pack(struct ipc_buf *buf, const struct ipc_msg *m, struct err_msg *why);
+/* The same for a body of its own: struct ipc_done with IPC_DONE, and so on. */
+MUST_CHECK int ipc_body_pack(struct ipc_buf *buf, enum ipc_type type, const void *body,
+                             struct err_msg *why);
 /* Reads one payload.
  *   0               m is complete and valid
  *   ERR_INVALID     well-formed, but a field is missing, of the wrong type or out of range; m->type
