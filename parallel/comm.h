@@ -7,6 +7,7 @@
 
 #include "core/err.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -44,9 +45,18 @@ struct comm_shm_config {
                            into pieces */
     size_t max_msg;     /* largest post, in bytes */
     int64_t timeout_ms; /* of one collective */
+    int64_t join_ms;    /* for all ranks to join; 0: timeout_ms */
+    /* Asked while the ranks gather, about every 50 ms: false gives up at once (a child that died
+     * before it joined is known to its parent only). May be NULL. ranks_alive in ranks.h fits. */
+    bool (*peers_alive)(void *arg);
+    void *peers_arg;
 };
+/* A fresh name for comm_shm_config: "/sluice-<pid>-<random>". cap of 64 is enough. */
+MUST_CHECK int comm_shm_name(char *buf, size_t cap);
 /* Processes of one host over POSIX shared memory. Rank 0 creates the object and unlinks it once all
- * have joined; the others wait up to timeout_ms for it to appear. */
+ * have joined; the others wait for it to appear. Returns on every rank once all have joined.
+ * max_floats is a piece's size, not a limit: some tens of thousands keep the pieces in the cache.
+ */
 MUST_CHECK int comm_shm_create(struct comm **out, const struct comm_shm_config *cfg,
                                struct err_msg *why);
 
