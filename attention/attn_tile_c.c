@@ -1,0 +1,122 @@
+/* Tile functions in plain C, for processors without a table of their own. The inner loops run over
+ * neighbouring keys or columns, so that a compiler can use whatever vectors there are. */
+#include "attention/attn_exp2.h"
+#include "attention/attn_tile.h"
+
+#include <math.h>
+
+enum { W = 16 }; /* accumulators a loop keeps */
+
+static float exp2_c(float x)
+{
+    if (x < EXP2_LO)
+        return 0.0f;
+    if (!(x <= 127.0f)) /* NaN, or a row that holds one */
+        return x;
+    float n = rintf(x), f = x - n;
+    float p = EXP2_C6;
+    p = p * f + EXP2_C5;
+    p = p * f + EXP2_C4;
+    p = p * f + EXP2_C3;
+    p = p * f + EXP2_C2;
+    p = p * f + EXP2_C1;
+    p = p * f + 1.0f;
+    return p * dtype_bits_f32((uint32_t)((int32_t)n + 127) << 23);
+}
+
+static void qk_c(float *s, float *row_max, const float *q, const float *kt, int32_t rows,
+                 int32_t head_dim)
+{
+    for (int32_t r = 0; r < rows; r++, s += KV_PAGE_TOKENS, q += head_dim) {
+        float top = -INFINITY;
+        for (int32_t j = 0; j < KV_PAGE_TOKENS; j += W) {
+            float acc[W] = {0};
+            for (int32_t i = 0; i < head_dim; i++) {
+                const float *k = kt + (size_t)i * KV_PAGE_TOKENS + j;
+                for (int c = 0; c < W; c++)
+                    acc[c] += q[i] * k[c];
+            }
+            for (int c = 0; c < W; c++) {
+                s[j + c] = acc[c];
+                top = acc[c] > top ? acc[c] : top;
+            }
+        }
+        row_max[r] = top;
+    }
+}
+
+static void softmax_c(float *s, float *m, float *l, float *alpha, const float *row_max,
+                      int32_t rows)
+{
+    for (int32_t r = 0; r < rows; r++, s += KV_PAGE_TOKENS) {
+        float top = row_max[r] > m[r] ? row_max[r] : m[r];
+        float ref = top == -INFINITY ? 0.0f : top;
+        float sum = 0.0f;
+        for (int32_t j = 0; j < KV_PAGE_TOKENS; j++) {
+            s[j] = exp2_c(s[j] - ref);
+            sum += s[j];
+        }
+        alpha[r] = top == m[r] ? 1.0f : exp2_c(m[r] - ref);
+        l[r] = l[r] * alpha[r] + sum;
+        m[r] = top;
+    }
+}
+
+static void pv_c(float *o, const float *p, const float *v, const float *alpha, int32_t rows,
+                 int32_t keys, int32_t dv)
+{
+    for (int32_t r = 0; r < rows; r++, o += dv, p += KV_PAGE_TOKENS) {
+        for (int32_t d = 0; d < dv; d += W) {
+            float acc[W];
+            for (int c = 0; c < W; c++)
+                acc[c] = o[d + c] * alpha[r];
+            for (int32_t j = 0; j < keys; j++) {
+                const float *x = v + (size_t)j * (size_t)dv + d;
+                for (int c = 0; c < W; c++)
+                    acc[c] += p[j] * x[c];
+            }
+            for (int c = 0; c < W; c++)
+                o[d + c] = acc[c];
+        }
+    }
+}
+
+static float scalar(const void *src, enum dtype t, size_t i)
+{
+    return t == DTYPE_F32 ? ((const float *)src)[i] : dtype_bf16_f32(((const uint16_t *)src)[i]);
+}
+
+static float pack_k_c(float *kt, const void *k, enum dtype t, int32_t head_dim)
+{
+    const size_t d = (size_t)head_dim;
+    uint32_t top = 0; /* bits of |k|: NaN sorts above infinity, so it is never lost */
+    for (size_t j = 0; j < KV_PAGE_TOKENS; j++) {
+        for (size_t i = 0; i < d; i++) {
+            float x = scalar(k, t, j * d + i);
+            uint32_t u = dtype_f32_bits(x) & 0x7fffffffu;
+            top = u > top ? u : top;
+            kt[i * KV_PAGE_TOKENS + j] = x;
+        }
+    }
+    return dtype_bits_f32(top);
+}
+
+static void pack_v_c(float *v, const void *src, enum dtype t, int32_t head_dim)
+{
+    const size_t d = (size_t)head_dim, dv = (size_t)attn_tile_dv(head_dim);
+    for (size_t j = 0; j < KV_PAGE_TOKENS; j++, v += dv) {
+        for (size_t i = 0; i < d; i++)
+            v[i] = scalar(src, t, j * d + i);
+        for (size_t i = d; i < dv; i++)
+            v[i] = 0.0f;
+    }
+}
+
+const struct attn_tile_ops attn_tile_c = {
+    .name = "c",
+    .pack_k = pack_k_c,
+    .pack_v = pack_v_c,
+    .qk = qk_c,
+    .softmax = softmax_c,
+    .pv = pv_c,
+};
