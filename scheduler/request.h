@@ -4,7 +4,6 @@
 #ifndef SCHEDULER_REQUEST_H
 #define SCHEDULER_REQUEST_H
 
-#include "core/list.h"
 #include "model/batch.h"
 
 #include <stdbool.h>
@@ -72,9 +71,6 @@ struct request {
 
     int64_t submit_us, scheduled_us, first_token_us, last_token_us; /* 0: not yet */
     int64_t deadline_us, queue_deadline_us;                         /* absolute; INT64_MAX: none */
-
-    struct list link; /* private to the scheduler */
-    struct sched_tenant *tenant_entry;
 };
 
 static inline int32_t req_generated(const struct request *r)

@@ -33,7 +33,8 @@ void runner_stop(struct runner *r);
 MUST_CHECK int runner_submit(struct runner *r, const struct batch *b);
 /* True once per finished batch. */
 bool runner_poll(struct runner *r, struct runner_done *out);
-/* When the batch in flight was submitted (monotonic us), 0 if none: for the watchdog. */
+/* When the batch that has not finished was submitted (monotonic us), 0 if none: for the watchdog.
+ */
 int64_t runner_busy_since(const struct runner *r);
 
 #endif

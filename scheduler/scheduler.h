@@ -44,15 +44,17 @@ struct sched_events {
 
 struct sched_config {
     int32_t max_running;          /* sequences at once; at most the cache's max_seqs */
-    int32_t token_budget;         /* tokens a step, >= 128 */
+    int32_t token_budget;         /* tokens a step, >= max_running + 128: decodes always fit and
+                                     never take a prefill's last chunk */
     int32_t max_partial_prefills; /* prompts in prefill at once */
     int32_t max_long_partial;     /* of which long */
-    int32_t long_prefill_tokens;  /* a prompt with more tokens left is long */
-    int32_t watermark_pages;      /* kept free when admitting beside others */
-    int32_t max_queued;           /* waiting requests */
-    int64_t max_queued_tokens;    /* sum of their prompt tokens */
-    int32_t max_tenant_requests;  /* waiting and running of one tenant; 0: no limit */
-    int32_t max_model_len;        /* longest prompt + generated */
+    int32_t
+        long_prefill_tokens;   /* a prompt with more tokens left at admission is long; 0: none is */
+    int32_t watermark_pages;   /* kept free when admitting beside others */
+    int32_t max_queued;        /* waiting requests */
+    int64_t max_queued_tokens; /* sum of their prompt tokens; a prompt alone is not refused */
+    int32_t max_tenant_requests; /* waiting and running of one tenant; 0: no limit */
+    int32_t max_model_len;       /* longest prompt + generated */
     uint64_t model_fingerprint;
     bool share_generated; /* publish pages holding generated tokens */
     int32_t n_eos;
