@@ -12,6 +12,9 @@ elseif(SLUICE_SANITIZE STREQUAL "thread")
 elseif(SLUICE_SANITIZE)
   message(FATAL_ERROR "SLUICE_SANITIZE: '${SLUICE_SANITIZE}' is not address or thread")
 endif()
+if(SLUICE_FUZZ)
+  list(APPEND san -fsanitize=fuzzer-no-link) # coverage of the libraries, which steers the fuzzer
+endif()
 target_compile_options(sluice_flags INTERFACE ${san})
 target_link_options(sluice_flags INTERFACE ${san})
 
@@ -45,4 +48,15 @@ function(sluice_test name)
     TEST_BIN="${CMAKE_BINARY_DIR}/bin" TEST_ROOT="${PROJECT_SOURCE_DIR}")
   add_test(NAME ${name} COMMAND test_${name} ${A_ARGS})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${A_TIMEOUT} LABELS "${A_LABELS}" SKIP_RETURN_CODE 77)
+endfunction()
+
+# sluice_fuzz(frame LINK sluice_ipc [SOURCES extra.c]): fuzz_frame from tests/fuzz_frame.c, which defines
+# LLVMFuzzerTestOneInput. Only in the fuzz preset; its seeds, if any, are in tests/data/fuzz_frame/.
+function(sluice_fuzz name)
+  cmake_parse_arguments(A "" "" "SOURCES;LINK" ${ARGN})
+  if(SLUICE_FUZZ)
+    add_executable(fuzz_${name} ${PROJECT_SOURCE_DIR}/tests/fuzz_${name}.c ${A_SOURCES})
+    target_link_libraries(fuzz_${name} PRIVATE sluice_flags ${A_LINK})
+    target_link_options(fuzz_${name} PRIVATE -fsanitize=fuzzer)
+  endif()
 endfunction()
