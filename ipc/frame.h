@@ -15,7 +15,7 @@
 enum {
     IPC_FRAME_HEADER = 4,
     IPC_HELLO_MAX = 4096,     /* longest first frame */
-    IPC_FRAME_MIN = 4096,     /* smallest max_frame that either side may ask for */
+    IPC_FRAME_MIN = 64 << 10, /* smallest max_frame that either side may ask for */
     IPC_FRAME_MAX = 16 << 20, /* default max_frame */
     IPC_FRAME_CEILING = 1 << 30
 };

@@ -4,9 +4,9 @@
  * thread; nothing blocks.
  *
  * A connection is a number that is never used twice: functions given the number of one that is gone
- * do nothing, so it may be kept anywhere. `close` is called once for every `open`, at the moment
- * the connection stops taking messages (also from inside a send function, when the peer is too
- * slow). Sends are collected and go out in one write per loop iteration.
+ * do nothing, so it may be kept anywhere. `close` is called once for every `open`: from the loop,
+ * or from inside ipc_conn_close and ipc_server_close, but never from inside a send function. Sends
+ * are collected and go out in one write per loop iteration.
  *
  * Slow readers: above soft_limit unsent bytes PROGRESS is dropped, and TOKENS are held and merged
  * per request (DONE and ERROR push them out first); above hard_limit bytes, or when a byte has
@@ -14,7 +14,9 @@
  * ERR_SLOW_CONSUMER).
  *
  * Shared secret: where `token` is set, every TCP client must send it in HELLO, on whatever address;
- * a non-loopback TCP listener is refused without one. Unix sockets rely on mode 0600. */
+ * a non-loopback TCP listener is refused without one. Unix sockets rely on mode 0600.
+ *
+ * Creating a server makes the process ignore SIGPIPE if its disposition was the default. */
 #ifndef IPC_SERVER_H
 #define IPC_SERVER_H
 
@@ -40,8 +42,8 @@ struct ipc_handlers {
     /* May be NULL: unsent bytes fell under the soft limit after they had been above it. */
     void (*writable)(void *ctx, uint64_t conn);
     /* user is what ipc_conn_set_user left there. reason: UV_EOF (peer closed), another UV_E* (it
-     * broke), ERR_PROTOCOL, ERR_SLOW_CONSUMER, or UV_ECANCELED (ipc_conn_close,
-     * ipc_server_close). Sends to conn are already no-ops. */
+     * broke), ERR_PROTOCOL, ERR_SLOW_CONSUMER, or UV_ECANCELED (ipc_conn_close, ipc_server_close).
+     * Sends to conn are already no-ops. */
     void (*close)(void *ctx, uint64_t conn, void *user, int reason);
 };
 
