@@ -46,6 +46,8 @@ struct model_config {
 MUST_CHECK int model_open(struct model **out, const struct model_config *cfg, struct err_msg *why);
 void model_close(struct model *m); /* accepts NULL */
 const struct model_info *model_info(const struct model *m);
+/* Largest message that rank 0 sends to the followers: what a communicator must be able to post. */
+size_t model_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_position);
 /* Bytes one page takes on this rank. */
 size_t model_page_bytes(const struct model *m);
 /* Takes the memory for n_pages pages. Once, before the first step. */
@@ -70,7 +72,7 @@ void model_stop_followers(struct model *m);
 typedef void (*model_tile_fn)(void *arg, int layer, int32_t pos, int32_t n_tokens, const float *max,
                               int32_t n_groups, int32_t n_pages);
 MUST_CHECK int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void *arg);
-/* Counters per [n_layers, n_heads], summed since open. */
+/* Counters per [n_layers, n_heads], summed since open; 0 for heads of other ranks. */
 const struct attn_counts *model_head_counts(const struct model *m);
 /* Logits [vocab_size] f32 of sequence i of the last step (where sample was set); for tests and
  * tools. */

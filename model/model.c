@@ -1,0 +1,433 @@
+#define LOG_MODULE "model"
+#include "model/model.h"
+
+#include "core/clock.h"
+#include "core/log.h"
+#include "core/mem.h"
+#include "core/pool.h"
+#include "kvcache/kv_store.h"
+#include "model/config.h"
+#include "model/fingerprint.h"
+#include "model/gemm.h"
+#include "model/llama.h"
+#include "model/sampler.h"
+#include "model/step_plan.h"
+#include "parallel/comm.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Page maxima of a layer, for the calibrator; fn == NULL: off. */
+struct probe {
+    model_tile_fn fn;
+    void *arg;
+    struct attn_tile_max max;
+    size_t n_heads;
+    const struct attn_seq *seq;
+};
+
+struct model {
+    struct model_info info;
+    struct llama_config config;
+    struct llama_shard shard;
+    struct llama_weights weights;
+    struct dev *dev;
+    struct comm *comm; /* NULL: this rank is the only one */
+    struct llama *llama;
+    struct sampler *sampler;
+    enum dtype kv_dtype;
+    struct kv_store *store;
+    struct attn_policy policy;
+    struct attn_head_policy *head_policy; /* this rank's slice; NULL: all pages */
+    struct step_plan plan;
+    void *message;
+    size_t message_bytes;
+    int32_t *outputs;   /* [max_seqs] rows whose logits are wanted */
+    int32_t *output_of; /* [max_seqs] index into outputs, -1: none */
+    int32_t n_outputs;
+    struct attn_counts *seq_counts;  /* [max_seqs] of the step */
+    struct attn_counts *head_counts; /* [n_layers, n_heads] since open */
+    float *limbs;                    /* counters on their way through an all-reduce */
+    struct probe probe;
+};
+
+static int name_of_dir(char *name, size_t size, const char *dir)
+{
+    char path[PATH_MAX];
+    if (!realpath(dir, path))
+        return -errno;
+    const char *slash = strrchr(path, '/');
+    (void)snprintf(name, size, "%.63s", slash ? slash + 1 : path);
+    return 0;
+}
+
+static void fill_info(struct model_info *i, const struct llama_config *c)
+{
+    i->vocab_size = c->vocab_size;
+    i->hidden_size = c->hidden_size;
+    i->n_layers = c->n_layers;
+    i->n_heads = c->n_heads;
+    i->n_kv_heads = c->n_kv_heads;
+    i->head_dim = c->head_dim;
+    i->intermediate_size = c->intermediate_size;
+    i->max_position = c->max_position;
+    i->rms_eps = (float)c->rms_eps;
+    i->softmax_scale = 1.0f / sqrtf((float)c->head_dim);
+    i->n_eos = c->n_eos;
+    memcpy(i->eos_ids, c->eos_ids, sizeof i->eos_ids);
+    i->bos_id = c->bos_id;
+    llama_rope_text(i->rope, sizeof i->rope, &c->rope);
+}
+
+/* Reads the folder: configuration, identity, this rank's weights. */
+static int load(struct model *m, const struct model_config *cfg, struct err_msg *why)
+{
+    struct safetensors *st = NULL;
+    const struct weights_progress progress = {cfg->progress, cfg->progress_arg};
+    const int rank = m->comm ? m->comm->rank : 0, n_ranks = m->comm ? m->comm->n_ranks : 1;
+
+    TRY(llama_config_load(&m->config, cfg->dir, why));
+    TRY(llama_shard_make(&m->shard, &m->config, rank, n_ranks, why));
+    int err = name_of_dir(m->info.name, sizeof m->info.name, cfg->dir);
+    if (err < 0)
+        return err_set(why, err, "%s: %s", cfg->dir, err_str(err));
+    fill_info(&m->info, &m->config);
+    TRY(safetensors_open_dir(&st, cfg->dir, why));
+    m->info.fingerprint = model_fingerprint(&m->config, st);
+    err = weights_load(&m->weights, m->dev, st, &m->config, &m->shard, &progress, why);
+    safetensors_close(st);
+    return err;
+}
+
+static int take_scratch(struct model *m, const struct model_config *cfg, struct err_msg *why)
+{
+    const size_t max_seqs = (size_t)cfg->max_seqs;
+    const struct llama_setup setup = {.dev = m->dev,
+                                      .comm = m->comm,
+                                      .config = &m->config,
+                                      .shard = &m->shard,
+                                      .weights = &m->weights,
+                                      .max_tokens = cfg->max_tokens,
+                                      .max_outputs = cfg->max_seqs,
+                                      .max_position = m->plan.limits.max_position};
+    TRY(llama_create(&m->llama, &setup, why));
+    m->outputs = mem_zalloc(max_seqs, sizeof *m->outputs);
+    m->output_of = mem_zalloc(max_seqs, sizeof *m->output_of);
+    m->seq_counts = mem_zalloc(max_seqs, sizeof *m->seq_counts);
+    m->head_counts =
+        mem_zalloc((size_t)m->config.n_layers * (size_t)m->config.n_heads, sizeof *m->head_counts);
+    if (m->shard.n_ranks > 1) {
+        m->message_bytes =
+            step_plan_max_message(cfg->max_seqs, cfg->max_tokens, m->plan.limits.max_position);
+        m->message = mem_try_aligned(1, m->message_bytes);
+        m->limbs = mem_zalloc(max_seqs * 12, sizeof *m->limbs);
+        if (!m->message)
+            return err_set(why, -ENOMEM, "no memory for the plan of a step");
+    }
+    if (m->shard.rank != 0)
+        return 0;
+    int err = sampler_create(&m->sampler, m->config.vocab_size, pool_size(m->dev->pool),
+                             m->config.eos_ids, m->config.n_eos);
+    return err < 0 ? err_set(why, err, "no memory for sampling") : 0;
+}
+
+int model_open(struct model **out, const struct model_config *cfg, struct err_msg *why)
+{
+    ASSERT(cfg->max_seqs > 0 && cfg->max_tokens > 0);
+    struct model *m = mem_zalloc(1, sizeof *m);
+    m->dev = cfg->dev;
+    m->comm = cfg->comm;
+    m->kv_dtype = cfg->kv_dtype;
+    int err = load(m, cfg, why);
+    if (err < 0)
+        goto fail;
+    const struct plan_limits limits = {
+        .max_seqs = cfg->max_seqs,
+        .max_tokens = cfg->max_tokens,
+        .max_position = cfg->max_position > 0 ? cfg->max_position : m->config.max_position,
+        .vocab_size = m->config.vocab_size,
+    };
+    step_plan_init(&m->plan, &limits);
+    TRY_GOTO(err, take_scratch(m, cfg, why), fail);
+    *out = m;
+    return 0;
+fail:
+    model_close(m);
+    return err;
+}
+
+void model_close(struct model *m)
+{
+    if (!m)
+        return;
+    llama_destroy(m->llama);
+    kv_store_destroy(m->store);
+    sampler_destroy(m->sampler);
+    weights_release(&m->weights);
+    step_plan_deinit(&m->plan);
+    mem_free(m->message);
+    mem_free(m->outputs);
+    mem_free(m->output_of);
+    mem_free(m->seq_counts);
+    mem_free(m->head_counts);
+    mem_free(m->limbs);
+    mem_free(m->head_policy);
+    mem_free(m->probe.max.max);
+    mem_free(m);
+}
+
+size_t model_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_position)
+{
+    return step_plan_max_message(max_seqs, max_tokens, max_position);
+}
+
+const struct model_info *model_info(const struct model *m)
+{
+    return &m->info;
+}
+
+static struct kv_store_config store_config(const struct model *m, int32_t n_pages)
+{
+    return (struct kv_store_config){.dtype = m->kv_dtype,
+                                    .n_layers = m->config.n_layers,
+                                    .n_pages = n_pages,
+                                    .n_kv_heads = m->shard.n_kv_heads,
+                                    .head_dim = m->config.head_dim};
+}
+
+size_t model_page_bytes(const struct model *m)
+{
+    const struct kv_store_config cfg = store_config(m, 1);
+    return kv_store_page_bytes(&cfg);
+}
+
+int model_take_pages(struct model *m, int32_t n_pages, struct err_msg *why)
+{
+    const struct kv_store_config cfg = store_config(m, n_pages);
+    ASSERT(!m->store);
+    TRY(kv_store_create(&m->store, m->dev, &cfg, why));
+    m->plan.limits.n_pages = n_pages;
+    return llama_bind_cache(m->llama, kv_store_view(m->store), why);
+}
+
+/* The rank's heads of a policy that covers the model's. */
+void model_set_policy(struct model *m, const struct attn_policy *policy)
+{
+    const struct llama_shard *s = &m->shard;
+    const size_t n_layers = (size_t)m->config.n_layers, n = (size_t)s->n_heads;
+
+    mem_free(m->head_policy);
+    m->head_policy = NULL;
+    m->policy = *policy;
+    if (policy->heads) {
+        m->head_policy = mem_zalloc(n_layers * n, sizeof *m->head_policy);
+        for (size_t l = 0; l < n_layers; l++)
+            memcpy(m->head_policy + l * n,
+                   policy->heads + l * (size_t)m->config.n_heads + (size_t)s->head,
+                   n * sizeof *m->head_policy);
+    }
+    m->policy.heads = m->head_policy;
+    m->plan.limits.n_levels = 0;
+    if (policy->abs.t) {
+        ASSERT(policy->abs.n_layers == m->config.n_layers &&
+               policy->abs.n_heads == m->config.n_heads);
+        m->policy.abs.t += s->head * policy->abs.head_stride;
+        m->policy.abs.n_heads = s->n_heads;
+        m->plan.limits.n_levels = policy->abs.n_levels;
+    }
+}
+
+static void clear_tiles(struct probe *p, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        p->max.max[i] = -INFINITY;
+}
+
+static void report_tiles(void *arg, int layer)
+{
+    struct probe *p = arg;
+    const struct attn_tile_max *t = &p->max;
+    p->fn(p->arg, layer, p->seq->pos, p->seq->n_rows, t->max, t->n_groups, t->n_pages);
+    clear_tiles(p, p->n_heads * (size_t)t->n_groups * (size_t)t->n_pages);
+}
+
+int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void *arg)
+{
+    struct probe *p = &m->probe;
+    const struct plan_limits *l = &m->plan.limits;
+
+    if (m->shard.n_ranks > 1)
+        return ERR_UNSUPPORTED;
+    if (fn && gate_rows != 128 && gate_rows != 64)
+        return ERR_INVALID;
+    mem_free(p->max.max);
+    *p = (struct probe){
+        .fn = fn, .arg = arg, .max.gate_rows = gate_rows, .n_heads = (size_t)m->config.n_heads};
+    if (!fn)
+        return 0;
+    const size_t groups = (size_t)((l->max_tokens + gate_rows - 1) / gate_rows);
+    const size_t n = p->n_heads * groups * (size_t)kv_pages_for(l->max_position);
+    p->max.max = mem_try_aligned(n, sizeof *p->max.max);
+    if (!p->max.max)
+        return -ENOMEM;
+    clear_tiles(p, n);
+    return 0;
+}
+
+/* Shapes the probe's memory for the one sequence of the step. */
+static int aim_probe(struct model *m)
+{
+    struct probe *p = &m->probe;
+    const struct attn_seq *s = &m->plan.seqs[0];
+    if (m->plan.n_seqs != 1)
+        return ERR_INVALID;
+    p->seq = s;
+    p->max.n_groups = (s->n_rows + p->max.gate_rows - 1) / p->max.gate_rows;
+    p->max.n_pages = kv_pages_for((int64_t)s->pos + s->n_rows);
+    return 0;
+}
+
+/* Runs the plan that m->plan holds; the same on every rank. */
+static int run_plan(struct model *m, struct llama_times *times)
+{
+    struct llama_input in = {
+        .n_rows = m->plan.n_rows,
+        .n_seqs = m->plan.n_seqs,
+        .ids = m->plan.ids,
+        .positions = m->plan.positions,
+        .seqs = m->plan.seqs,
+        .outputs = m->outputs,
+        .n_outputs = m->n_outputs,
+        .seq_counts = m->seq_counts,
+        .head_counts = m->head_counts + m->shard.head,
+        .head_stride = m->config.n_heads,
+    };
+    if (!m->store)
+        return ERR_INVALID;
+    if (m->probe.fn) {
+        TRY(aim_probe(m));
+        in.tile_max = &m->probe.max;
+        in.on_tiles = report_tiles;
+        in.on_tiles_arg = &m->probe;
+    }
+    memset(m->seq_counts, 0, (size_t)m->plan.n_seqs * sizeof *m->seq_counts);
+    return llama_forward(m->llama, &in, &m->policy, times);
+}
+
+/* Sums the sequences' counters over the ranks. They travel as 16-bit limbs, whose sums floats hold
+ * exactly. */
+static int sum_counts(struct model *m)
+{
+    const size_t n = (size_t)m->plan.n_seqs * 3;
+    if (m->shard.n_ranks == 1)
+        return 0;
+    _Static_assert(sizeof(struct attn_counts) == 3 * sizeof(uint64_t), "three counters");
+    uint64_t *counts = (uint64_t *)m->seq_counts;
+    for (size_t i = 0; i < n * 4; i++)
+        m->limbs[i] = (float)(counts[i / 4] >> (i % 4 * 16) & 0xffff);
+    TRY(comm_all_reduce(m->comm, m->limbs, n * 4));
+    for (size_t i = 0; i < n; i++) {
+        counts[i] = 0;
+        for (size_t k = 0; k < 4; k++)
+            counts[i] += (uint64_t)m->limbs[4 * i + k] << (k * 16);
+    }
+    return 0;
+}
+
+static void plan_outputs(struct model *m, const struct batch *b)
+{
+    m->n_outputs = 0;
+    for (int32_t i = 0; i < b->n_seqs; i++) {
+        const struct attn_seq *s = &m->plan.seqs[i];
+        m->output_of[i] = b->seqs[i].sample ? m->n_outputs : -1;
+        if (b->seqs[i].sample)
+            m->outputs[m->n_outputs++] = s->row + s->n_rows - 1;
+    }
+}
+
+struct draw_job {
+    struct model *m;
+    const struct batch *b;
+    struct batch_result *r;
+};
+
+static void draw_one(void *arg, int task, int worker)
+{
+    const struct draw_job *j = arg;
+    const int32_t output = j->m->output_of[task];
+    struct batch_token *out = &j->r->tokens[task];
+    if (output < 0)
+        *out = (struct batch_token){.token = -1};
+    else
+        sampler_draw(j->m->sampler, worker, out, llama_logits(j->m->llama, output),
+                     &j->b->seqs[task]);
+}
+
+int model_step(struct model *m, const struct batch *b, struct batch_result *r)
+{
+    struct err_msg why = {{0}};
+    struct llama_times times = {0};
+    const int64_t start = clock_monotonic_us(NULL);
+
+    int err = step_plan_from_batch(&m->plan, b, &why);
+    if (err < 0) {
+        log_error("step %" PRIu64 " refused: %s", b->step_id, err_why(&why, err));
+        return err;
+    }
+    plan_outputs(m, b);
+    if (m->shard.n_ranks > 1)
+        TRY(comm_post(m->comm, m->message, step_plan_encode(&m->plan, m->message)));
+    TRY(run_plan(m, &times));
+    TRY(sum_counts(m));
+    struct draw_job job = {m, b, r};
+    pool_run(m->dev->pool, draw_one, &job, b->n_seqs);
+    for (int32_t i = 0; i < b->n_seqs; i++)
+        r->counts[i] = (struct batch_counts){.reachable = m->seq_counts[i].reachable,
+                                             .visited = m->seq_counts[i].visited,
+                                             .kept = m->seq_counts[i].kept};
+    r->attention_us = times.attention_us;
+    r->gemm_us = times.gemm_us;
+    r->total_us = clock_monotonic_us(NULL) - start;
+    return 0;
+}
+
+int model_follow(struct model *m)
+{
+    ASSERT(m->comm && m->shard.rank > 0);
+    for (;;) {
+        struct llama_times times = {0};
+        size_t len = 0;
+        bool stop;
+        TRY(comm_wait(m->comm, m->message, m->message_bytes, &len));
+        TRY(step_plan_decode(&m->plan, m->message, len, &stop));
+        if (stop)
+            return 0;
+        TRY(run_plan(m, &times));
+        TRY(sum_counts(m));
+    }
+}
+
+void model_stop_followers(struct model *m)
+{
+    if (m->shard.n_ranks == 1 || m->shard.rank != 0)
+        return;
+    int err = comm_post(m->comm, m->message, step_plan_encode_stop(m->message));
+    if (err < 0 && err != ERR_PEER)
+        log_warn("cannot tell the followers to stop: %s", err_str(err));
+}
+
+const struct attn_counts *model_head_counts(const struct model *m)
+{
+    return m->head_counts;
+}
+
+const float *model_last_logits(const struct model *m, int32_t i)
+{
+    ASSERT(i >= 0 && i < m->plan.n_seqs);
+    return m->output_of[i] < 0 ? NULL : llama_logits(m->llama, m->output_of[i]);
+}
