@@ -55,7 +55,7 @@ struct comm_shm_config {
 MUST_CHECK int comm_shm_name(char *buf, size_t cap);
 /* Processes of one host over POSIX shared memory. Rank 0 creates the object and unlinks it once all
  * have joined; the others wait for it to appear. Returns on every rank once all have joined.
- * max_floats is a piece's size, not a limit: some tens of thousands keep the pieces in the cache.
+ * max_floats is a piece's size, not a limit: 64 Ki to 256 Ki keep the pieces in the cache.
  */
 MUST_CHECK int comm_shm_create(struct comm **out, const struct comm_shm_config *cfg,
                                struct err_msg *why);

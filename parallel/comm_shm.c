@@ -179,14 +179,13 @@ static int await_object(struct comm_shm *s, int64_t deadline_us, struct err_msg 
 static int gather(struct comm_shm *s, int64_t deadline_us, struct err_msg *why)
 {
     for (;;) {
-        int64_t left = deadline_us - clock_monotonic_us(NULL);
-        int64_t slice = left < JOIN_SLICE_US ? left : JOIN_SLICE_US;
-        int err = shm_area_await_join(&s->area, slice > 0 ? slice : 0);
+        int64_t now = clock_monotonic_us(NULL), left = deadline_us > now ? deadline_us - now : 0;
+        int err = shm_area_await_join(&s->area, left < JOIN_SLICE_US ? left : JOIN_SLICE_US);
         if (err != -ETIMEDOUT)
             return err < 0 ? err_set(why, err, "a rank failed while the ranks gathered") : 0;
         if (s->peers_alive && !s->peers_alive(s->peers_arg))
             return err_set(why, ERR_PEER, "a rank ended before it had joined; its log says why");
-        if (left <= 0)
+        if (left == 0)
             return err_set(why, ERR_PEER, "only %d of %d ranks joined in time",
                            shm_area_n_joined(&s->area), s->area.n_ranks);
     }
