@@ -1,0 +1,148 @@
+#define LOG_MODULE "model"
+#include "cmd/daemon_model.h"
+
+#include "core/clock.h"
+#include "core/log.h"
+#include "model/config.h"
+#include "parallel/ranks.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <string.h>
+#include <unistd.h>
+
+struct load_progress {
+    int64_t last_us;
+    bool terminal;
+};
+
+/* At most ten lines a second on a terminal; nothing in a pipe. */
+static void show_progress(void *arg, uint64_t done, uint64_t total)
+{
+    struct load_progress *p = arg;
+    int64_t now = clock_monotonic_us(NULL);
+    if (!p->terminal || (now - p->last_us < 100000 && done < total))
+        return;
+    p->last_us = now;
+    (void)fprintf(stderr, "\rloading weights %3.0f%% of %.1f MiB%s",
+                  total ? 100.0 * (double)done / (double)total : 100.0, (double)total / 1048576.0,
+                  done >= total ? "\n" : "");
+}
+
+/* The plan of a step: every input token, page table and a header a sequence. */
+static size_t plan_bytes(const struct daemon_options *o, int64_t max_len)
+{
+    size_t pages = (size_t)kv_pages_for(max_len);
+    return (size_t)o->token_budget * 4 + (size_t)o->max_running * (pages * 4 + 256) + 4096;
+}
+
+static int open_comm(struct daemon_model *d, const struct daemon_options *o, const char *shm,
+                     struct ranks *ranks, struct err_msg *why)
+{
+    if (o->tp == 1)
+        return comm_self_create(&d->comm);
+    const struct comm_shm_config cfg = {
+        .name = shm,
+        .rank = (int)o->rank,
+        .n_ranks = (int)o->tp,
+        .max_floats = 1 << 18,
+        .max_msg = plan_bytes(o, d->max_model_len),
+        .timeout_ms = o->comm_timeout,
+        .peers_alive = ranks ? ranks_alive : NULL,
+        .peers_arg = ranks,
+    };
+    return comm_shm_create(&d->comm, &cfg, why);
+}
+
+static int threads_per_rank(const struct daemon_options *o)
+{
+    int64_t n = o->threads ? o->threads : sysconf(_SC_NPROCESSORS_ONLN);
+    n /= o->tp;
+    return n < 1 ? 1 : (int)n;
+}
+
+/* Pages for this rank: as told, else half of the free memory shared between the ranks, never more
+ * than useful. */
+static int size_pages(struct daemon_model *d, const struct daemon_options *o, struct err_msg *why)
+{
+    size_t page = model_page_bytes(d->model);
+    int64_t useful = (int64_t)kv_pages_for(d->max_model_len) * o->max_running;
+    int64_t n = o->kv_pages;
+    if (n == 0 && o->kv_memory > 0)
+        n = o->kv_memory / (int64_t)page;
+    if (n == 0) {
+        size_t free_bytes, total_bytes;
+        int err = dev_mem_info(d->dev, &free_bytes, &total_bytes);
+        if (err < 0)
+            return err_set(why, err, "cannot read the free memory: %s; set --kv-memory",
+                           err_str(err));
+        n = (int64_t)(free_bytes / 2 / (size_t)o->tp / page);
+        n = n < useful ? n : useful;
+    }
+    int64_t least = kv_pages_for(KV_BLOCK_TOKENS) + 1;
+    if (n < least)
+        return err_set(why, ERR_CONFIG,
+                       "--kv-memory: %" PRId64 " pages of %.1f KiB are too few, %" PRId64
+                       " is the least",
+                       n, (double)page / 1024.0, least);
+    if (n > INT32_MAX - 1)
+        return err_set(why, ERR_CONFIG, "--kv-pages: %" PRId64 " is more than a page id can name",
+                       n);
+    d->n_pages = (int32_t)n;
+    struct err_msg inner = {""};
+    int err = model_take_pages(d->model, d->n_pages, &inner);
+    if (err < 0)
+        return err_set(why, err,
+                       "no memory for %" PRId64
+                       " cache pages of %.1f KiB: %.200s (set --kv-memory lower)",
+                       n, (double)page / 1024.0, err_why(&inner, err));
+    return 0;
+}
+
+static int open_parts(struct daemon_model *d, const struct daemon_options *o, const char *shm,
+                      struct ranks *ranks, struct err_msg *why)
+{
+    struct load_progress progress = {.terminal = o->rank == 0 && isatty(STDERR_FILENO) == 1};
+    struct model_config cfg = {
+        .dir = o->model,
+        .kv_dtype = d->kv_dtype,
+        .max_seqs = (int32_t)o->max_running,
+        .max_tokens = (int32_t)o->token_budget,
+        .max_position = o->max_model_len,
+        .progress = show_progress,
+        .progress_arg = &progress,
+    };
+    struct llama_config file;
+    TRY(llama_config_load(&file, o->model, why));
+    d->max_model_len = (int32_t)(o->max_model_len ? o->max_model_len : file.max_position);
+    cfg.max_position = d->max_model_len;
+    TRY(dev_open(&d->dev, &dev_cpu, 0, threads_per_rank(o), why));
+    TRY(open_comm(d, o, shm, ranks, why));
+    cfg.dev = d->dev;
+    cfg.comm = d->comm;
+    TRY(model_open(&d->model, &cfg, why));
+    TRY(size_pages(d, o, why));
+    TRY(daemon_policy_load(&d->policy, o, model_info(d->model), why));
+    model_set_policy(d->model, &d->policy.attn);
+    return 0;
+}
+
+int daemon_model_open(struct daemon_model *d, const struct daemon_options *o, const char *shm,
+                      struct ranks *ranks, struct err_msg *why)
+{
+    memset(d, 0, sizeof *d);
+    d->kv_dtype = o->kv_dtype == KV_DTYPE_BF16 ? DTYPE_BF16 : DTYPE_F32;
+    int err = open_parts(d, o, shm, ranks, why);
+    if (err < 0)
+        daemon_model_close(d);
+    return err;
+}
+
+void daemon_model_close(struct daemon_model *d)
+{
+    model_close(d->model);
+    daemon_policy_free(&d->policy);
+    comm_close(d->comm);
+    dev_close(d->dev);
+    memset(d, 0, sizeof *d);
+}

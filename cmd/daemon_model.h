@@ -1,0 +1,29 @@
+/* Everything of a daemon that is not sockets: device, ranks' communicator, model, page memory,
+ * policy. The leader (rank 0) and the followers build it alike. */
+#ifndef CMD_DAEMON_MODEL_H
+#define CMD_DAEMON_MODEL_H
+
+#include "cmd/daemon_options.h"
+#include "cmd/daemon_policy.h"
+#include "model/model.h"
+#include "parallel/comm.h"
+
+struct daemon_model {
+    struct dev *dev;
+    struct comm *comm;
+    struct model *model;
+    struct daemon_policy policy;
+    int32_t max_model_len;
+    int32_t n_pages;
+    enum dtype kv_dtype;
+};
+
+struct ranks;
+
+/* shm names the ranks' shared memory; NULL with --tp 1. ranks: the leader's, to notice a follower
+ * that dies early. */
+MUST_CHECK int daemon_model_open(struct daemon_model *d, const struct daemon_options *o,
+                                 const char *shm, struct ranks *ranks, struct err_msg *why);
+void daemon_model_close(struct daemon_model *d);
+
+#endif

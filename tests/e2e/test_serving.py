@@ -1,0 +1,285 @@
+"""Serving through real processes and sockets: answers, sharing, latency beside a long prompt, limits, shutdown, metrics."""
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import urllib.error
+import urllib.request
+
+from harness import (ABS, ACCEPTED, BIN, DONE, ERROR, GOAWAY, NEEDLE, PATIENCE, PROGRESS, REL, ROOT, TOKENS, Client,
+                     Daemon, golden, main, prompts)
+
+DRAINING, DEADLINE, QUEUE_FULL = 7, 9, 6
+REASON_CANCELLED, REASON_DEADLINE, REASON_SHUTDOWN = 2, 3, 6
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Answers(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = Daemon("--thresholds", os.path.join(NEEDLE, "thresholds.safetensors"), "--max-model-len", "8192")
+        cls.daemon.wait_ready()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.daemon.__exit__(None, None, None)
+
+    def client(self):
+        c = Client(self.daemon.path)
+        self.addCleanup(c.close)
+        return c
+
+    def test_golden(self):
+        """The continuations that transformers gives."""
+        c = self.client()
+        for i, (prompt, want) in enumerate(golden()):
+            out, done = c.generate("g%d" % i, prompt, max_tokens=16, ignore_eos=True)
+            self.assertEqual(out, want)
+            self.assertEqual(done[1], 1)  # length
+
+    def test_modes(self):
+        """The right answer, dense and gated; a gate keeps fewer pages."""
+        prompt, want = min(prompts(1000), key=lambda p: len(p[0]))
+        c = self.client()
+        levels = c.info[14]
+        self.assertTrue(levels)
+        for mode in (None, {0: ABS, 1: levels[-1]}, {0: REL, 2: -0.001, 3: 64}):
+            out, done = c.generate("m%s" % mode, prompt, sparse=mode, max_tokens=len(want))
+            self.assertEqual(out[:len(want) - 1], want[:-1])
+            if mode and mode[0] == REL:
+                self.assertLess(done[12], done[10])  # kept < reachable
+
+    def test_sharing_a_prefix(self):
+        """The second of two equal prompts is cached but for its last block; another tenant's salt sees nothing."""
+        c = self.client()
+        rng = random.Random(5)
+        prompt = [rng.randrange(3, 512) for _ in range(1000)]
+        first, done = c.generate("a", prompt, max_tokens=4, ignore_eos=True)
+        self.assertEqual(done[4], 0)
+        second, done = c.generate("b", prompt, max_tokens=4, ignore_eos=True)
+        self.assertEqual(done[4], 896)
+        self.assertEqual(first, second)
+        _, done = c.generate("c", prompt, max_tokens=4, ignore_eos=True, cache_salt=b"other")
+        self.assertEqual(done[4], 0)
+        _, done = c.generate("d", prompt, sparse={0: REL, 2: -1.0}, max_tokens=4, ignore_eos=True)
+        self.assertEqual(done[4], 0)  # another policy's pages are not these
+
+    def test_sampling_is_seeded(self):
+        c = self.client()
+        prompt = list(range(40, 120))
+        one, _ = c.generate("s1", prompt, max_tokens=12, temperature=1.5, seed=7, ignore_eos=True)
+        two, _ = c.generate("s2", prompt, max_tokens=12, temperature=1.5, seed=7, ignore_eos=True)
+        other, _ = c.generate("s3", prompt, max_tokens=12, temperature=1.5, seed=8, ignore_eos=True)
+        self.assertEqual(one, two)
+        self.assertNotEqual(one, other)
+
+    def test_cancel_and_disconnect(self):
+        """Both give back every page."""
+        c = self.client()
+        rng = random.Random(6)
+        long = [rng.randrange(3, 512) for _ in range(6000)]
+        c.submit("gone", long, max_tokens=100, ignore_eos=True)
+        while c.recv()[0] != PROGRESS:
+            pass
+        c.send(3, {0: ["gone", "never was"]})
+        kind, body, _, _ = c.until_end("gone")
+        self.assertEqual((kind, body[1]), (DONE, REASON_CANCELLED))
+        rude = Client(self.daemon.path)
+        rude.submit("x", long[::-1], max_tokens=100, ignore_eos=True)
+        while rude.recv()[0] != PROGRESS:
+            pass
+        rude.close()
+        end = time.monotonic() + PATIENCE
+        while c.stats()["kv_pages_used"] and time.monotonic() < end:
+            time.sleep(0.02)
+        self.assertEqual(c.stats()["kv_pages_used"], 0)
+
+    def test_deadline(self):
+        c = self.client()
+        c.submit("late", [7] * 6000, max_tokens=2000, ignore_eos=True, deadline_ms=30)
+        kind, body, _, _ = c.until_end("late")
+        self.assertIn((kind, body.get(1) if kind == DONE else body.get(2)),
+                      ((DONE, REASON_DEADLINE), (ERROR, DEADLINE)))
+
+    def test_command_line(self):
+        prompt, want = golden()[0]
+        out = subprocess.run([os.path.join(BIN, "sluice"), "generate", "--connect", "unix:" + self.daemon.path,
+                              "--tokens", ",".join(map(str, prompt)), "--max-tokens", "16", "--temperature", "0",
+                              "--ignore-eos", "--logprobs", "2", "--sparse", "dense", "--json"],
+                             stdout=subprocess.PIPE, check=True, timeout=PATIENCE)
+        row = json.loads(out.stdout)
+        self.assertEqual(row["tokens"], want)
+        self.assertEqual(row["finish_reason"], "length")
+        self.assertEqual([x["token"] for x in row["logprobs"]], want)
+        self.assertEqual(len(row["logprobs"][0]["top"]), 2)
+        self.assertEqual(row["density"], 1.0)
+        for key in ("usage", "timing_ms"):
+            self.assertIn(key, row)
+
+    def test_python_example(self):
+        prompt, want = golden()[1]
+        out = subprocess.run([sys.executable, os.path.join(ROOT, "ipc", "examples", "sluice_client.py"), "--connect",
+                              "unix:" + self.daemon.path, "--tokens", ",".join(map(str, prompt)), "--max-tokens", "16",
+                              "--temperature", "0", "--ignore-eos"], stdout=subprocess.PIPE, check=True,
+                             timeout=PATIENCE)
+        self.assertEqual(json.loads(out.stdout)["tokens"], want)
+
+
+class Latency(unittest.TestCase):
+    def test_short_beside_long(self):
+        """A 100-token request that arrives while a 16K prompt is in prefill gets its first token within two steps and the
+        chunk that was running: at most three chunks of the long prompt finish in between."""
+        rng = random.Random(9)
+        with Daemon("--max-model-len", "20000", "--token-budget", "1024") as d:
+            long, short = Client(d.path), Client(d.path)
+            long.submit("long", [rng.randrange(3, 512) for _ in range(16000)], max_tokens=1)
+            while long.recv()[0] != PROGRESS:
+                pass
+            short.submit("short", [rng.randrange(3, 512) for _ in range(100)], max_tokens=1, ignore_eos=True)
+            kind, _, tokens, _ = short.until_end("short")
+            self.assertEqual((kind, len(tokens)), (DONE, 1))
+            steps = 0
+            long.sock.settimeout(0.05)
+            try:
+                while True:
+                    kind, _ = long.recv()
+                    self.assertNotEqual(kind, DONE)  # the long one is far from done
+                    steps += kind == PROGRESS
+            except socket.timeout:
+                pass
+            self.assertLessEqual(steps, 4)
+            long.sock.settimeout(PATIENCE)
+            self.assertEqual(long.until_end("long")[0], DONE)
+            long.close()
+            short.close()
+
+
+class Limits(unittest.TestCase):
+    def test_queue_full(self):
+        with Daemon("--max-model-len", "4096", "--max-running", "1", "--max-queued-requests", "2",
+                    "--kv-pages", "64") as d:
+            c = Client(d.path)
+            for i in range(6):
+                c.submit("q%d" % i, [5 + i] * 3000, max_tokens=2, ignore_eos=True)
+            ended, refused = 0, 0
+            while ended < 6:
+                kind, body = c.recv()
+                if kind == DONE:
+                    ended += 1
+                elif kind == ERROR:
+                    self.assertEqual(body[2], QUEUE_FULL)
+                    self.assertTrue(body[4])  # retryable
+                    ended += 1
+                    refused += 1
+            self.assertGreaterEqual(refused, 3)
+            c.close()
+
+    def test_tcp_needs_its_token(self):
+        port = free_port()
+        with tempfile.NamedTemporaryFile("w", suffix=".token") as f:
+            f.write("open sesame\n".replace(" ", "-"))
+            f.flush()
+            with Daemon("--auth-token-file", f.name, "--kv-pages", "16", "--max-model-len", "512",
+                        listen="tcp:127.0.0.1:%d" % port):
+                def hello(token):
+                    c = Client.__new__(Client)
+                    c.sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+                    c.buffer = b""
+                    c.send(1, {0: 1, 5: token})
+                    kind = c.recv()[0]
+                    c.close()
+                    return kind
+                self.assertEqual(hello("open-sesame"), 65)
+                self.assertEqual(hello("wrong"), ERROR)
+                self.assertEqual(hello(""), ERROR)
+
+
+class Shutdown(unittest.TestCase):
+    def start(self):
+        d = Daemon("--max-model-len", "8192")
+        d.wait_ready()
+        c = Client(d.path)
+        c.submit("work", [11] * 4000, max_tokens=30, ignore_eos=True)
+        while c.recv()[0] != ACCEPTED:
+            pass
+        return d, c
+
+    def test_sigterm_drains(self):
+        d, c = self.start()
+        d.process.send_signal(signal.SIGTERM)
+        while c.recv()[0] != GOAWAY:
+            pass
+        c.submit("new", [5], max_tokens=1)
+        refused = ended = None
+        while ended is None:
+            kind, body = c.recv()
+            if kind == ERROR and body[0] == "new":
+                refused = body[2]
+            elif kind == DONE:
+                ended = body
+        self.assertEqual(refused, DRAINING)
+        self.assertEqual(ended[5], 30)
+        self.assertEqual(d.wait_exit(), 0)
+        d.__exit__(None, None, None)
+
+    def test_second_sigterm_stops(self):
+        d, c = self.start()
+        d.process.send_signal(signal.SIGTERM)
+        while c.recv()[0] != GOAWAY:
+            pass
+        d.process.send_signal(signal.SIGTERM)
+        kind, body, _, _ = c.until_end("work")
+        self.assertEqual((kind, body[1]), (DONE, REASON_SHUTDOWN))
+        self.assertEqual(d.wait_exit(), 0)
+        d.__exit__(None, None, None)
+
+    def test_drain_verb(self):
+        d, c = self.start()
+        out = subprocess.run([os.path.join(BIN, "sluice"), "drain", "--connect", "unix:" + d.path], timeout=PATIENCE)
+        self.assertEqual(out.returncode, 0)
+        kind, body, _, _ = c.until_end("work")
+        self.assertEqual((kind, body[5]), (DONE, 30))
+        self.assertEqual(d.wait_exit(), 0)
+        d.__exit__(None, None, None)
+
+
+class Metrics(unittest.TestCase):
+    def test_prometheus(self):
+        port = free_port()
+        with Daemon("--metrics", "127.0.0.1:%d" % port, "--max-model-len", "2048") as d:
+            c = Client(d.path)
+            c.generate("a", [9] * 300, max_tokens=5, ignore_eos=True)
+            base = "http://127.0.0.1:%d" % port
+            text = urllib.request.urlopen(base + "/metrics", timeout=PATIENCE).read().decode()
+            values = {}
+            for line in text.splitlines():
+                if not line.startswith("#"):
+                    name, value = line.rsplit(" ", 1)
+                    values[name] = float(value)
+            label = '{model_name="needle",engine="0"}'
+            self.assertEqual(values["vllm:prompt_tokens_total" + label], 300)
+            self.assertEqual(values["vllm:generation_tokens_total" + label], 5)
+            self.assertEqual(values["vllm:num_requests_running" + label], 0)
+            self.assertEqual(values["vllm:time_to_first_token_seconds_count" + label], 1)
+            self.assertEqual(values["vllm:inter_token_latency_seconds_count" + label], 4)
+            self.assertIn('vllm:request_success_total{model_name="needle",engine="0",finished_reason="length"}', values)
+            health = json.loads(urllib.request.urlopen(base + "/health", timeout=PATIENCE).read())
+            self.assertTrue(health["live"])
+            with self.assertRaises(urllib.error.HTTPError):
+                urllib.request.urlopen(base + "/nothing", timeout=PATIENCE)
+            c.close()
+
+
+if __name__ == "__main__":
+    main()
