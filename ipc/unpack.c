@@ -104,9 +104,11 @@ static int read_text(const struct reader *r, const msgpack_object *o, char *at, 
     if (o->via.str.size > room)
         return err_set(r->why, ERR_INVALID, "%s: %u bytes, at most %zu", r->field->name,
                        o->via.str.size, room);
-    if (memchr(o->via.str.ptr, 0, o->via.str.size))
-        return wrong(r, "free of NUL bytes");
-    memcpy(at, o->via.str.ptr, o->via.str.size);
+    if (o->via.str.size > 0) { /* msgpack-c may give an empty string no address */
+        if (memchr(o->via.str.ptr, 0, o->via.str.size))
+            return wrong(r, "free of NUL bytes");
+        memcpy(at, o->via.str.ptr, o->via.str.size);
+    }
     at[o->via.str.size] = '\0';
     return 0;
 }
@@ -190,7 +192,8 @@ static int read_salt(const struct reader *r, const msgpack_object *o, char *at, 
     if (o->via.bin.size > r->field->room)
         return err_set(r->why, ERR_INVALID, "%s: %u bytes, at most %d", r->field->name,
                        o->via.bin.size, r->field->room);
-    memcpy(at, o->via.bin.ptr, o->via.bin.size);
+    if (o->via.bin.size > 0)
+        memcpy(at, o->via.bin.ptr, o->via.bin.size);
     *count = (int32_t)o->via.bin.size;
     return 0;
 }
@@ -386,7 +389,11 @@ static int read_message(struct ipc_decoder *d, struct ipc_msg *m, const msgpack_
     ipc_msg_init(m, (enum ipc_type)s->type);
     struct reader r = {&d->zone, NULL, why};
     TRY(read_fields(&r, s, body, (char *)&m->u));
-    return m->type == IPC_SUBMIT ? ipc_submit_check(&m->u.submit, 0, why) : 0;
+    if (m->type != IPC_SUBMIT)
+        return 0;
+    if (m->u.submit.top_k < 0)
+        m->u.submit.top_k = 0;
+    return ipc_submit_check(&m->u.submit, 0, why);
 }
 
 int ipc_msg_unpack(struct ipc_decoder *d, struct ipc_msg *m, const uint8_t *payload, size_t len,
