@@ -3,8 +3,9 @@
  * digits), gate_rows, page "64", rope, softmax_scale, n_max (tokens), samples, set (hash of the
  * calibration set, 16 hex digits), auto_k (level that `--sparse auto` chooses), auto_min (prompt
  * tokens below which auto is dense). T[s][l][h][i] gates query head h of layer l at absolute query
- * block i (128 tokens); natural scaled-logit units. Levels are stored by increasing k. Every error
- * names the file and the field. Source: BSFA section 4.2-4.3. */
+ * block i (128 tokens); natural scaled-logit units. Levels are stored by increasing k; NB is n_max
+ * in blocks. -inf (dense) and +inf (diagonal only) are values, NaN is not. Every error names the
+ * file and the field. Source: BSFA section 4.2-4.3. */
 #ifndef CALIBRATION_THRESHOLDS_H
 #define CALIBRATION_THRESHOLDS_H
 
@@ -19,7 +20,7 @@ struct thresholds_meta {
     uint64_t model;    /* struct model_info.fingerprint */
     uint64_t set;      /* hash of the calibration samples */
     int32_t gate_rows; /* 128 or 64 */
-    int32_t n_max;     /* longest calibrated position, tokens */
+    int32_t n_max;     /* calibrated positions, tokens; beyond them the last block's row is used */
     int32_t n_samples;
     float softmax_scale;
     char rope[64];
@@ -43,7 +44,8 @@ const struct attn_thresholds *thresholds_view(const struct thresholds *t);
 const int32_t *thresholds_k(const struct thresholds *t, int32_t *n_levels);
 /* Index of the level with exactly this k, or ERR_INVALID with the list of those there are. */
 MUST_CHECK int thresholds_level(const struct thresholds *t, int32_t k, struct err_msg *why);
-/* Hash of the whole content: part of the policy fingerprint that seeds the prefix cache. */
+/* Hash of what decides gates (tensors, shape, gate_rows, model): part of the policy fingerprint
+ * that seeds the prefix cache. The same for the same content, whatever wrote the file. */
 uint64_t thresholds_hash(const struct thresholds *t);
 
 /* What a model must agree on; ERR_MISMATCH names the first field that differs. */
@@ -57,7 +59,10 @@ MUST_CHECK int thresholds_check(const struct thresholds *t, const struct thresho
                                 struct err_msg *why);
 
 /* Predicted density of level k over a prompt of n_tokens: sum_i(min(k, A_i) + diag) / sum_i(A_i +
- * diag), R11. */
+ * diag), R11, in the units of struct attn_counts. With gate_rows 64 both halves of block i choose
+ * among the same A_i = 2i pages; the first half has one diagonal page, the second two. */
 double thresholds_predicted_density(int32_t k, int64_t n_tokens, int32_t gate_rows);
+/* The smallest k whose predicted density reaches `density` (in (0, 1]) at n_tokens, at least 1. */
+int32_t thresholds_k_for_density(double density, int64_t n_tokens, int32_t gate_rows);
 
 #endif

@@ -1,0 +1,106 @@
+#include "calibration/calib_run.h"
+
+#include "core/mem.h"
+
+#include <errno.h>
+
+struct calib_run {
+    struct model *model;
+    int32_t chunk, n_pages;
+    int32_t *pages; /* page i of the prompt is page i of the pool */
+    struct batch_token token;
+    struct batch_counts counts;
+    void (*on_chunk)(void *arg, int32_t n_tokens);
+    void *on_chunk_arg;
+    uint64_t step_id;
+};
+
+int calib_run_create(struct calib_run **out, struct model *m, int32_t max_tokens, int32_t chunk,
+                     struct err_msg *why)
+{
+    if (chunk < KV_BLOCK_TOKENS || chunk % KV_BLOCK_TOKENS) {
+        return err_set(why, ERR_INVALID, "chunk %d is not a multiple of %d", chunk,
+                       KV_BLOCK_TOKENS);
+    }
+    struct calib_run *r = mem_zalloc(1, sizeof *r);
+    r->model = m;
+    r->chunk = chunk;
+    r->n_pages = kv_pages_for(max_tokens);
+    r->pages = mem_zalloc((size_t)r->n_pages, sizeof *r->pages);
+    for (int32_t i = 0; i < r->n_pages; i++) {
+        r->pages[i] = i;
+    }
+    int err = model_take_pages(m, r->n_pages, why);
+    if (err < 0) {
+        calib_run_destroy(r);
+        return err;
+    }
+    *out = r;
+    return 0;
+}
+
+void calib_run_destroy(struct calib_run *r)
+{
+    if (!r) {
+        return;
+    }
+    mem_free(r->pages);
+    mem_free(r);
+}
+
+void calib_run_on_chunk(struct calib_run *r, void (*fn)(void *arg, int32_t n_tokens), void *arg)
+{
+    r->on_chunk = fn;
+    r->on_chunk_arg = arg;
+}
+
+static int run_chunk(struct calib_run *r, struct batch_seq *seq, struct batch_counts *counts)
+{
+    struct batch_result result = {.tokens = &r->token, .counts = &r->counts};
+    struct batch batch = {
+        .step_id = ++r->step_id, .n_seqs = 1, .n_tokens = seq->n_tokens, .seqs = seq};
+    TRY(model_step(r->model, &batch, &result));
+    if (counts) {
+        counts->reachable += r->counts.reachable;
+        counts->visited += r->counts.visited;
+        counts->kept += r->counts.kept;
+    }
+    if (r->on_chunk) {
+        r->on_chunk(r->on_chunk_arg, seq->n_tokens);
+    }
+    return 0;
+}
+
+int calib_run_prompt(struct calib_run *r, const int32_t *tokens, int32_t n_tokens,
+                     struct batch_policy policy, struct batch_counts *counts)
+{
+    struct batch_seq seq = {
+        .id = 1, .tokens = tokens, .prompt_len = n_tokens, .pages = r->pages, .policy = policy};
+    if (n_tokens < 1 || kv_pages_for(n_tokens) > r->n_pages) {
+        return ERR_TOO_LONG;
+    }
+    if (counts) {
+        *counts = (struct batch_counts){0};
+    }
+    for (seq.start = 0; seq.start < n_tokens; seq.start += seq.n_tokens) {
+        seq.n_tokens = n_tokens - seq.start < r->chunk ? n_tokens - seq.start : r->chunk;
+        seq.n_pages = kv_pages_for(seq.start + seq.n_tokens);
+        TRY(run_chunk(r, &seq, counts));
+    }
+    return 0;
+}
+
+int calib_run_sample(struct calib_run *r, struct calib *c, int32_t gate_rows, const int32_t *tokens,
+                     int32_t n_tokens, struct err_msg *why)
+{
+    const struct batch_policy dense = {.gate = BATCH_DENSE, .gate_rows = 128};
+    int err = model_probe_tiles(r->model, gate_rows, calib_tiles, c);
+    if (err == 0) {
+        err = calib_run_prompt(r, tokens, n_tokens, dense, NULL);
+    }
+    int off = model_probe_tiles(r->model, gate_rows, NULL, NULL);
+    if (err < 0 || off < 0) {
+        return err_set(why, err < 0 ? err : off, "dense run: %s", err_str(err < 0 ? err : off));
+    }
+    return calib_end_sample(c, n_tokens, why);
+}

@@ -1,0 +1,29 @@
+/* Runs samples through a model one at a time, in chunks, with a hand-made page table: the dense
+ * runs that calibrate, and the gated runs that measure the density of held-out samples. Needs
+ * neither the cache's bookkeeping nor the scheduler. */
+#ifndef CALIBRATION_CALIB_RUN_H
+#define CALIBRATION_CALIB_RUN_H
+
+#include "calibration/calibrate.h"
+#include "model/batch.h"
+#include "model/model.h"
+
+struct calib_run;
+
+/* For prompts of up to max_tokens tokens in chunks of `chunk` (a multiple of 128, within the
+ * model's max_tokens). Takes the model's pages, so once per model. The model must outlive the run.
+ */
+MUST_CHECK int calib_run_create(struct calib_run **out, struct model *m, int32_t max_tokens,
+                                int32_t chunk, struct err_msg *why);
+void calib_run_destroy(struct calib_run *r); /* accepts NULL */
+
+/* Called after every chunk; may be NULL. */
+void calib_run_on_chunk(struct calib_run *r, void (*fn)(void *arg, int32_t n_tokens), void *arg);
+/* One whole prompt as prefill under the policy; counts (may be NULL) receives its pages. */
+MUST_CHECK int calib_run_prompt(struct calib_run *r, const int32_t *tokens, int32_t n_tokens,
+                                struct batch_policy policy, struct batch_counts *counts);
+/* A dense prompt whose page maxima go into c. */
+MUST_CHECK int calib_run_sample(struct calib_run *r, struct calib *c, int32_t gate_rows,
+                                const int32_t *tokens, int32_t n_tokens, struct err_msg *why);
+
+#endif

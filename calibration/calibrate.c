@@ -1,0 +1,273 @@
+#include "calibration/calibrate.h"
+
+#include "core/mem.h"
+#include "core/pool.h"
+#include "kvcache/kv_view.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <string.h>
+
+enum { PAGES_PER_BLOCK = KV_BLOCK_TOKENS / KV_PAGE_TOKENS, MAX_LEVELS = 64 };
+
+struct calib {
+    struct calib_config cfg;
+    int32_t k[MAX_LEVELS];
+    double *sums;       /* [n_levels, n_layers, n_heads, n_blocks] */
+    int32_t *n_samples; /* [n_blocks] that filled the block */
+    float *scratch;     /* [workers, pages] */
+    int32_t scratch_len;
+    atomic_bool not_finite;
+};
+
+static int check_config(const struct calib_config *c, struct err_msg *why)
+{
+    if (c->n_layers < 1 || c->n_heads < 1) {
+        return err_set(why, ERR_INVALID, "calibration: %d layers, %d heads", c->n_layers,
+                       c->n_heads);
+    }
+    if (c->n_blocks < 1) {
+        return err_set(why, ERR_INVALID, "calibration: no sample has %d tokens", KV_BLOCK_TOKENS);
+    }
+    if (c->gate_rows != 128 && c->gate_rows != 64) {
+        return err_set(why, ERR_INVALID, "calibration: gate_rows is %d, must be 128 or 64",
+                       c->gate_rows);
+    }
+    if (c->n_levels < 1 || c->n_levels > MAX_LEVELS) {
+        return err_set(why, ERR_INVALID, "calibration: %d levels, must be 1 to %d", c->n_levels,
+                       MAX_LEVELS);
+    }
+    for (int32_t i = 0; i < c->n_levels; i++) {
+        if (c->k[i] < 1 || (i > 0 && c->k[i] <= c->k[i - 1])) {
+            return err_set(why, ERR_INVALID, "calibration: k[%d] = %d: not positive and increasing",
+                           i, c->k[i]);
+        }
+    }
+    return 0;
+}
+
+static size_t n_sums(const struct calib_config *c)
+{
+    return (size_t)c->n_levels * (size_t)c->n_layers * (size_t)c->n_heads * (size_t)c->n_blocks;
+}
+
+int calib_create(struct calib **out, const struct calib_config *cfg, struct err_msg *why)
+{
+    TRY(check_config(cfg, why));
+    struct calib *c = mem_zalloc(1, sizeof *c);
+    size_t workers = cfg->pool ? (size_t)pool_size(cfg->pool) : 1;
+    c->cfg = *cfg;
+    memcpy(c->k, cfg->k, (size_t)cfg->n_levels * sizeof *c->k);
+    c->cfg.k = c->k;
+    c->scratch_len = cfg->n_blocks * PAGES_PER_BLOCK;
+    c->sums = mem_try_aligned(n_sums(cfg), sizeof *c->sums);
+    c->n_samples = mem_try_aligned((size_t)cfg->n_blocks, sizeof *c->n_samples);
+    c->scratch = mem_try_aligned(workers * (size_t)c->scratch_len, sizeof *c->scratch);
+    if (!c->sums || !c->n_samples || !c->scratch) {
+        calib_destroy(c);
+        return err_set(why, -ENOMEM, "calibration: no memory for %zu sums", n_sums(cfg));
+    }
+    *out = c;
+    return 0;
+}
+
+void calib_destroy(struct calib *c)
+{
+    if (!c) {
+        return;
+    }
+    mem_free(c->sums);
+    mem_free(c->n_samples);
+    mem_free(c->scratch);
+    mem_free(c);
+}
+
+/* ---- selection ------------------------------------------------------------------------------ */
+
+static float median3(float a, float b, float c)
+{
+    if (a > b) {
+        float t = a;
+        a = b;
+        b = t;
+    }
+    return c < a ? a : c > b ? b : c;
+}
+
+/* Splits v[0, n) into greater than the pivot, equal, less; *n_greater and *n_less get the sizes.
+ * Three ways, for filler text repeats and with it the maxima. */
+static void partition(float *v, int32_t n, int32_t *n_greater, int32_t *n_less)
+{
+    const float pivot = median3(v[0], v[n / 2], v[n - 1]);
+    int32_t lo = 0, i = 0, hi = n;
+    while (i < hi) {
+        float x = v[i];
+        if (x > pivot) {
+            v[i++] = v[lo];
+            v[lo++] = x;
+        } else if (x < pivot) {
+            v[i] = v[--hi];
+            v[hi] = x;
+        } else {
+            i++;
+        }
+    }
+    *n_greater = lo;
+    *n_less = n - hi;
+}
+
+/* Puts the element of rank `at` (0: the largest) in its place, none smaller before it, none larger
+ * behind it. */
+static void quickselect(float *v, int32_t n, int32_t at)
+{
+    while (n > 1) {
+        int32_t n_greater, n_less;
+        partition(v, n, &n_greater, &n_less);
+        if (at < n_greater) {
+            n = n_greater;
+        } else if (at >= n - n_less) {
+            v += n - n_less;
+            at -= n - n_less;
+            n = n_less;
+        } else {
+            return;
+        }
+    }
+}
+
+/* From the largest rank down, so that each selection leaves only the elements before it to the
+ * next. */
+void calib_select(float *v, int32_t n, const int32_t *ranks, int32_t n_ranks)
+{
+    for (int32_t i = n_ranks; i-- > 0;) {
+        const int32_t r = ranks[i];
+        int32_t least = r - 1;
+        quickselect(v, n, r);
+        for (int32_t j = 0; j < r; j++)
+            least = v[j] < v[least] ? j : least;
+        float x = v[least];
+        v[least] = v[r - 1];
+        v[r - 1] = x;
+        n = r;
+    }
+}
+
+/* ---- one chunk ------------------------------------------------------------------------------ */
+
+struct chunk {
+    struct calib *c;
+    int layer;
+    int32_t first_block, n_blocks; /* full ones */
+    const float *max;
+    int32_t n_groups, n_pages;
+};
+
+static double *sum_at(const struct calib *c, int32_t level, int layer, int32_t head, int32_t block)
+{
+    size_t at = ((size_t)level * (size_t)c->cfg.n_layers + (size_t)layer) * (size_t)c->cfg.n_heads;
+    return c->sums + (at + (size_t)head) * (size_t)c->cfg.n_blocks + (size_t)block;
+}
+
+/* The thresholds of one row group, added to the sums of its block with the given weight. */
+static void add_group(const struct chunk *ch, int32_t head, int32_t block, const float *max,
+                      double weight, float *v)
+{
+    struct calib *c = ch->c;
+    const int32_t available = block * PAGES_PER_BLOCK;
+    int32_t n = 0;
+    for (int32_t j = 0; j < available; j++) {
+        if (!isfinite(max[j])) {
+            atomic_store_explicit(&c->not_finite, true, memory_order_relaxed);
+            return;
+        }
+        v[j] = max[j];
+    }
+    while (n < c->cfg.n_levels && c->k[n] < available) {
+        n++;
+    }
+    calib_select(v, available, c->k, n);
+    for (int32_t s = 0; s < n; s++) {
+        double mid = ((double)v[c->k[s] - 1] + (double)v[c->k[s]]) / 2;
+        *sum_at(c, s, ch->layer, head, block) += weight * mid;
+    }
+}
+
+static void add_head(void *arg, int head, int worker)
+{
+    const struct chunk *ch = arg;
+    const struct calib *c = ch->c;
+    const int32_t per_block = KV_BLOCK_TOKENS / c->cfg.gate_rows;
+    float *v = c->scratch + (size_t)worker * (size_t)c->scratch_len;
+    for (int32_t i = 0; i < ch->n_blocks; i++) {
+        for (int32_t half = 0; half < per_block; half++) {
+            size_t group = (size_t)head * (size_t)ch->n_groups + (size_t)(i * per_block + half);
+            const float *max = ch->max + group * (size_t)ch->n_pages;
+            add_group(ch, head, ch->first_block + i, max, 1.0 / per_block, v);
+        }
+    }
+}
+
+void calib_tiles(void *calib, int layer, int32_t pos, int32_t n_tokens, const float *max,
+                 int32_t n_groups, int32_t n_pages)
+{
+    struct calib *c = calib;
+    struct chunk ch = {.c = c,
+                       .layer = layer,
+                       .first_block = pos / KV_BLOCK_TOKENS,
+                       .n_blocks = n_tokens / KV_BLOCK_TOKENS,
+                       .max = max,
+                       .n_groups = n_groups,
+                       .n_pages = n_pages};
+    ASSERT(layer >= 0 && layer < c->cfg.n_layers && pos % KV_BLOCK_TOKENS == 0);
+    ASSERT(ch.first_block + ch.n_blocks <= c->cfg.n_blocks);
+    ASSERT(ch.n_blocks == 0 || (ch.first_block + ch.n_blocks - 1) * PAGES_PER_BLOCK <= n_pages);
+    if (c->cfg.pool) {
+        pool_run(c->cfg.pool, add_head, &ch, c->cfg.n_heads);
+        return;
+    }
+    for (int32_t h = 0; h < c->cfg.n_heads; h++) {
+        add_head(&ch, h, 0);
+    }
+}
+
+int calib_end_sample(struct calib *c, int32_t n_tokens, struct err_msg *why)
+{
+    if (atomic_load(&c->not_finite)) {
+        return err_set(why, ERR_NUMERIC, "a page maximum is NaN or infinite");
+    }
+    for (int32_t i = 0; i < n_tokens / KV_BLOCK_TOKENS; i++) {
+        c->n_samples[i]++;
+    }
+    return 0;
+}
+
+int32_t calib_filled_blocks(const struct calib *c)
+{
+    int32_t n = 0;
+    while (n < c->cfg.n_blocks && c->n_samples[n] > 0) {
+        n++;
+    }
+    return n;
+}
+
+int calib_thresholds(const struct calib *c, float *t, struct err_msg *why)
+{
+    const int32_t filled = calib_filled_blocks(c), n_blocks = c->cfg.n_blocks;
+    if (filled == 0) {
+        return err_set(why, ERR_INVALID, "calibration: no sample has %d tokens", KV_BLOCK_TOKENS);
+    }
+    const size_t rows = (size_t)c->cfg.n_layers * (size_t)c->cfg.n_heads;
+    for (int32_t s = 0; s < c->cfg.n_levels; s++) {
+        for (size_t r = 0; r < rows; r++) {
+            size_t at = ((size_t)s * rows + r) * (size_t)n_blocks;
+            for (int32_t i = 0; i < n_blocks; i++) {
+                int32_t from = i < filled ? i : filled - 1;
+                double mean = c->sums[at + (size_t)from] / c->n_samples[from];
+                t[at + (size_t)i] = from * PAGES_PER_BLOCK <= c->k[s] ? -INFINITY : (float)mean;
+            }
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,60 @@
+/* From page maxima to thresholds. Feed it the maxima of dense runs (model_probe_tiles), layer by
+ * layer and chunk by chunk; it keeps one double a threshold and forgets the maxima at once.
+ *
+ * Per sample, layer, query head and full 128-token block i with its A = 2i off-diagonal pages, for
+ * every level k in one pass: the threshold is the midpoint of the k-th and (k+1)-th largest page
+ * maximum, -inf (dense) where A <= k. Over samples: the arithmetic mean, in double, of those that
+ * reach the block; A <= k depends on i and k alone, so a mean never mixes finite and -inf.
+ *
+ * A block that a sample's end cuts short does not count: the maximum over fewer rows is smaller,
+ * and its mean with others would skip too little. Blocks that no sample fills take the last filled
+ * block's row, as the kernel does beyond the table.
+ *
+ * gate_rows 64: each half of a block has its own maxima, chooses among the same A pages, and gives
+ * its own midpoint; the block's threshold is the mean of the two, since the kernel looks up
+ * T[block] for both halves.
+ *
+ * Source: BSFA (arXiv 2512.07011) section 4.2-4.3, and its calibrate.py for the -inf rule. */
+#ifndef CALIBRATION_CALIBRATE_H
+#define CALIBRATION_CALIBRATE_H
+
+#include "core/err.h"
+
+#include <stdint.h>
+
+struct pool;
+struct calib;
+
+struct calib_config {
+    int32_t n_layers, n_heads;
+    int32_t n_blocks;  /* of the longest sample: full 128-token blocks, at least 1 */
+    int32_t gate_rows; /* 128 or 64 */
+    const int32_t *k;  /* [n_levels], positive and increasing; copied */
+    int32_t n_levels;
+    struct pool *pool; /* works on heads in parallel; may be NULL */
+};
+
+MUST_CHECK int calib_create(struct calib **out, const struct calib_config *cfg,
+                            struct err_msg *why);
+void calib_destroy(struct calib *c); /* accepts NULL */
+
+/* Maxima of one layer and chunk of the current sample: a model_tile_fn with arg = struct calib *.
+ * max [n_heads, n_groups, n_pages], group g covering positions pos + g * gate_rows on; pos is a
+ * multiple of 128. A value that is not finite is remembered and fails calib_end_sample. */
+void calib_tiles(void *calib, int layer, int32_t pos, int32_t n_tokens, const float *max,
+                 int32_t n_groups, int32_t n_pages);
+/* The current sample had n_tokens tokens, all of whose chunks and layers were fed. On an error its
+ * maxima are in the sums already and the calibration is spoilt. */
+MUST_CHECK int calib_end_sample(struct calib *c, int32_t n_tokens, struct err_msg *why);
+/* Blocks that some sample filled; the rest repeat the last of them. */
+int32_t calib_filled_blocks(const struct calib *c);
+/* Writes the means to t [n_levels, n_layers, n_heads, n_blocks]. ERR_INVALID when no sample filled
+ * a block. */
+MUST_CHECK int calib_thresholds(const struct calib *c, float *t, struct err_msg *why);
+
+/* Puts v's descending order right at ranks r - 1 and r for every r in ranks[0, n_ranks)
+ * (increasing, less than n): v[r - 1] and v[r] are then the r-th and (r+1)-th largest. v holds no
+ * NaN. */
+void calib_select(float *v, int32_t n, const int32_t *ranks, int32_t n_ranks);
+
+#endif

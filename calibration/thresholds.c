@@ -1,0 +1,415 @@
+/* Reading, checking and looking up threshold files. The container is model/safetensors.h, which
+ * bounds the header and holds that tensors tile the file; here are the rules of this format. The
+ * file is read whole into memory before it is parsed, so nothing depends on it afterwards. */
+#include "calibration/thresholds.h"
+
+#include "calibration/thresholds_file.h"
+#include "core/hash.h"
+#include "core/mem.h"
+#include "kvcache/kv_view.h"
+#include "model/safetensors.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    MAX_LEVELS = 64,
+    MAX_LAYERS = 4096,
+    MAX_HEADS = 4096,
+    MAX_BLOCKS = 1 << 20, /* 128M tokens */
+    MAX_COUNT = 1 << 30   /* of tokens and samples */
+};
+
+struct thresholds {
+    char *name; /* of the file, for messages */
+    struct thresholds_meta meta;
+    struct attn_thresholds view;
+    float *t;   /* [n_levels, n_layers, n_heads, n_blocks] */
+    int32_t *k; /* [n_levels] */
+    uint64_t hash;
+};
+
+/* ---- metadata ------------------------------------------------------------------------------- */
+
+struct reader {
+    const struct safetensors *st;
+    const char *name;
+    struct err_msg *why;
+};
+
+static int text_field(const struct reader *r, const char *field, const char **out)
+{
+    *out = safetensors_metadata(r->st, field);
+    if (!*out) {
+        return err_set(r->why, ERR_FORMAT, "%s: metadata %s is missing", r->name, field);
+    }
+    return 0;
+}
+
+static int fixed_field(const struct reader *r, const char *field, const char *want, int err)
+{
+    const char *text;
+    TRY(text_field(r, field, &text));
+    if (strcmp(text, want) != 0) {
+        return err_set(r->why, err, "%s: metadata %s is '%.40s', must be '%s'", r->name, field,
+                       text, want);
+    }
+    return 0;
+}
+
+static int int_field(const struct reader *r, const char *field, int32_t min, int32_t *out)
+{
+    const char *text;
+    char *end;
+    TRY(text_field(r, field, &text));
+    errno = 0;
+    long v = strtol(text, &end, 10);
+    if (errno || end == text || *end || v < min || v > MAX_COUNT) {
+        return err_set(r->why, ERR_FORMAT, "%s: metadata %s is '%.40s', not a number from %d to %d",
+                       r->name, field, text, min, MAX_COUNT);
+    }
+    *out = (int32_t)v;
+    return 0;
+}
+
+/* Exactly 16 lower-case hex digits. */
+static int hex_field(const struct reader *r, const char *field, uint64_t *out)
+{
+    const char *text;
+    TRY(text_field(r, field, &text));
+    if (strlen(text) != 16 || strspn(text, "0123456789abcdef") != 16) {
+        return err_set(r->why, ERR_FORMAT, "%s: metadata %s is '%.40s', not 16 hex digits", r->name,
+                       field, text);
+    }
+    *out = strtoull(text, NULL, 16);
+    return 0;
+}
+
+static int scale_field(const struct reader *r, float *out)
+{
+    const char *text;
+    char *end;
+    TRY(text_field(r, "softmax_scale", &text));
+    *out = strtof(text, &end);
+    if (end == text || *end || !isfinite(*out) || *out <= 0) {
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: metadata softmax_scale is '%.40s', not a positive number", r->name,
+                       text);
+    }
+    return 0;
+}
+
+static int read_meta(const struct reader *r, struct thresholds_meta *m)
+{
+    const char *rope;
+    TRY(fixed_field(r, "format", THRESHOLDS_FORMAT, ERR_FORMAT));
+    TRY(fixed_field(r, "version", THRESHOLDS_VERSION, ERR_VERSION));
+    TRY(fixed_field(r, "page", THRESHOLDS_PAGE, ERR_UNSUPPORTED));
+    TRY(hex_field(r, "model", &m->model));
+    TRY(hex_field(r, "set", &m->set));
+    TRY(int_field(r, "gate_rows", 1, &m->gate_rows));
+    if (m->gate_rows != 128 && m->gate_rows != 64) {
+        return err_set(r->why, ERR_UNSUPPORTED, "%s: metadata gate_rows is %d, must be 128 or 64",
+                       r->name, m->gate_rows);
+    }
+    TRY(int_field(r, "n_max", 1, &m->n_max));
+    TRY(int_field(r, "samples", 1, &m->n_samples));
+    TRY(int_field(r, "auto_k", 0, &m->auto_k));
+    TRY(int_field(r, "auto_min", 0, &m->auto_min));
+    TRY(scale_field(r, &m->softmax_scale));
+    TRY(text_field(r, "rope", &rope));
+    if (!*rope || strlen(rope) >= sizeof m->rope) {
+        return err_set(r->why, ERR_FORMAT, "%s: metadata rope is empty or longer than %zu bytes",
+                       r->name, sizeof m->rope - 1);
+    }
+    memcpy(m->rope, rope, strlen(rope) + 1);
+    return 0;
+}
+
+/* ---- tensors -------------------------------------------------------------------------------- */
+
+/* NULL with the reason told; every reason is ERR_FORMAT. */
+static const struct st_tensor *find_tensor(const struct reader *r, const char *name,
+                                           enum st_dtype dtype, int n_dims)
+{
+    char shape[128];
+    const struct st_tensor *t = safetensors_find(r->st, name);
+    if (!t) {
+        (void)err_set(r->why, ERR_FORMAT, "%s: tensor %s is missing", r->name, name);
+        return NULL;
+    }
+    if (t->dtype != dtype) {
+        (void)err_set(r->why, ERR_FORMAT, "%s: tensor %s is %s, must be %s", r->name, name,
+                      st_dtype_name(t->dtype), st_dtype_name(dtype));
+        return NULL;
+    }
+    if (t->n_dims != n_dims) {
+        (void)err_set(r->why, ERR_FORMAT, "%s: tensor %s has shape %s, must have %d dimensions",
+                      r->name, name, st_shape_text(shape, sizeof shape, t->shape, t->n_dims),
+                      n_dims);
+        return NULL;
+    }
+    return t;
+}
+
+static int check_shape(const struct reader *r, const struct st_tensor *t, const struct st_tensor *k,
+                       const struct thresholds_meta *m)
+{
+    char shape[128];
+    const int64_t *s = t->shape;
+    st_shape_text(shape, sizeof shape, s, t->n_dims);
+    if (s[0] < 1 || s[0] > MAX_LEVELS || s[1] < 1 || s[1] > MAX_LAYERS || s[2] < 1 ||
+        s[2] > MAX_HEADS || s[3] < 1 || s[3] > MAX_BLOCKS) {
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: tensor thresholds has shape %s, outside 1 to [%d, %d, %d, %d]", r->name,
+                       shape, MAX_LEVELS, MAX_LAYERS, MAX_HEADS, MAX_BLOCKS);
+    }
+    if (k->shape[0] != s[0]) {
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: tensor k has %" PRId64 " levels, thresholds has shape %s", r->name,
+                       k->shape[0], shape);
+    }
+    if (s[3] != (m->n_max + (int64_t)KV_BLOCK_TOKENS - 1) / KV_BLOCK_TOKENS) {
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: metadata n_max %d disagrees with %" PRId64 " blocks of %d tokens",
+                       r->name, m->n_max, s[3], KV_BLOCK_TOKENS);
+    }
+    return 0;
+}
+
+static int check_k(const struct reader *r, const int32_t *k, int32_t n,
+                   const struct thresholds_meta *m)
+{
+    bool found = m->auto_k == 0;
+    for (int32_t i = 0; i < n; i++) {
+        if (k[i] < 1 || (i > 0 && k[i] <= k[i - 1])) {
+            return err_set(r->why, ERR_FORMAT, "%s: k[%d] = %d: not positive and increasing",
+                           r->name, i, k[i]);
+        }
+        found = found || k[i] == m->auto_k;
+    }
+    if (!found) {
+        return err_set(r->why, ERR_FORMAT, "%s: metadata auto_k is %d, which is not in k", r->name,
+                       m->auto_k);
+    }
+    return 0;
+}
+
+static int check_values(const struct reader *r, const struct attn_thresholds *v)
+{
+    size_t n = (size_t)v->n_levels * (size_t)v->level_stride;
+    for (size_t i = 0; i < n; i++) {
+        if (!isnan(v->t[i])) {
+            continue;
+        }
+        return err_set(
+            r->why, ERR_FORMAT, "%s: thresholds[%zu, %zu, %zu, %zu] is NaN", r->name,
+            i / (size_t)v->level_stride, i % (size_t)v->level_stride / (size_t)v->layer_stride,
+            i % (size_t)v->layer_stride / (size_t)v->head_stride, i % (size_t)v->head_stride);
+    }
+    return 0;
+}
+
+static uint64_t content_hash(const struct thresholds *t)
+{
+    const struct attn_thresholds *v = &t->view;
+    const int32_t shape[] = {v->n_levels, v->n_layers, v->n_heads, v->n_blocks, t->meta.gate_rows};
+    uint64_t h = hash_bytes(shape, sizeof shape, t->meta.model);
+    h = hash_bytes(t->k, (size_t)v->n_levels * sizeof *t->k, h);
+    return hash_bytes(t->t, (size_t)v->n_levels * (size_t)v->level_stride * sizeof *t->t, h);
+}
+
+static int read_tensors(const struct reader *r, struct thresholds *out)
+{
+    const struct st_tensor *t = find_tensor(r, "thresholds", ST_F32, 4);
+    const struct st_tensor *k = t ? find_tensor(r, "k", ST_I32, 1) : NULL;
+    if (!t || !k)
+        return ERR_FORMAT;
+    if (safetensors_count(r->st) != 2) {
+        return err_set(r->why, ERR_FORMAT, "%s: %zu tensors, must be thresholds and k", r->name,
+                       safetensors_count(r->st));
+    }
+    TRY(check_shape(r, t, k, &out->meta));
+    out->t = mem_try_aligned(t->bytes, 1);
+    if (!out->t) {
+        return err_set(r->why, -ENOMEM, "%s: no memory for %zu bytes", r->name, t->bytes);
+    }
+    out->k = mem_alloc(k->bytes);
+    memcpy(out->t, t->data, t->bytes);
+    memcpy(out->k, k->data, k->bytes);
+    int64_t per_layer = t->shape[2] * t->shape[3];
+    out->view = (struct attn_thresholds){.t = out->t,
+                                         .n_levels = (int32_t)t->shape[0],
+                                         .n_layers = (int32_t)t->shape[1],
+                                         .n_heads = (int32_t)t->shape[2],
+                                         .n_blocks = (int32_t)t->shape[3],
+                                         .level_stride = t->shape[1] * per_layer,
+                                         .layer_stride = per_layer,
+                                         .head_stride = t->shape[3]};
+    TRY(check_k(r, out->k, out->view.n_levels, &out->meta));
+    TRY(check_values(r, &out->view));
+    out->hash = content_hash(out);
+    return 0;
+}
+
+int thresholds_parse(struct thresholds **out, const void *data, size_t len, const char *name,
+                     struct err_msg *why)
+{
+    struct safetensors *st = NULL;
+    TRY(safetensors_parse(&st, data, len, name, why));
+    struct reader r = {.st = st, .name = name, .why = why};
+    struct thresholds *t = mem_zalloc(1, sizeof *t);
+    t->name = mem_strdup(name);
+    int err = read_meta(&r, &t->meta);
+    if (err == 0) {
+        err = read_tensors(&r, t);
+    }
+    safetensors_close(st);
+    if (err < 0) {
+        thresholds_free(t);
+        return err;
+    }
+    *out = t;
+    return 0;
+}
+
+int thresholds_load(struct thresholds **out, const char *path, struct err_msg *why)
+{
+    void *data = NULL;
+    size_t len = 0;
+    TRY(thresholds_read_file(path, &data, &len, why));
+    int err = thresholds_parse(out, data, len, path, why);
+    mem_free(data);
+    return err;
+}
+
+void thresholds_free(struct thresholds *t)
+{
+    if (!t) {
+        return;
+    }
+    mem_free(t->name);
+    mem_free(t->t);
+    mem_free(t->k);
+    mem_free(t);
+}
+
+const struct thresholds_meta *thresholds_meta(const struct thresholds *t)
+{
+    return &t->meta;
+}
+
+const struct attn_thresholds *thresholds_view(const struct thresholds *t)
+{
+    return &t->view;
+}
+
+const int32_t *thresholds_k(const struct thresholds *t, int32_t *n_levels)
+{
+    *n_levels = t->view.n_levels;
+    return t->k;
+}
+
+int thresholds_level(const struct thresholds *t, int32_t k, struct err_msg *why)
+{
+    char list[256] = "";
+    size_t at = 0;
+    for (int32_t i = 0; i < t->view.n_levels; i++) {
+        if (t->k[i] == k) {
+            return i;
+        }
+        if (at < sizeof list) {
+            at += (size_t)snprintf(list + at, sizeof list - at, "%s%d", i ? ", " : "", t->k[i]);
+        }
+    }
+    return err_set(why, ERR_INVALID, "%s has no thresholds for k=%d, only for %s", t->name, k,
+                   list);
+}
+
+uint64_t thresholds_hash(const struct thresholds *t)
+{
+    return t->hash;
+}
+
+int thresholds_check(const struct thresholds *t, const struct thresholds_expect *e,
+                     struct err_msg *why)
+{
+    const struct thresholds_meta *m = &t->meta;
+    if (m->model != e->model) {
+        return err_set(why, ERR_MISMATCH,
+                       "%s: model is %016" PRIx64 ", the loaded one is %016" PRIx64, t->name,
+                       m->model, e->model);
+    }
+    if (t->view.n_layers != e->n_layers) {
+        return err_set(why, ERR_MISMATCH, "%s: made for %d layers, the model has %d", t->name,
+                       t->view.n_layers, e->n_layers);
+    }
+    if (t->view.n_heads != e->n_heads) {
+        return err_set(why, ERR_MISMATCH, "%s: made for %d heads, the model has %d", t->name,
+                       t->view.n_heads, e->n_heads);
+    }
+    if (fabsf(m->softmax_scale - e->softmax_scale) > 1e-6f * e->softmax_scale) {
+        return err_set(why, ERR_MISMATCH, "%s: softmax_scale is %.9g, the model's is %.9g", t->name,
+                       (double)m->softmax_scale, (double)e->softmax_scale);
+    }
+    if (strcmp(m->rope, e->rope) != 0) {
+        return err_set(why, ERR_MISMATCH, "%s: rope is '%s', the model's is '%s'", t->name, m->rope,
+                       e->rope);
+    }
+    return 0;
+}
+
+/* ---- predicted density ---------------------------------------------------------------------- */
+
+/* Adds blocks [0, n) of `groups` decisions each: with A_i = 2i, sum of min(k, A_i) and of A_i. */
+static void sum_blocks(int64_t k, int64_t n, double *kept, double *all)
+{
+    const int64_t per_block = KV_BLOCK_TOKENS / KV_PAGE_TOKENS;
+    int64_t few = (k + per_block - 1) / per_block; /* blocks whose A_i does not reach k */
+    if (few > n) {
+        few = n;
+    }
+    *kept = (double)per_block * (double)few * (double)(few - 1) / 2 + (double)k * (double)(n - few);
+    *all = (double)per_block * (double)n * (double)(n - 1) / 2;
+}
+
+double thresholds_predicted_density(int32_t k, int64_t n_tokens, int32_t gate_rows)
+{
+    const int64_t groups = KV_BLOCK_TOKENS / gate_rows;
+    const int64_t full = n_tokens / KV_BLOCK_TOKENS, rest = n_tokens % KV_BLOCK_TOKENS;
+    double kept, all;
+    if (n_tokens < 1) {
+        return 1;
+    }
+    sum_blocks(k, full, &kept, &all);
+    /* A block's diagonal: 2 pages for its one decision, or 1 and 2 for its halves. */
+    double diag = (double)full * (groups == 1 ? 2 : 3);
+    kept = kept * (double)groups;
+    all = all * (double)groups;
+    if (rest > 0) {
+        int64_t halves = (rest + 63) / 64, last_groups = groups == 1 ? 1 : halves;
+        int64_t reach = full * KV_BLOCK_TOKENS / KV_PAGE_TOKENS;
+        kept += (double)(last_groups * (k < reach ? k : reach));
+        all += (double)(last_groups * reach);
+        diag += groups == 1 ? (double)halves : (halves == 1 ? 1 : 3);
+    }
+    return (kept + diag) / (all + diag);
+}
+
+int32_t thresholds_k_for_density(double density, int64_t n_tokens, int32_t gate_rows)
+{
+    int32_t lo = 1, hi = kv_pages_for(n_tokens);
+    while (lo < hi) { /* the density grows with k */
+        int32_t mid = lo + (hi - lo) / 2;
+        if (thresholds_predicted_density(mid, n_tokens, gate_rows) >= density) {
+            hi = mid;
+        } else {
+            lo = mid + 1;
+        }
+    }
+    return lo;
+}

@@ -1,0 +1,184 @@
+/* Writing a threshold file, and reading one's bytes. A file appears under its name only when it is
+ * whole: it is written and synced beside its place, then renamed. */
+#include "calibration/thresholds_file.h"
+
+#include "calibration/thresholds.h"
+#include "core/mem.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <jansson.h>
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static const size_t max_file_bytes = (size_t)4 << 30;
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tensors are stored as they are");
+
+static int read_all(int fd, char *buf, size_t len)
+{
+    size_t done = 0;
+    while (done < len) {
+        ssize_t n = read(fd, buf + done, len - done);
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n <= 0) {
+            return n < 0 ? -errno : -EIO; /* -EIO: it shrank meanwhile */
+        }
+        done += (size_t)n;
+    }
+    return 0;
+}
+
+static int read_fd(int fd, const char *path, void **data, size_t *len, struct err_msg *why)
+{
+    struct stat st;
+    if (fstat(fd, &st) < 0) {
+        return err_set(why, -errno, "%s: %s", path, err_str(-errno));
+    }
+    if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size > max_file_bytes) {
+        return err_set(why, ERR_FORMAT, "%s: not a regular file of at most %zu bytes", path,
+                       max_file_bytes);
+    }
+    char *buf = mem_try_aligned((size_t)st.st_size, 1);
+    if (!buf) {
+        return err_set(why, -ENOMEM, "%s: no memory for %zu bytes", path, (size_t)st.st_size);
+    }
+    int err = read_all(fd, buf, (size_t)st.st_size);
+    if (err < 0) {
+        mem_free(buf);
+        return err_set(why, err, "%s: %s", path, err_str(err));
+    }
+    *data = buf;
+    *len = (size_t)st.st_size;
+    return 0;
+}
+
+int thresholds_read_file(const char *path, void **data, size_t *len, struct err_msg *why)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) {
+        return err_set(why, -errno, "%s: %s", path, err_str(-errno));
+    }
+    int err = read_fd(fd, path, data, len, why);
+    (void)close(fd);
+    return err;
+}
+
+/* ---- writing -------------------------------------------------------------------------------- */
+
+struct shape {
+    int32_t levels, layers, heads, blocks;
+};
+
+static json_t *make_meta(const struct thresholds_meta *m)
+{
+    char model[17], set[17], gate_rows[12], scale[32], n_max[12], samples[12], auto_k[12],
+        auto_min[12];
+    (void)snprintf(model, sizeof model, "%016" PRIx64, m->model);
+    (void)snprintf(set, sizeof set, "%016" PRIx64, m->set);
+    (void)snprintf(gate_rows, sizeof gate_rows, "%d", m->gate_rows);
+    (void)snprintf(scale, sizeof scale, "%.9g", (double)m->softmax_scale);
+    (void)snprintf(n_max, sizeof n_max, "%d", m->n_max);
+    (void)snprintf(samples, sizeof samples, "%d", m->n_samples);
+    (void)snprintf(auto_k, sizeof auto_k, "%d", m->auto_k);
+    (void)snprintf(auto_min, sizeof auto_min, "%d", m->auto_min);
+    return json_pack("{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s}", "format",
+                     THRESHOLDS_FORMAT, "version", THRESHOLDS_VERSION, "page", THRESHOLDS_PAGE,
+                     "model", model, "set", set, "gate_rows", gate_rows, "softmax_scale", scale,
+                     "rope", m->rope, "n_max", n_max, "samples", samples, "auto_k", auto_k,
+                     "auto_min", auto_min);
+}
+
+/* The header as safetensors wants it: JSON padded with spaces so that the data is aligned. */
+static char *make_header(const struct thresholds_meta *meta, const struct shape *s, size_t *len)
+{
+    json_int_t t_bytes = (json_int_t)sizeof(float) * s->levels * s->layers * s->heads * s->blocks;
+    json_int_t k_bytes = (json_int_t)sizeof(int32_t) * s->levels;
+    json_t *root =
+        json_pack("{s:o,s:{s:s,s:[i,i,i,i],s:[I,I]},s:{s:s,s:[i],s:[I,I]}}", "__metadata__",
+                  make_meta(meta), "thresholds", "dtype", "F32", "shape", s->levels, s->layers,
+                  s->heads, s->blocks, "data_offsets", (json_int_t)0, t_bytes, "k", "dtype", "I32",
+                  "shape", s->levels, "data_offsets", t_bytes, t_bytes + k_bytes);
+    char *text = root ? json_dumps(root, JSON_COMPACT | JSON_SORT_KEYS) : NULL;
+    json_decref(root);
+    if (!text) {
+        return NULL;
+    }
+    size_t n = strlen(text);
+    *len = (n + 7) / 8 * 8;
+    text = mem_realloc(text, *len + 1);
+    memset(text + n, ' ', *len - n);
+    return text;
+}
+
+static int write_all(int fd, const void *data, size_t len)
+{
+    const char *p = data;
+    while (len > 0) {
+        ssize_t n = write(fd, p, len);
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n < 0) {
+            return -errno;
+        }
+        p += n;
+        len -= (size_t)n;
+    }
+    return 0;
+}
+
+static int write_parts(int fd, const char *header, size_t header_len, const float *t,
+                       const int32_t *k, const struct shape *s)
+{
+    unsigned char prefix[8];
+    size_t n = (size_t)s->levels * (size_t)s->layers * (size_t)s->heads * (size_t)s->blocks;
+    for (int i = 0; i < 8; i++) {
+        prefix[i] = (unsigned char)((uint64_t)header_len >> (8 * i));
+    }
+    TRY(write_all(fd, prefix, sizeof prefix));
+    TRY(write_all(fd, header, header_len));
+    TRY(write_all(fd, t, n * sizeof *t));
+    TRY(write_all(fd, k, (size_t)s->levels * sizeof *k));
+    return fsync(fd) < 0 ? -errno : 0;
+}
+
+// NOLINTNEXTLINE(readability-function-size): the parameters are the tensor's shape
+int thresholds_save(const char *path, const struct thresholds_meta *meta, const float *t,
+                    const int32_t *k, int32_t n_levels, int32_t n_layers, int32_t n_heads,
+                    int32_t n_blocks, struct err_msg *why)
+{
+    struct shape s = {n_levels, n_layers, n_heads, n_blocks};
+    char temporary[PATH_MAX];
+    size_t header_len = 0;
+    int len = snprintf(temporary, sizeof temporary, "%s.%ld.tmp", path, (long)getpid());
+    if (len < 0 || (size_t)len >= sizeof temporary) {
+        return err_set(why, -ENAMETOOLONG, "%.200s...: path too long", path);
+    }
+    char *header = make_header(meta, &s, &header_len);
+    if (!header) {
+        return err_set(why, ERR_INVALID, "%s: metadata rope is not UTF-8", path);
+    }
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    int err = fd < 0 ? -errno : write_parts(fd, header, header_len, t, k, &s);
+    if (fd >= 0 && close(fd) < 0 && err == 0) {
+        err = -errno;
+    }
+    if (err == 0 && rename(temporary, path) < 0) {
+        err = -errno;
+    }
+    if (err < 0) {
+        if (fd >= 0) {
+            (void)unlink(temporary);
+        }
+        (void)err_set(why, err, "%s: cannot write: %s", path, err_str(err));
+    }
+    mem_free(header);
+    return err;
+}

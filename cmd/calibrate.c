@@ -1,0 +1,98 @@
+/* sluice-calibrate: page thresholds for a model from prompts, and how dense they leave held-out
+ * prompts. The method is in calibration/README.md; this file wires its parts. */
+#include "calibration/thresholds.h"
+#include "cmd/calibrate_work.h"
+#include "core/clock.h"
+
+#include <math.h>
+#include <string.h>
+#include <unistd.h>
+
+/* The level that `auto` means: as asked for, or the one whose density is nearest to a half. */
+static int32_t choose_auto(const struct calibrate_work *w)
+{
+    const int32_t n_max = w->n_blocks * KV_BLOCK_TOKENS;
+    double best = 2;
+    int32_t k = 0;
+    if (w->o.auto_k >= 0) {
+        return (int32_t)w->o.auto_k;
+    }
+    for (int32_t i = 0; i < w->n_levels; i++) {
+        const struct calibrate_density *d = &w->levels[i];
+        double density =
+            d->n ? calibrate_density_mean(d)
+                 : thresholds_predicted_density(w->k[i], n_max, calibrate_gate_rows(&w->o));
+        if (fabs(density - 0.5) < best) {
+            best = fabs(density - 0.5);
+            k = w->k[i];
+        }
+    }
+    return k;
+}
+
+static int finish(const struct calibrate_work *w, int64_t start_us, struct err_msg *why)
+{
+    const struct model_info *info = model_info(w->model);
+    const struct samples_split *split = &w->split;
+    struct thresholds_meta meta = {
+        .model = info->fingerprint,
+        .set = samples_hash(&w->samples, split->calibrate, split->n_calibrate),
+        .gate_rows = calibrate_gate_rows(&w->o),
+        .n_max = w->n_blocks * KV_BLOCK_TOKENS,
+        .n_samples = split->n_calibrate,
+        .softmax_scale = info->softmax_scale,
+        .auto_k = choose_auto(w),
+        .auto_min = (int32_t)w->o.auto_min};
+    memcpy(meta.rope, info->rope, sizeof meta.rope);
+    if (w->o.out) {
+        TRY(thresholds_save(w->o.out, &meta, w->t, w->k, w->n_levels, info->n_layers, info->n_heads,
+                            w->n_blocks, why));
+    }
+    struct calibrate_report r = {.model = info->name,
+                                 .out = w->o.out,
+                                 .meta = &meta,
+                                 .levels = w->levels,
+                                 .n_levels = w->n_levels,
+                                 .n_layers = info->n_layers,
+                                 .n_heads = info->n_heads,
+                                 .n_blocks = w->n_blocks,
+                                 .seconds = (double)(clock_monotonic_us(NULL) - start_us) / 1e6};
+    if (!w->o.json) {
+        calibrate_report_text(&r, stdout);
+        return 0;
+    }
+    int err = calibrate_report_json(&r, stdout);
+    return err < 0 ? err_set(why, err, "cannot write the report: %s", err_str(err)) : 0;
+}
+
+static int run(struct calibrate_work *w, int argc, char **argv, struct err_msg *why)
+{
+    int64_t start_us = clock_monotonic_us(NULL);
+    TRY(conf_args(&calibrate_program, &w->o, argc, argv, NULL, 0, NULL, why));
+    TRY(calibrate_options_check(&w->o, why));
+    TRY(calibrate_read(w, why));
+    TRY(calibrate_open(w, why));
+    TRY(calibrate_dense(w, why));
+    TRY(calibrate_measure(w, why));
+    return finish(w, start_us, why);
+}
+
+int main(int argc, char **argv)
+{
+    struct calibrate_work w = {0};
+    struct err_msg why = {""};
+    if (conf_wants_help(argc, argv)) {
+        conf_help(&calibrate_program, stdout);
+        return 0;
+    }
+    if (isatty(STDERR_FILENO)) {
+        w.progress.to = stderr;
+    }
+    conf_defaults(&calibrate_program, &w.o);
+    int err = run(&w, argc, argv, &why);
+    if (err < 0) {
+        (void)fprintf(stderr, "sluice-calibrate: %s\n", err_why(&why, err));
+    }
+    calibrate_work_free(&w);
+    return err < 0 ? 1 : 0;
+}

@@ -1,0 +1,229 @@
+#include "cmd/calibrate_options.h"
+
+#include "calibration/thresholds.h"
+#include "kvcache/kv_view.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define AT(f) offsetof(struct calibrate_options, f)
+
+static const struct conf_opt options[] = {
+    {"model",
+     CONF_TEXT,
+     AT(model),
+     NULL,
+     0,
+     0,
+     {0},
+     "DIR",
+     "Hugging Face folder of a LlamaForCausalLM (required)"},
+    {"samples",
+     CONF_TEXT,
+     AT(samples),
+     NULL,
+     0,
+     0,
+     {0},
+     "FILE",
+     "JSON lines with a `prompt` or `tokens` array of token ids and, optionally, a `task` "
+     "(required)"},
+    {"out",
+     CONF_TEXT,
+     AT(out),
+     NULL,
+     0,
+     0,
+     {0},
+     "FILE",
+     "threshold file to write; without one, nothing is written"},
+    {"task",
+     CONF_TEXT,
+     AT(task),
+     NULL,
+     0,
+     0,
+     {0},
+     "PREFIX",
+     "calibrate on samples whose task begins so and hold out others (default: hold out the last)"},
+    {"holdout",
+     CONF_INT,
+     AT(holdout),
+     "4",
+     0,
+     1e6,
+     {0},
+     "N",
+     "held-out samples on which the density is measured"},
+    {"limit",
+     CONF_INT,
+     AT(limit),
+     "16",
+     0,
+     1e6,
+     {0},
+     "N",
+     "calibrate on at most N samples, evenly spread; 0 is all"},
+    {"k",
+     CONF_TEXT,
+     AT(k),
+     NULL,
+     0,
+     0,
+     {0},
+     "K,K,...",
+     "levels: pages that a query block keeps besides its own (default: 16,32,64)"},
+    {"density",
+     CONF_TEXT,
+     AT(density),
+     NULL,
+     0,
+     0,
+     {0},
+     "D,D,...",
+     "levels by predicted density at the longest sample, instead of --k"},
+    {"gate-rows",
+     CONF_ENUM,
+     AT(gate_rows),
+     "128",
+     0,
+     0,
+     {"128", "64"},
+     NULL,
+     "query rows that decide together"},
+    {"max-len",
+     CONF_INT,
+     AT(max_len),
+     "0",
+     0,
+     1e9,
+     {0},
+     "N",
+     "cut samples to N tokens; 0 is not at all"},
+    {"threads",
+     CONF_INT,
+     AT(threads),
+     "0",
+     0,
+     1024,
+     {0},
+     "N",
+     "worker threads; 0 is one per processor"},
+    {"chunk",
+     CONF_INT,
+     AT(chunk),
+     "512",
+     128,
+     65536,
+     {0},
+     "N",
+     "tokens a step, a multiple of 128; any gives the same thresholds"},
+    {"kv-dtype",
+     CONF_ENUM,
+     AT(kv_dtype),
+     "f32",
+     0,
+     0,
+     {"f32", "bf16"},
+     NULL,
+     "number format of cache pages"},
+    {"auto-k",
+     CONF_INT,
+     AT(auto_k),
+     "-1",
+     -1,
+     1e9,
+     {0},
+     "K",
+     "level that requests with `auto` get; 0 is dense, -1 the one whose density is nearest to 0.5"},
+    {"auto-min",
+     CONF_INT,
+     AT(auto_min),
+     "4096",
+     0,
+     1e9,
+     {0},
+     "N",
+     "prompts of fewer tokens are dense under `auto`"},
+    {"json", CONF_BOOL, AT(json), "false", 0, 0, {0}, NULL, "print the result as one JSON object"},
+};
+
+const struct conf_program calibrate_program = {
+    "sluice-calibrate --model DIR --samples FILE [--out FILE] [options]",
+    "Runs prompts densely, derives page thresholds for the ABS gate, and compares predicted with "
+    "measured density on prompts it has not seen.",
+    options, sizeof options / sizeof *options};
+
+int calibrate_options_check(const struct calibrate_options *o, struct err_msg *why)
+{
+    if (!o->model) {
+        return err_set(why, ERR_CONFIG, "--model is required (see --help)");
+    }
+    if (!o->samples) {
+        return err_set(why, ERR_CONFIG, "--samples is required (see --help)");
+    }
+    if (o->k && o->density) {
+        return err_set(why, ERR_CONFIG, "--k and --density exclude each other");
+    }
+    if (o->chunk % KV_BLOCK_TOKENS) {
+        return err_set(why, ERR_CONFIG, "--chunk: %lld is not a multiple of %d",
+                       (long long)o->chunk, KV_BLOCK_TOKENS);
+    }
+    return 0;
+}
+
+/* One number of a list; *text moves past it and its comma. */
+static int next_number(const char *option, const char **text, double min, double max, double *out,
+                       struct err_msg *why)
+{
+    char *end;
+    errno = 0;
+    *out = strtod(*text, &end);
+    if (errno || end == *text || (*end && *end != ',') || !(*out >= min && *out <= max)) {
+        return err_set(why, ERR_CONFIG, "--%s: '%.40s' does not begin with a number from %g to %g",
+                       option, *text, min, max);
+    }
+    *text = *end ? end + 1 : end;
+    return 0;
+}
+
+static int increasing(const void *a, const void *b)
+{
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    return (x > y) - (x < y);
+}
+
+int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
+                     int32_t k[CALIBRATE_MAX_LEVELS], int32_t *n, struct err_msg *why)
+{
+    const char *text = o->density ? o->density : o->k ? o->k : "16,32,64";
+    int32_t count = 0, unique = 0;
+    while (*text) {
+        double v;
+        if (count == CALIBRATE_MAX_LEVELS) {
+            return err_set(why, ERR_CONFIG, "more than %d levels", CALIBRATE_MAX_LEVELS);
+        }
+        if (o->density) {
+            TRY(next_number("density", &text, 0.001, 1, &v, why));
+        } else {
+            TRY(next_number("k", &text, 1, 1 << 24, &v, why));
+        }
+        if (!o->density && v != (double)(int32_t)v) {
+            return err_set(why, ERR_CONFIG, "--k: %g is not a whole number", v);
+        }
+        k[count++] =
+            o->density ? thresholds_k_for_density(v, n_tokens, calibrate_gate_rows(o)) : (int32_t)v;
+    }
+    if (count == 0) {
+        return err_set(why, ERR_CONFIG, "--%s: the list is empty", o->density ? "density" : "k");
+    }
+    qsort(k, (size_t)count, sizeof *k, increasing);
+    for (int32_t i = 0; i < count; i++) {
+        if (unique == 0 || k[i] != k[unique - 1]) {
+            k[unique++] = k[i];
+        }
+    }
+    *n = unique;
+    return 0;
+}

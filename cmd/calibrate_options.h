@@ -1,0 +1,30 @@
+/* Options of sluice-calibrate. */
+#ifndef CMD_CALIBRATE_OPTIONS_H
+#define CMD_CALIBRATE_OPTIONS_H
+
+#include "core/conf.h"
+
+enum { CALIBRATE_MAX_LEVELS = 64 };
+
+struct calibrate_options {
+    char *model, *samples, *task, *out, *k, *density;
+    int64_t holdout, limit, max_len, threads, chunk, auto_k, auto_min;
+    int gate_rows; /* index into the choices 128, 64 */
+    int kv_dtype;  /* index into the choices f32, bf16 */
+    bool json;
+};
+
+extern const struct conf_program calibrate_program;
+
+/* What the table cannot say: required options, chunk sizes. */
+MUST_CHECK int calibrate_options_check(const struct calibrate_options *o, struct err_msg *why);
+/* The levels, increasing: --k as given, or one for each --density at a prompt of n_tokens. */
+MUST_CHECK int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
+                                int32_t k[CALIBRATE_MAX_LEVELS], int32_t *n, struct err_msg *why);
+
+static inline int32_t calibrate_gate_rows(const struct calibrate_options *o)
+{
+    return o->gate_rows == 0 ? 128 : 64;
+}
+
+#endif

@@ -1,0 +1,126 @@
+#include "cmd/calibrate_report.h"
+
+#include "core/clock.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <jansson.h>
+#include <math.h>
+#include <string.h>
+
+void calibrate_progress_begin(struct calibrate_progress *p, const char *phase, int64_t total)
+{
+    p->phase = phase;
+    p->done = 0;
+    p->total = total;
+    p->start_us = clock_monotonic_us(NULL);
+    p->last_us = 0;
+    calibrate_progress_add(p, 0);
+}
+
+void calibrate_progress_add(void *progress, int32_t n_tokens)
+{
+    struct calibrate_progress *p = progress;
+    int64_t now = clock_monotonic_us(NULL);
+    p->done += n_tokens;
+    if (!p->to || now - p->last_us < 100000) { /* ten a second */
+        return;
+    }
+    p->last_us = now;
+    double seconds = (double)(now - p->start_us) / 1e6;
+    (void)fprintf(p->to, "\r%s %" PRId64 " of %" PRId64 " tokens, %.0f tokens/s\033[K", p->phase,
+                  p->done, p->total, seconds > 0 ? (double)p->done / seconds : 0);
+    (void)fflush(p->to);
+}
+
+void calibrate_progress_end(struct calibrate_progress *p)
+{
+    if (p->to) {
+        (void)fprintf(p->to, "\r\033[K");
+    }
+}
+
+void calibrate_density_add(struct calibrate_density *d, double predicted, double measured)
+{
+    d->min = d->n == 0 || measured < d->min ? measured : d->min;
+    d->max = d->n == 0 || measured > d->max ? measured : d->max;
+    d->predicted = (d->predicted * d->n + predicted) / (d->n + 1);
+    d->sum += measured;
+    d->sum_squares += measured * measured;
+    d->n++;
+}
+
+double calibrate_density_mean(const struct calibrate_density *d)
+{
+    return d->n ? d->sum / d->n : (double)NAN;
+}
+
+static double deviation(const struct calibrate_density *d)
+{
+    double mean = calibrate_density_mean(d);
+    double variance = d->n ? d->sum_squares / d->n - mean * mean : 0;
+    return variance > 0 ? sqrt(variance) : 0;
+}
+
+void calibrate_report_text(const struct calibrate_report *r, FILE *to)
+{
+    const struct thresholds_meta *m = r->meta;
+    (void)fprintf(to, "%s: %d samples, up to %d tokens, gate rows %d, %.1f s\n", r->model,
+                  m->n_samples, m->n_max, m->gate_rows, r->seconds);
+    (void)fprintf(to, "%8s %10s %10s %8s %16s\n", "k", "predicted", "measured", "+-", "[min max]");
+    for (int32_t i = 0; i < r->n_levels; i++) {
+        const struct calibrate_density *d = &r->levels[i];
+        if (d->n == 0) {
+            (void)fprintf(to, "%8d %10.3f %10s\n", d->k,
+                          thresholds_predicted_density(d->k, m->n_max, m->gate_rows), "-");
+            continue;
+        }
+        (void)fprintf(to, "%8d %10.3f %10.3f %8.3f    [%.3f %.3f]\n", d->k, d->predicted,
+                      calibrate_density_mean(d), deviation(d), d->min, d->max);
+    }
+    if (r->levels[0].n) {
+        (void)fprintf(to, "measured on %d held-out samples; auto: ", r->levels[0].n);
+    } else {
+        (void)fprintf(to, "predicted at %d tokens, no held-out samples; auto: ", m->n_max);
+    }
+    if (m->auto_k) {
+        (void)fprintf(to, "k=%d from %d tokens on\n", m->auto_k, m->auto_min);
+    } else {
+        (void)fprintf(to, "dense\n");
+    }
+    if (r->out) {
+        (void)fprintf(to, "wrote %s: [%d, %d, %d, %d] thresholds\n", r->out, r->n_levels,
+                      r->n_layers, r->n_heads, r->n_blocks);
+    }
+}
+
+static json_t *level_json(const struct calibrate_density *d, const struct thresholds_meta *m)
+{
+    double predicted =
+        d->n ? d->predicted : thresholds_predicted_density(d->k, m->n_max, m->gate_rows);
+    json_t *o = json_pack("{s:i,s:f,s:i}", "k", d->k, "predicted", predicted, "held_out", d->n);
+    if (o && d->n) {
+        (void)json_object_set_new(o, "measured", json_real(calibrate_density_mean(d)));
+        (void)json_object_set_new(o, "std", json_real(deviation(d)));
+        (void)json_object_set_new(o, "min", json_real(d->min));
+        (void)json_object_set_new(o, "max", json_real(d->max));
+    }
+    return o;
+}
+
+int calibrate_report_json(const struct calibrate_report *r, FILE *to)
+{
+    const struct thresholds_meta *m = r->meta;
+    json_t *levels = json_array();
+    for (int32_t i = 0; i < r->n_levels; i++) {
+        (void)json_array_append_new(levels, level_json(&r->levels[i], m));
+    }
+    json_t *o =
+        json_pack("{s:s,s:s?,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:o}", "model", r->model, "out",
+                  r->out, "samples", m->n_samples, "n_max", m->n_max, "gate_rows", m->gate_rows,
+                  "shape", r->n_levels, r->n_layers, r->n_heads, r->n_blocks, "auto_k", m->auto_k,
+                  "auto_min", m->auto_min, "seconds", r->seconds, "levels", levels);
+    int failed = !o || json_dumpf(o, to, JSON_COMPACT | JSON_REAL_PRECISION(6)) < 0;
+    json_decref(o);
+    return failed || fputc('\n', to) == EOF ? -EIO : 0;
+}

@@ -1,0 +1,119 @@
+#include "cmd/calibrate_work.h"
+
+#include "core/mem.h"
+
+void calibrate_work_free(struct calibrate_work *w)
+{
+    calib_destroy(w->calib);
+    calib_run_destroy(w->run);
+    model_close(w->model);
+    dev_close(w->dev);
+    samples_split_free(&w->split);
+    samples_free(&w->samples);
+    mem_free(w->t);
+    conf_free(&calibrate_program, &w->o);
+}
+
+int calibrate_read(struct calibrate_work *w, struct err_msg *why)
+{
+    const struct calibrate_options *o = &w->o;
+    TRY(samples_load(&w->samples, o->samples, INT32_MAX, (int32_t)o->max_len, why));
+    samples_split(&w->split, &w->samples, o->task, (int32_t)o->limit, (int32_t)o->holdout);
+    if (w->split.n_calibrate == 0) {
+        return err_set(why, ERR_CONFIG, "%s: none of %d samples is left to calibrate on%s%s",
+                       o->samples, w->samples.n, o->task ? ", task prefix " : "",
+                       o->task ? o->task : "");
+    }
+    int32_t longest = samples_longest(&w->samples, w->split.calibrate, w->split.n_calibrate);
+    w->n_blocks = longest / KV_BLOCK_TOKENS;
+    if (w->n_blocks == 0) {
+        return err_set(why, ERR_CONFIG, "%s: the longest sample has %d tokens, fewer than %d",
+                       o->samples, longest, KV_BLOCK_TOKENS);
+    }
+    return calibrate_levels(o, w->n_blocks * KV_BLOCK_TOKENS, w->k, &w->n_levels, why);
+}
+
+int calibrate_open(struct calibrate_work *w, struct err_msg *why)
+{
+    const struct calibrate_options *o = &w->o;
+    int32_t longest = samples_longest(&w->samples, w->split.calibrate, w->split.n_calibrate);
+    int32_t other = samples_longest(&w->samples, w->split.held_out, w->split.n_held_out);
+    longest = other > longest ? other : longest;
+    TRY(dev_open(&w->dev, &dev_cpu, 0, (int)o->threads, why));
+    struct model_config cfg = {.dir = o->model,
+                               .dev = w->dev,
+                               .kv_dtype = o->kv_dtype ? DTYPE_BF16 : DTYPE_F32,
+                               .max_seqs = 1,
+                               .max_tokens = (int32_t)o->chunk,
+                               .max_position = longest};
+    TRY(model_open(&w->model, &cfg, why));
+    TRY(samples_check(&w->samples, o->samples, model_info(w->model)->vocab_size, why));
+    TRY(calib_run_create(&w->run, w->model, longest, (int32_t)o->chunk, why));
+    calib_run_on_chunk(w->run, calibrate_progress_add, &w->progress);
+    return 0;
+}
+
+int calibrate_dense(struct calibrate_work *w, struct err_msg *why)
+{
+    const struct model_info *info = model_info(w->model);
+    const struct samples_split *split = &w->split;
+    struct calib_config cfg = {.n_layers = info->n_layers,
+                               .n_heads = info->n_heads,
+                               .n_blocks = w->n_blocks,
+                               .gate_rows = calibrate_gate_rows(&w->o),
+                               .k = w->k,
+                               .n_levels = w->n_levels,
+                               .pool = w->dev->pool};
+    TRY(calib_create(&w->calib, &cfg, why));
+    calibrate_progress_begin(&w->progress, "dense runs:",
+                             samples_tokens(&w->samples, split->calibrate, split->n_calibrate));
+    for (int32_t i = 0; i < split->n_calibrate; i++) {
+        const struct sample *s = &w->samples.items[split->calibrate[i]];
+        struct err_msg cause = {""};
+        int err = calib_run_sample(w->run, w->calib, cfg.gate_rows, s->tokens, s->n_tokens, &cause);
+        if (err < 0) {
+            return err_set(why, err, "%s:%d: %s", w->o.samples, s->line, err_why(&cause, err));
+        }
+    }
+    calibrate_progress_end(&w->progress);
+    size_t per_level = (size_t)info->n_layers * (size_t)info->n_heads * (size_t)w->n_blocks;
+    w->t = mem_zalloc((size_t)w->n_levels * per_level, sizeof *w->t);
+    w->policy.abs = (struct attn_thresholds){.t = w->t,
+                                             .n_levels = w->n_levels,
+                                             .n_layers = info->n_layers,
+                                             .n_heads = info->n_heads,
+                                             .n_blocks = w->n_blocks,
+                                             .level_stride = (int64_t)per_level,
+                                             .layer_stride = (int64_t)info->n_heads * w->n_blocks,
+                                             .head_stride = w->n_blocks};
+    return calib_thresholds(w->calib, w->t, why);
+}
+
+int calibrate_measure(struct calibrate_work *w, struct err_msg *why)
+{
+    const struct samples_split *split = &w->split;
+    const int32_t gate_rows = calibrate_gate_rows(&w->o);
+    struct batch_counts counts;
+    model_set_policy(w->model, &w->policy);
+    calibrate_progress_begin(&w->progress, "held-out runs:",
+                             samples_tokens(&w->samples, split->held_out, split->n_held_out) *
+                                 w->n_levels);
+    for (int32_t level = 0; level < w->n_levels; level++) {
+        w->levels[level].k = w->k[level];
+        for (int32_t i = 0; i < split->n_held_out; i++) {
+            const struct sample *s = &w->samples.items[split->held_out[i]];
+            struct batch_policy policy = {
+                .gate = BATCH_ABS, .gate_rows = (uint8_t)gate_rows, .level = (int16_t)level};
+            int err = calib_run_prompt(w->run, s->tokens, s->n_tokens, policy, &counts);
+            if (err < 0) {
+                return err_set(why, err, "%s:%d: gated run: %s", w->o.samples, s->line,
+                               err_str(err));
+            }
+            calibrate_density_add(&w->levels[level],
+                                  thresholds_predicted_density(w->k[level], s->n_tokens, gate_rows),
+                                  (double)counts.kept / (double)counts.reachable);
+        }
+    }
+    calibrate_progress_end(&w->progress);
+    return 0;
+}

@@ -1,0 +1,35 @@
+/* The stages of sluice-calibrate, in the order they run. */
+#ifndef CMD_CALIBRATE_WORK_H
+#define CMD_CALIBRATE_WORK_H
+
+#include "calibration/calib_run.h"
+#include "calibration/samples.h"
+#include "cmd/calibrate_options.h"
+#include "cmd/calibrate_report.h"
+
+/* Everything the program builds, released in one place. */
+struct calibrate_work {
+    struct calibrate_options o;
+    struct samples samples;
+    struct samples_split split;
+    struct dev *dev;
+    struct model *model;
+    struct calib_run *run;
+    struct calib *calib;
+    struct attn_policy policy; /* the model keeps a pointer into it while it is open */
+    float *t;                  /* [n_levels, n_layers, n_heads, n_blocks] */
+    int32_t k[CALIBRATE_MAX_LEVELS], n_levels, n_blocks;
+    struct calibrate_density levels[CALIBRATE_MAX_LEVELS];
+    struct calibrate_progress progress;
+};
+
+/* Samples and how they are split; the levels. */
+MUST_CHECK int calibrate_read(struct calibrate_work *w, struct err_msg *why);
+MUST_CHECK int calibrate_open(struct calibrate_work *w, struct err_msg *why);
+/* Dense runs over the calibration samples, then thresholds in w->t. */
+MUST_CHECK int calibrate_dense(struct calibrate_work *w, struct err_msg *why);
+/* Every held-out sample under every level. */
+MUST_CHECK int calibrate_measure(struct calibrate_work *w, struct err_msg *why);
+void calibrate_work_free(struct calibrate_work *w); /* accepts zeroed memory */
+
+#endif

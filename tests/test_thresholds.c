@@ -1,0 +1,426 @@
+/* calibration/thresholds: round trip, every field's refusal, hostile bytes, identity checks, the
+ * density formula beside the published figures. */
+#include "tests/test.h"
+
+#include "calibration/thresholds.h"
+
+#include <errno.h>
+#include <stdbool.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { S = 3, L = 2, H = 4, NB = 5, N_T = S * L * H * NB };
+
+static const int32_t ks[S] = {8, 16, 33};
+static const struct thresholds_meta meta0 = {.model = 0x0123456789abcdef,
+                                             .set = 0xfedcba9876543210,
+                                             .gate_rows = 128,
+                                             .n_max = 640,
+                                             .n_samples = 16,
+                                             .softmax_scale = 0.088388347f,
+                                             .rope = "llama3 theta=500000 factor=8",
+                                             .auto_k = 16,
+                                             .auto_min = 4096};
+
+static void values(float *t, uint64_t seed)
+{
+    struct rng r = {seed};
+    for (int i = 0; i < N_T; i++)
+        t[i] = (float)rng_normal(&r);
+    t[0] = -INFINITY;
+    t[N_T - 1] = INFINITY;
+}
+
+struct file {
+    char dir[32], path[64];
+};
+
+static struct file temp(void)
+{
+    struct file f = {"/tmp/sluice-thr-XXXXXX", ""};
+    assert_non_null(mkdtemp(f.dir));
+    (void)snprintf(f.path, sizeof f.path, "%s/t.safetensors", f.dir);
+    return f;
+}
+
+static void drop(const struct file *f)
+{
+    (void)unlink(f->path);
+    assert_ok(rmdir(f->dir)); /* nothing else was left behind */
+}
+
+/* The bytes that thresholds_save writes; released with free. */
+static char *saved(const struct thresholds_meta *m, const float *t, const int32_t *k, size_t *len)
+{
+    struct file f = temp();
+    struct err_msg why = {""};
+    if (thresholds_save(f.path, m, t, k, S, L, H, NB, &why) < 0)
+        fail_msg("%s", why.text);
+    FILE *in = fopen(f.path, "re");
+    assert_non_null(in);
+    char *data = calloc(1, 1 << 16);
+    assert_non_null(data);
+    *len = fread(data, 1, 1 << 16, in);
+    (void)fclose(in);
+    drop(&f);
+    return data;
+}
+
+static void round_trip(void **state)
+{
+    (void)state;
+    struct file f = temp();
+    struct err_msg why = {""};
+    struct thresholds *t = NULL;
+    struct stat st;
+    float want[N_T];
+    int32_t n;
+    values(want, 1);
+    assert_ok(thresholds_save(f.path, &meta0, want, ks, S, L, H, NB, &why));
+    assert_ok(stat(f.path, &st));
+    assert_ok(thresholds_load(&t, f.path, &why));
+    const struct thresholds_meta *m = thresholds_meta(t);
+    assert_true(m->model == meta0.model && m->set == meta0.set);
+    assert_int_equal(m->gate_rows, 128);
+    assert_int_equal(m->n_max, 640);
+    assert_int_equal(m->n_samples, 16);
+    assert_true(m->softmax_scale == meta0.softmax_scale); /* every bit */
+    assert_string_equal(m->rope, meta0.rope);
+    assert_int_equal(m->auto_k, 16);
+    assert_int_equal(m->auto_min, 4096);
+    const struct attn_thresholds *v = thresholds_view(t);
+    assert_true(v->n_levels == S && v->n_layers == L && v->n_heads == H && v->n_blocks == NB);
+    for (int s = 0; s < S; s++) {
+        for (int l = 0; l < L; l++) {
+            for (int h = 0; h < H; h++) {
+                assert_memory_equal(v->t + s * v->level_stride + l * v->layer_stride +
+                                        h * v->head_stride,
+                                    want + ((s * L + l) * H + h) * NB, NB * sizeof *want);
+            }
+        }
+    }
+    assert_memory_equal(thresholds_k(t, &n), ks, sizeof ks);
+    assert_int_equal(n, S);
+    assert_int_equal(thresholds_level(t, 33, &why), 2);
+    assert_int_equal(thresholds_level(t, 9, &why), ERR_INVALID);
+    assert_non_null(strstr(why.text, "k=9, only for 8, 16, 33"));
+    thresholds_free(t);
+    thresholds_free(NULL);
+    drop(&f);
+}
+
+static uint64_t hash_of(const struct thresholds_meta *m, const float *v, const int32_t *k)
+{
+    size_t len;
+    char *data = saved(m, v, k, &len);
+    struct thresholds *t = NULL;
+    assert_ok(thresholds_parse(&t, data, len, "t", NULL));
+    uint64_t h = thresholds_hash(t);
+    thresholds_free(t);
+    free(data);
+    return h;
+}
+
+/* Equal for what decides gates, different for any change of it. */
+static void hash_identity(void **state)
+{
+    (void)state;
+    struct thresholds_meta m = meta0;
+    float v[N_T];
+    values(v, 1);
+    uint64_t h = hash_of(&m, v, ks);
+    m.auto_k = 0;
+    m.n_samples = 3;
+    assert_true(h == hash_of(&m, v, ks));
+    m.gate_rows = 64;
+    assert_true(h != hash_of(&m, v, ks));
+    m = meta0;
+    m.model++;
+    assert_true(h != hash_of(&m, v, ks));
+    m = meta0;
+    m.auto_k = 0;
+    int32_t other[S] = {8, 17, 33};
+    assert_true(h != hash_of(&m, v, other));
+    v[N_T / 2] = nextafterf(v[N_T / 2], 100);
+    assert_true(h != hash_of(&m, v, ks));
+}
+
+static void expect_error(const char *data, size_t len, int err, const char *says)
+{
+    struct thresholds *t = NULL;
+    struct err_msg why = {""};
+    /* An exact-size copy, so that the sanitizer sees any read past the end. */
+    char *copy = malloc(len ? len : 1);
+    assert_non_null(copy);
+    memcpy(copy, data, len);
+    int got = thresholds_parse(&t, copy, len, "FILE", &why);
+    free(copy);
+    if (got != err || !strstr(why.text, says) || !strstr(why.text, "FILE"))
+        fail_msg("got %d '%s', want %d '%s'", got, why.text, err, says);
+    assert_null(t);
+}
+
+static void truncated(void **state)
+{
+    (void)state;
+    float v[N_T];
+    size_t len;
+    values(v, 1);
+    char *data = saved(&meta0, v, ks, &len);
+    for (size_t n = 0; n < len; n++)
+        expect_error(data, n, ERR_FORMAT, "");
+    data[len] = 0;
+    expect_error(data, len + 1, ERR_FORMAT, "1 bytes after the last tensor");
+    free(data);
+}
+
+/* Every single-byte change either is refused or gives a file that is still sound. */
+static void flipped(void **state)
+{
+    (void)state;
+    float v[N_T];
+    size_t len;
+    int refused = 0;
+    values(v, 1);
+    char *data = saved(&meta0, v, ks, &len);
+    for (size_t i = 0; i < len; i++) {
+        struct thresholds *t = NULL;
+        char old = data[i];
+        data[i] = (char)(old ^ 0x24);
+        refused += thresholds_parse(&t, data, len, "FILE", NULL) < 0;
+        thresholds_free(t);
+        data[i] = old;
+    }
+    assert_true(refused > 200);
+    free(data);
+}
+
+/* One text in the header replaced by another of any length. */
+static void replaced(const char *from, const char *to, int err, const char *says)
+{
+    float v[N_T];
+    size_t len;
+    values(v, 1);
+    char *data = saved(&meta0, v, ks, &len), *out = calloc(1, len + 4096);
+    assert_non_null(out);
+    uint64_t header;
+    memcpy(&header, data, 8);
+    char *at = memmem(data + 8, header, from, strlen(from));
+    if (!at)
+        fail_msg("the header has no '%s'", from);
+    size_t before = (size_t)(at - data), after = before + strlen(from);
+    memcpy(out, data, before);
+    memcpy(out + before, to, strlen(to));
+    memcpy(out + before + strlen(to), data + after, len - after);
+    header += strlen(to) - strlen(from);
+    memcpy(out, &header, 8);
+    expect_error(out, len + strlen(to) - strlen(from), err, says);
+    free(out);
+    free(data);
+}
+
+static void bad_fields(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *from, *to;
+        int err;
+        const char *says;
+    } cases[] = {
+        {"\"sluice-thresholds\"", "\"other\"", ERR_FORMAT, "metadata format is 'other'"},
+        {"\"version\":\"1\"", "\"version\":\"2\"", ERR_VERSION, "metadata version is '2'"},
+        {"\"page\":\"64\"", "\"page\":\"128\"", ERR_UNSUPPORTED, "metadata page is '128'"},
+        {"\"page\":\"64\",", "", ERR_FORMAT, "metadata page is missing"},
+        {"\"set\":\"fedcba9876543210\",", "", ERR_FORMAT, "metadata set is missing"},
+        {"0123456789abcdef", "0123456789abcdeg", ERR_FORMAT,
+         "metadata model is '0123456789abcdeg'"},
+        {"0123456789abcdef", "123", ERR_FORMAT, "metadata model is '123', not 16 hex digits"},
+        {"\"gate_rows\":\"128\"", "\"gate_rows\":\"96\"", ERR_UNSUPPORTED, "gate_rows is 96"},
+        {"\"gate_rows\":\"128\"", "\"gate_rows\":128", ERR_FORMAT, "gate_rows is not a string"},
+        {"\"n_max\":\"640\"", "\"n_max\":\"641\"", ERR_FORMAT, "n_max 641 disagrees with 5 blocks"},
+        {"\"n_max\":\"640\"", "\"n_max\":\"0\"", ERR_FORMAT, "metadata n_max is '0'"},
+        {"\"n_max\":\"640\"", "\"n_max\":\"6x\"", ERR_FORMAT, "metadata n_max is '6x'"},
+        {"\"n_max\":\"640\"", "\"n_max\":\"99999999999999999999\"", ERR_FORMAT, "n_max is '999"},
+        {"\"samples\":\"16\"", "\"samples\":\"-1\"", ERR_FORMAT, "metadata samples is '-1'"},
+        {"\"auto_k\":\"16\"", "\"auto_k\":\"17\"", ERR_FORMAT, "auto_k is 17, which is not in k"},
+        {"\"auto_min\":\"4096\"", "\"auto_min\":\"\"", ERR_FORMAT, "metadata auto_min is ''"},
+        {"0.0883883461", "nan", ERR_FORMAT, "metadata softmax_scale is 'nan'"},
+        {"0.0883883461", "-1", ERR_FORMAT, "metadata softmax_scale is '-1'"},
+        {"llama3 theta=500000 factor=8", "", ERR_FORMAT, "metadata rope is empty"},
+        {"\"F32\"", "\"I32\"", ERR_FORMAT, "tensor thresholds is I32, must be F32"},
+        {"\"I32\"", "\"F32\"", ERR_FORMAT, "tensor k is F32, must be I32"},
+        {"\"F32\"", "\"F33\"", ERR_UNSUPPORTED, "dtype 'F33' is unknown"},
+        {"\"F32\"", "\"F64\"", ERR_FORMAT, "type and shape need 960"},
+        {"[3,2,4,5]", "[3,2,20]", ERR_FORMAT, "has shape [3, 2, 20], must have 4 dimensions"},
+        {"[3,2,4,5]", "[2,3,4,5]", ERR_FORMAT, "k has 3 levels, thresholds has shape [2, 3, 4, 5]"},
+        {"[3,2,4,5]", "[3,2,5,4]", ERR_FORMAT, "n_max 640 disagrees with 4 blocks"},
+        {"[3,2,4,5]", "[3,2,4,6]", ERR_FORMAT, "type and shape need 576"},
+        {"[3,2,4,5]", "[4294967296,4294967296,4294967296,5]", ERR_FORMAT, "shape overflows"},
+        {"[3,2,4,5]", "[3,-2,4,5]", ERR_FORMAT, "shape[1] is not a size"},
+        {"[3,2,4,5]", "[3,0,4,5]", ERR_FORMAT, "type and shape need 0"},
+        {"[480,492]", "[0,12]", ERR_FORMAT, "at byte"},
+        {"[480,492]", "[480,496]", ERR_FORMAT, "outside the file's 492 bytes"},
+        {"[480,492]", "[484,496]", ERR_FORMAT, "outside the file's 492 bytes"},
+        {"[480,492]", "[-12,0]", ERR_FORMAT, "data_offsets"},
+        {"\"k\":", "\"q\":", ERR_FORMAT, "tensor k is missing"},
+        {"\"thresholds\":", "\"t\":", ERR_FORMAT, "tensor thresholds is missing"},
+        {"\"k\":", "\"extra\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},\"k\":",
+         ERR_FORMAT, "3 tensors, must be thresholds and k"},
+        {"\"k\":", "\"thresholds\":", ERR_FORMAT, "duplicate"},
+        {"\"__metadata__\"", "\"metadata\"", ERR_FORMAT, ""},
+        {"{", "[", ERR_FORMAT, ""},
+        {"}", "", ERR_FORMAT, ""},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        replaced(cases[i].from, cases[i].to, cases[i].err, cases[i].says);
+}
+
+static void bad_values(void **state)
+{
+    (void)state;
+    static const int32_t bad_k[][S] = {{8, 8, 9}, {9, 8, 33}, {0, 16, 33}, {-8, 16, 33}};
+    struct thresholds_meta m = meta0;
+    float v[N_T];
+    size_t len;
+    m.auto_k = 0;
+    values(v, 1);
+    for (size_t i = 0; i < sizeof bad_k / sizeof *bad_k; i++) {
+        char *data = saved(&m, v, bad_k[i], &len);
+        expect_error(data, len, ERR_FORMAT, "not positive and increasing");
+        free(data);
+    }
+    v[((1 * L + 1) * H + 2) * NB + 3] = NAN;
+    char *data = saved(&m, v, ks, &len);
+    expect_error(data, len, ERR_FORMAT, "thresholds[1, 1, 2, 3] is NaN");
+    free(data);
+}
+
+static void hostile_headers(void **state)
+{
+    (void)state;
+    static const uint64_t lengths[] = {1, 1 << 20, 100u * 1000 * 1000 + 1, UINT64_MAX,
+                                       (uint64_t)INT64_MAX + 1};
+    char data[20008] = {0};
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        memcpy(data, &lengths[i], 8);
+        expect_error(data, 64, ERR_FORMAT, "");
+    }
+    uint64_t n = 20000;
+    memcpy(data, &n, 8);
+    memset(data + 8, '[', n); /* deep nesting */
+    expect_error(data, sizeof data, ERR_FORMAT, "depth");
+    memset(data + 8, 0, n);
+    expect_error(data, sizeof data, ERR_FORMAT, "");
+    memcpy(data + 8, "{\"__metadata__\":[]}", 19);
+    memset(data + 27, ' ', n - 19);
+    expect_error(data, sizeof data, ERR_FORMAT, "__metadata__ is not an object");
+    memcpy(data + 8, "{\"a\":1}            ", 19);
+    expect_error(data, sizeof data, ERR_FORMAT, "tensor 'a'");
+}
+
+static void files(void **state)
+{
+    (void)state;
+    struct thresholds *t = NULL;
+    struct err_msg why = {""};
+    float v[N_T];
+    values(v, 1);
+    assert_int_equal(thresholds_load(&t, "/nonexistent/t", &why), -ENOENT);
+    assert_non_null(strstr(why.text, "/nonexistent/t: "));
+    assert_int_equal(thresholds_load(&t, "/tmp", &why), ERR_FORMAT);
+    assert_int_equal(thresholds_save("/nonexistent/t", &meta0, v, ks, S, L, H, NB, &why), -ENOENT);
+    assert_non_null(strstr(why.text, "/nonexistent/t: cannot write: "));
+    /* A directory is in the way: the rename fails and the temporary file goes. */
+    struct file f = temp();
+    assert_ok(mkdir(f.path, 0700));
+    assert_true(thresholds_save(f.path, &meta0, v, ks, S, L, H, NB, &why) < 0);
+    assert_ok(rmdir(f.path));
+    drop(&f);
+}
+
+static void identity(void **state)
+{
+    (void)state;
+    static const struct {
+        struct thresholds_expect e;
+        const char *says;
+    } cases[] = {
+        {{1, L, H, 0.088388347f, "x"}, "model is 0123456789abcdef, the loaded one is 00000000000"},
+        {{0x0123456789abcdef, 9, H, 0.088388347f, "x"}, "made for 2 layers, the model has 9"},
+        {{0x0123456789abcdef, L, 9, 0.088388347f, "x"}, "made for 4 heads, the model has 9"},
+        {{0x0123456789abcdef, L, H, 0.125f, "x"},
+         "softmax_scale is 0.0883883461, the model's is 0.125"},
+        {{0x0123456789abcdef, L, H, 0.088388347f, "default theta=10000"}, "rope is 'llama3"},
+    };
+    struct thresholds *t = NULL;
+    float v[N_T];
+    size_t len;
+    values(v, 1);
+    char *data = saved(&meta0, v, ks, &len);
+    assert_ok(thresholds_parse(&t, data, len, "FILE", NULL));
+    free(data);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct err_msg why = {""};
+        assert_int_equal(thresholds_check(t, &cases[i].e, &why), ERR_MISMATCH);
+        if (!strstr(why.text, cases[i].says) || !strstr(why.text, "FILE"))
+            fail_msg("'%s' lacks '%s'", why.text, cases[i].says);
+    }
+    struct thresholds_expect ok = {0x0123456789abcdef, L, H, 0.088388347f, meta0.rope};
+    assert_ok(thresholds_check(t, &ok, NULL));
+    thresholds_free(t);
+}
+
+/* The figures derived from the paper's formula for full lengths. */
+static void density_published(void **state)
+{
+    (void)state;
+    static const struct {
+        int32_t n, k;
+        double density;
+    } rows[] = {{32, 64, .241},   {32, 96, .346},   {32, 128, .443},  {32, 192, .613},
+                {64, 32, .065},   {64, 192, .343},  {64, 256, .440},  {64, 384, .611},
+                {128, 512, .439}, {128, 768, .610}, {128, 1024, .751}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        assert_close(thresholds_predicted_density(rows[i].k, rows[i].n * 1024, 128),
+                     rows[i].density, 0.0005, 0);
+    }
+}
+
+/* The closed form beside the sum it stands for, at every length. */
+static void density_brute(void **state)
+{
+    (void)state;
+    for (int32_t gate_rows = 64; gate_rows <= 128; gate_rows += 64) {
+        for (int32_t k = 1; k < 24; k += 3) {
+            for (int32_t n = 1; n < 2000; n += 7) {
+                double kept = 0, all = 0;
+                for (int32_t first = 0; first < n; first += gate_rows) {
+                    int32_t last = first + gate_rows - 1 < n - 1 ? first + gate_rows - 1 : n - 1;
+                    int32_t a = first / 128 * 2, diag = last / 64 - a + 1;
+                    kept += (a < k ? a : k) + diag;
+                    all += a + diag;
+                }
+                assert_close(thresholds_predicted_density(k, n, gate_rows), kept / all, 1e-12, 0);
+            }
+        }
+    }
+    assert_close(thresholds_predicted_density(5, 0, 128), 1, 0, 0);
+    for (int32_t n = 100; n < 70000; n += 4999) {
+        int32_t k = thresholds_k_for_density(0.4, n, 128);
+        assert_true(thresholds_predicted_density(k, n, 128) >= 0.4);
+        assert_true(k == 1 || thresholds_predicted_density(k - 1, n, 128) < 0.4);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(round_trip),      cmocka_unit_test(hash_identity),
+        cmocka_unit_test(truncated),       cmocka_unit_test(flipped),
+        cmocka_unit_test(bad_fields),      cmocka_unit_test(bad_values),
+        cmocka_unit_test(hostile_headers), cmocka_unit_test(files),
+        cmocka_unit_test(identity),        cmocka_unit_test(density_published),
+        cmocka_unit_test(density_brute),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
