@@ -137,20 +137,21 @@ static void quickselect(float *v, int32_t n, int32_t at)
     }
 }
 
-/* From the largest rank down, so that each selection leaves only the elements before it to the
- * next. */
+/* From the largest rank down: what is in place, v[r - 1] and behind, the next selection leaves
+ * alone. */
 void calib_select(float *v, int32_t n, const int32_t *ranks, int32_t n_ranks)
 {
     for (int32_t i = n_ranks; i-- > 0;) {
         const int32_t r = ranks[i];
         int32_t least = r - 1;
-        quickselect(v, n, r);
+        if (r < n) /* else v[r] is the v[r' - 1] of the rank before */
+            quickselect(v, n, r);
         for (int32_t j = 0; j < r; j++)
             least = v[j] < v[least] ? j : least;
         float x = v[least];
         v[least] = v[r - 1];
         v[r - 1] = x;
-        n = r;
+        n = r - 1;
     }
 }
 
