@@ -1,0 +1,173 @@
+/* The calibrator on the model that ships: what is calibrated on a prompt, then applied to the same
+ * prompt, keeps exactly k pages in the first layer, where the gate has not changed the input yet;
+ * chunks do not change a bit; thresholds survive the file. */
+#include "tests/test.h"
+
+#include "calibration/calib_run.h"
+#include "calibration/thresholds.h"
+#include "core/mem.h"
+
+#include <unistd.h>
+
+enum { N_TOKENS = 1100, FULL = N_TOKENS / 128, LEVELS = 2 };
+static const int32_t levels[LEVELS] = {2, 5};
+
+struct fixture {
+    struct dev *dev;
+    struct model *model;
+    struct calib_run *run;
+    int32_t tokens[N_TOKENS];
+    size_t n; /* thresholds */
+};
+
+static void open_model(struct fixture *f, int32_t chunk)
+{
+    struct err_msg why = {""};
+    struct rng r = {99};
+    struct model_config cfg = {.dir = TEST_ROOT "/models/needle",
+                               .kv_dtype = DTYPE_F32,
+                               .max_seqs = 1,
+                               .max_tokens = chunk,
+                               .max_position = N_TOKENS};
+    assert_ok(dev_open(&f->dev, &dev_cpu, 0, 2, &why));
+    cfg.dev = f->dev;
+    if (model_open(&f->model, &cfg, &why) < 0 ||
+        calib_run_create(&f->run, f->model, N_TOKENS, chunk, &why) < 0)
+        fail_msg("%s", why.text);
+    for (int32_t i = 0; i < N_TOKENS; i++)
+        f->tokens[i] = rng_range(&r, 16, 511);
+    const struct model_info *info = model_info(f->model);
+    f->n = (size_t)LEVELS * (size_t)info->n_layers * (size_t)info->n_heads * FULL;
+}
+
+static void close_model(struct fixture *f)
+{
+    calib_run_destroy(f->run);
+    model_close(f->model);
+    dev_close(f->dev);
+}
+
+/* Thresholds of the one prompt; released with mem_free. */
+static float *calibrate(struct fixture *f, int32_t gate_rows)
+{
+    const struct model_info *info = model_info(f->model);
+    struct err_msg why = {""};
+    struct calib *c = NULL;
+    struct calib_config cfg = {info->n_layers, info->n_heads, FULL,        gate_rows,
+                               levels,         LEVELS,        f->dev->pool};
+    float *t = mem_zalloc(f->n, sizeof *t);
+    assert_ok(calib_create(&c, &cfg, &why));
+    if (calib_run_sample(f->run, c, gate_rows, f->tokens, N_TOKENS, &why) < 0)
+        fail_msg("%s", why.text);
+    assert_ok(calib_thresholds(c, t, &why));
+    calib_destroy(c);
+    return t;
+}
+
+static struct attn_policy policy_of(const struct fixture *f, const float *t)
+{
+    const struct model_info *info = model_info(f->model);
+    int64_t layer = (int64_t)info->n_heads * FULL;
+    return (struct attn_policy){.abs = {.t = t,
+                                        .n_levels = LEVELS,
+                                        .n_layers = info->n_layers,
+                                        .n_heads = info->n_heads,
+                                        .n_blocks = FULL,
+                                        .level_stride = info->n_layers * layer,
+                                        .layer_stride = layer,
+                                        .head_stride = FULL}};
+}
+
+static void keeps_k_in_layer_0(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct attn_counts before[64];
+    open_model(&f, 256);
+    const int32_t n_heads = model_info(f.model)->n_heads;
+    float *t = calibrate(&f, 128);
+    struct attn_policy policy = policy_of(&f, t);
+    model_set_policy(f.model, &policy);
+    for (int32_t level = 0; level < LEVELS; level++) {
+        struct batch_policy choice = {.gate = BATCH_ABS, .gate_rows = 128, .level = (int16_t)level};
+        struct batch_counts counts;
+        double k_density = thresholds_predicted_density(levels[level], FULL * 128, 128);
+        memcpy(before, model_head_counts(f.model), (size_t)n_heads * sizeof *before);
+        /* Only full blocks: the cut one at the end has its own maxima. */
+        assert_ok(calib_run_prompt(f.run, f.tokens, FULL * 128, choice, &counts));
+        for (int32_t h = 0; h < n_heads; h++) {
+            const struct attn_counts *now = &model_head_counts(f.model)[h];
+            uint64_t kept = now->kept - before[h].kept;
+            uint64_t reachable = now->reachable - before[h].reachable;
+            assert_close((double)kept, k_density * (double)reachable, 1e-6, 0);
+        }
+        assert_true(counts.kept < counts.reachable && counts.visited == counts.reachable);
+    }
+    mem_free(t);
+    close_model(&f);
+}
+
+static void same_bits_in_any_chunk(void **state)
+{
+    (void)state;
+    static const int32_t chunks[] = {128, 640, 2048};
+    for (int32_t gate_rows = 64; gate_rows <= 128; gate_rows += 64) {
+        float *t[3];
+        size_t n = 0;
+        for (int i = 0; i < 3; i++) {
+            struct fixture f;
+            open_model(&f, chunks[i]);
+            t[i] = calibrate(&f, gate_rows);
+            n = f.n;
+            close_model(&f);
+        }
+        assert_memory_equal(t[0], t[1], n * sizeof(float));
+        assert_memory_equal(t[0], t[2], n * sizeof(float));
+        for (int i = 0; i < 3; i++)
+            mem_free(t[i]);
+    }
+}
+
+static void file_fits_model(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct err_msg why = {""};
+    struct thresholds *file = NULL;
+    char path[] = "/tmp/sluice-cal-XXXXXX";
+    open_model(&f, 512);
+    const struct model_info *info = model_info(f.model);
+    float *t = calibrate(&f, 64);
+    struct thresholds_meta meta = {.model = info->fingerprint,
+                                   .set = 1,
+                                   .gate_rows = 64,
+                                   .n_max = FULL * 128,
+                                   .n_samples = 1,
+                                   .softmax_scale = info->softmax_scale};
+    memcpy(meta.rope, info->rope, sizeof meta.rope);
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    (void)close(fd);
+    assert_ok(
+        thresholds_save(path, &meta, t, levels, LEVELS, info->n_layers, info->n_heads, FULL, &why));
+    if (thresholds_load(&file, path, &why) < 0)
+        fail_msg("%s", why.text);
+    struct thresholds_expect expect = {info->fingerprint, info->n_layers, info->n_heads,
+                                       info->softmax_scale, info->rope};
+    assert_ok(thresholds_check(file, &expect, &why));
+    assert_memory_equal(thresholds_view(file)->t, t, f.n * sizeof *t);
+    (void)unlink(path);
+    thresholds_free(file);
+    mem_free(t);
+    close_model(&f);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(keeps_k_in_layer_0),
+        cmocka_unit_test(same_bits_in_any_chunk),
+        cmocka_unit_test(file_fits_model),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
