@@ -120,14 +120,10 @@ void conn_write(struct conn *c)
         start_flight(c, sent);
 }
 
-void conn_queue(struct conn *c, enum ipc_type type, const void *body)
+static void append(struct conn *c, enum ipc_type type, const void *body)
 {
     struct err_msg why = {""};
     size_t before = c->out.len;
-    if (unsent(c) > (size_t)c->s->cfg.hard_limit) {
-        conn_doom(c, ERR_SLOW_CONSUMER);
-        return;
-    }
     if (before == 0)
         c->out_since_ms = uv_now(c->s->loop);
     int err = ipc_body_pack(&c->out, type, body, &why);
@@ -146,6 +142,20 @@ void conn_queue(struct conn *c, enum ipc_type type, const void *body)
     /* A burst within one loop iteration is not the reader's fault: try before counting it. */
     if (c->out.len > (size_t)c->s->cfg.soft_limit)
         conn_write(c);
+}
+
+static bool over_hard(struct conn *c)
+{
+    if (unsent(c) <= (size_t)c->s->cfg.hard_limit)
+        return false;
+    conn_doom(c, ERR_SLOW_CONSUMER);
+    return true;
+}
+
+void conn_queue(struct conn *c, enum ipc_type type, const void *body)
+{
+    if (!over_hard(c))
+        append(c, type, body);
 }
 
 void conn_queue_error(struct conn *c, const char *id, uint64_t tag, int err,
@@ -183,7 +193,8 @@ void conn_drop_held(struct conn *c)
     held_free(c, LIST_ENTRY(node, struct held, link));
 }
 
-/* Tokens of one TOKENS message, so that it fits the peer's frames and the limit on values. */
+/* How many tokens one TOKENS message takes, so that it fits the peer's frames and the limit on
+ * values. */
 static int32_t tokens_per_frame(const struct conn *c, bool logprobs)
 {
     enum { HEAD = 256, LOGPROB_BYTES = 250, LOGPROB_TOKENS = 8192 };
@@ -193,6 +204,7 @@ static int32_t tokens_per_frame(const struct conn *c, bool logprobs)
     return n < INT32_MAX ? (int32_t)n : INT32_MAX;
 }
 
+/* One result may exceed the hard limit when it is the first to do so. */
 static void queue_tokens(struct conn *c, const struct ipc_tokens *m)
 {
     struct ipc_tokens part = *m;
@@ -203,7 +215,7 @@ static void queue_tokens(struct conn *c, const struct ipc_tokens *m)
         part.tokens = m->tokens + at;
         part.logprobs = m->logprobs ? m->logprobs + at : NULL;
         part.n_tokens = left < max ? left : max;
-        conn_queue(c, IPC_TOKENS, &part);
+        append(c, IPC_TOKENS, &part);
     }
 }
 
@@ -247,10 +259,8 @@ static void held_grow(struct held *h, int32_t n, bool logprobs)
 static void hold(struct conn *c, const struct ipc_tokens *m)
 {
     struct held *h = held_find(c, m->id);
-    if (unsent(c) > (size_t)c->s->cfg.hard_limit) {
-        conn_doom(c, ERR_SLOW_CONSUMER);
+    if (over_hard(c))
         return;
-    }
     if (h && (h->seq + h->n != m->seq || (h->logprobs != NULL) != (m->logprobs != NULL))) {
         held_release(c, h);
         h = NULL;
@@ -373,9 +383,12 @@ void ipc_send_tokens(struct ipc_server *s, uint64_t conn, const struct ipc_token
         return;
     }
     release_id(c, m->id);
-    queue_tokens(c, m);
+    if (!c->doom)
+        queue_tokens(c, m);
 }
 
+/* Not counted against the hard limit: there is one for each request that was accepted, and it may
+ * follow a large result. */
 void ipc_send_done(struct ipc_server *s, uint64_t conn, const struct ipc_done *m)
 {
     struct conn *c = conn_find(s, conn);
@@ -383,7 +396,7 @@ void ipc_send_done(struct ipc_server *s, uint64_t conn, const struct ipc_done *m
         return;
     release_id(c, m->id);
     if (!c->doom)
-        conn_queue(c, IPC_DONE, m);
+        append(c, IPC_DONE, m);
 }
 
 void ipc_send_error(struct ipc_server *s, uint64_t conn, const struct ipc_error *m)

@@ -162,30 +162,31 @@ static struct listener *listener_create(struct ipc_server *s, bool is_tcp)
 }
 
 /* A socket file that nobody listens on is left over from a process that died. */
-static int clear_stale(const struct ipc_address *a, struct err_msg *why)
+static int clear_stale(const struct ipc_address *a, const char *text, struct err_msg *why)
 {
     struct stat st;
     struct sockaddr_un sa;
     if (lstat(a->path, &st) < 0)
         return 0; /* binding tells what is wrong, if anything */
     if (!S_ISSOCK(st.st_mode))
-        return err_set(why, UV_EEXIST, "unix:%s: the file exists and is no socket", a->path);
+        return err_set(why, UV_EEXIST, "%s: the file exists and is no socket", text);
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
-        return err_set(why, -errno, "unix:%s: %s", a->path, err_str(-errno));
+        return err_set(why, -errno, "%s: %s", text, err_str(-errno));
     ipc_address_unix(a, &sa);
     int err = connect(fd, (const struct sockaddr *)&sa, sizeof sa) < 0 ? -errno : 0;
     (void)close(fd);
     if (err != -ECONNREFUSED)
-        return err_set(why, UV_EADDRINUSE, "unix:%s: another process listens there", a->path);
+        return err_set(why, UV_EADDRINUSE, "%s: another process listens there", text);
     log_info("replacing the stale socket %s", a->path);
-    return unlink(a->path) < 0 ? err_set(why, -errno, "unix:%s: %s", a->path, err_str(-errno)) : 0;
+    return unlink(a->path) < 0 ? err_set(why, -errno, "%s: %s", text, err_str(-errno)) : 0;
 }
 
 /* Nobody can connect between bind and listen, so the mode is set in time. */
-static int listen_unix(struct ipc_server *s, const struct ipc_address *a, struct err_msg *why)
+static int listen_unix(struct ipc_server *s, const struct ipc_address *a, const char *text,
+                       struct err_msg *why)
 {
-    TRY(clear_stale(a, why));
+    TRY(clear_stale(a, text, why));
     struct listener *l = listener_create(s, false);
     int err = uv_pipe_bind(&l->h.pipe, a->path);
     if (err == 0 && chmod(a->path, 0600) < 0)
@@ -195,10 +196,10 @@ static int listen_unix(struct ipc_server *s, const struct ipc_address *a, struct
     if (err < 0) {
         uv_close(&l->h.handle, on_listener_closed);
         /* libuv reports a missing folder as EACCES. */
-        return err_set(why, err, "unix:%s: %s", a->path,
+        return err_set(why, err, "%s: %s", text,
                        err == UV_EACCES ? "the folder is missing or not writable" : err_str(err));
     }
-    log_info("listening on unix:%s", a->path);
+    log_info("listening on %s", text);
     return 0;
 }
 
@@ -234,7 +235,8 @@ static int listen_sockaddr(struct ipc_server *s, const struct sockaddr *sa)
 
 /* The first of the host's addresses that can be bound. Refuses if any of them is reachable from
  * outside while there is no secret. */
-static int listen_tcp(struct ipc_server *s, const struct ipc_address *a, struct err_msg *why)
+static int listen_tcp(struct ipc_server *s, const struct ipc_address *a, const char *text,
+                      struct err_msg *why)
 {
     struct addrinfo *list;
     TRY(ipc_address_resolve(a, &list, why));
@@ -242,17 +244,16 @@ static int listen_tcp(struct ipc_server *s, const struct ipc_address *a, struct 
     for (const struct addrinfo *ai = list; ai && rc < 0; ai = ai->ai_next) {
         if (s->token[0] == '\0' && !ipc_address_is_loopback(ai->ai_addr)) {
             rc = err_set(why, ERR_CONFIG,
-                         "tcp:%s:%s: not a loopback address, so a shared secret must be set",
-                         a->host, a->port);
+                         "%s: not a loopback address, so a shared secret must be set", text);
             break;
         }
         rc = listen_sockaddr(s, ai->ai_addr);
         if (rc < 0)
-            (void)err_set(why, rc, "tcp:%s:%s: %s", a->host, a->port, err_str(rc));
+            (void)err_set(why, rc, "%s: %s", text, err_str(rc));
     }
     freeaddrinfo(list);
     TRY(rc);
-    log_info("listening on tcp:%s:%d", a->host, rc);
+    log_info("listening on %s, port %d", text, rc);
     return 0;
 }
 
@@ -260,7 +261,7 @@ int ipc_server_listen(struct ipc_server *s, const char *address, struct err_msg 
 {
     struct ipc_address a;
     TRY(ipc_address_parse(&a, address, why));
-    return a.is_unix ? listen_unix(s, &a, why) : listen_tcp(s, &a, why);
+    return a.is_unix ? listen_unix(s, &a, address, why) : listen_tcp(s, &a, address, why);
 }
 
 int ipc_server_port(const struct ipc_server *s, int32_t i)
