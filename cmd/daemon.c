@@ -171,9 +171,12 @@ static int open_engine(struct daemon *d, struct err_msg *why)
 static int listen_all(struct daemon *d, struct err_msg *why)
 {
     char *list = mem_strdup(d->opt.listen), *save = NULL;
+    struct err_msg inner = {""};
     int err = 0;
     for (char *a = strtok_r(list, ",", &save); a && err == 0; a = strtok_r(NULL, ",", &save))
-        err = engine_listen(d->engine, a, why);
+        err = engine_listen(d->engine, a, &inner);
+    if (err < 0)
+        (void)err_set(why, err, "--listen: %.300s", err_why(&inner, err));
     mem_free(list);
     return err;
 }

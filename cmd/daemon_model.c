@@ -70,7 +70,7 @@ static int size_pages(struct daemon_model *d, const struct daemon_options *o, st
     int64_t n = o->kv_pages;
     if (n == 0 && o->kv_memory > 0)
         n = o->kv_memory / (int64_t)page;
-    if (n == 0) {
+    if (o->kv_pages == 0 && o->kv_memory == 0) {
         size_t free_bytes, total_bytes;
         int err = dev_mem_info(d->dev, &free_bytes, &total_bytes);
         if (err < 0)

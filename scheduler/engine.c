@@ -293,9 +293,7 @@ int engine_create(struct engine **out, const struct engine_config *cfg, struct e
 
 int engine_listen(struct engine *e, const char *address, struct err_msg *why)
 {
-    TRY(ipc_server_listen(e->server, address, why));
-    log_info("listening on %s", address);
-    return 0;
+    return ipc_server_listen(e->server, address, why);
 }
 
 bool engine_destroy(struct engine *e)

@@ -23,6 +23,7 @@ BIN = os.environ.get("SLUICE_BIN", "build/release/bin")
 ROOT = os.environ.get("SLUICE_ROOT", os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 NEEDLE = os.path.join(ROOT, "models", "needle")
 PATIENCE = 120  # seconds; sanitizers are slow
+SANITIZED = bool(os.environ.get("SLUICE_SANITIZED"))  # tests of speed use shorter prompts
 
 (HELLO, SUBMIT, CANCEL, STATS, HEALTH, DRAIN, SHUTDOWN, RESET, PING) = range(1, 10)
 (HELLO_OK, ACCEPTED, PROGRESS, TOKENS, DONE, ERROR, STATS_OK, HEALTH_OK, GOAWAY, OK, PONG) = range(65, 76)
@@ -187,8 +188,8 @@ def prompts(limit):
 
 def golden():
     """(prompt, greedy continuation) of the golden cases: about 200 tokens each."""
-    with open(os.path.join(ROOT, "tests", "data", "needle", "golden.json")) as f:
-        return [(p["prompt"], p["greedy16"]) for p in json.load(f)["prompts"]]
+    with open(os.path.join(ROOT, "tests", "data", "llama", "needle.json")) as f:
+        return [(p["prompt"], p["greedy16"]) for p in json.load(f)["cases"]]
 
 
 def main():

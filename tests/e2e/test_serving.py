@@ -12,7 +12,7 @@ import unittest
 import urllib.error
 import urllib.request
 
-from harness import (ABS, ACCEPTED, BIN, DONE, ERROR, GOAWAY, NEEDLE, PATIENCE, PROGRESS, REL, ROOT, TOKENS, Client,
+from harness import (ABS, ACCEPTED, BIN, DONE, ERROR, GOAWAY, NEEDLE, PATIENCE, PROGRESS, REL, ROOT, SANITIZED, Client,
                      Daemon, golden, main, prompts)
 
 DRAINING, DEADLINE, QUEUE_FULL = 7, 9, 6
@@ -141,9 +141,10 @@ class Latency(unittest.TestCase):
         """A 100-token request that arrives while a 16K prompt is in prefill gets its first token within two steps and the
         chunk that was running: at most three chunks of the long prompt finish in between."""
         rng = random.Random(9)
+        n_long = 5000 if SANITIZED else 16000
         with Daemon("--max-model-len", "20000", "--token-budget", "1024") as d:
             long, short = Client(d.path), Client(d.path)
-            long.submit("long", [rng.randrange(3, 512) for _ in range(16000)], max_tokens=1)
+            long.submit("long", [rng.randrange(3, 512) for _ in range(n_long)], max_tokens=1)
             while long.recv()[0] != PROGRESS:
                 pass
             short.submit("short", [rng.randrange(3, 512) for _ in range(100)], max_tokens=1, ignore_eos=True)
