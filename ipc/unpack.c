@@ -164,7 +164,7 @@ static int read_i32_list(const struct reader *r, const msgpack_object *o, char *
         return err_set(r->why, ERR_INVALID, "%s: %u elements, at most %d", f->name,
                        o->via.array.size, f->room);
     for (uint32_t i = 0; i < o->via.array.size; i++) {
-        int32_t v;
+        int32_t v = 0;
         TRY(read_i32(r, &o->via.array.ptr[i], f->min, f->max, &v));
         memcpy(at + i * sizeof v, &v, sizeof v);
     }
