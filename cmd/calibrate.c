@@ -85,6 +85,10 @@ int main(int argc, char **argv)
         conf_help(&calibrate_program, stdout);
         return 0;
     }
+    if (argc == 2 && strcmp(argv[1], "--help-markdown") == 0) {
+        conf_markdown(&calibrate_program, stdout);
+        return 0;
+    }
     if (isatty(STDERR_FILENO)) {
         w.progress.to = stderr;
     }
