@@ -1,0 +1,73 @@
+/* Any bytes give an error or a sound threshold file. The first byte chooses what the rest is: the
+ * file itself, or header text up to a NUL and then tensor bytes, which spares the fuzzer the work
+ * of keeping the header's length right. */
+#include "calibration/thresholds.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static void demand(int condition)
+{
+    if (!condition)
+        abort();
+}
+
+/* What the rest of the engine relies on once a file is accepted. */
+static void check(const struct thresholds *t)
+{
+    const struct attn_thresholds *v = thresholds_view(t);
+    const struct thresholds_meta *m = thresholds_meta(t);
+    int32_t n;
+    const int32_t *k = thresholds_k(t, &n);
+    demand(n == v->n_levels && n >= 1 && v->n_blocks >= 1 && v->n_layers >= 1 && v->n_heads >= 1);
+    demand(m->gate_rows == 128 || m->gate_rows == 64);
+    demand(m->auto_k == 0 || thresholds_level(t, m->auto_k, NULL) >= 0);
+    demand(memchr(m->rope, 0, sizeof m->rope) != NULL);
+    for (int32_t i = 0; i < n; i++)
+        demand(k[i] > (i ? k[i - 1] : 0) && thresholds_level(t, k[i], NULL) == i);
+    size_t count = (size_t)n * (size_t)v->level_stride;
+    for (size_t i = 0; i < count; i++)
+        demand(!isnan(v->t[i]));
+}
+
+static void parse(const uint8_t *data, size_t size)
+{
+    struct thresholds *t = NULL, *again = NULL;
+    struct err_msg why = {""};
+    if (thresholds_parse(&t, data, size, "input", &why) < 0) {
+        demand(strstr(why.text, "input") != NULL);
+        return;
+    }
+    check(t);
+    demand(thresholds_parse(&again, data, size, "input", NULL) == 0);
+    demand(thresholds_hash(t) == thresholds_hash(again));
+    thresholds_free(t);
+    thresholds_free(again);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    if (size < 1)
+        return 0;
+    if (data[0] & 1) {
+        parse(data + 1, size - 1);
+        return 0;
+    }
+    const uint8_t *end = memchr(data + 1, 0, size - 1);
+    size_t header = end ? (size_t)(end - data) - 1 : size - 1;
+    size_t rest = end ? size - 2 - header : 0;
+    uint8_t *file = malloc(8 + header + rest);
+    if (!file)
+        return 0;
+    for (int i = 0; i < 8; i++)
+        file[i] = (uint8_t)((uint64_t)header >> (8 * i));
+    memcpy(file + 8, data + 1, header);
+    if (rest > 0)
+        memcpy(file + 8 + header, end + 1, rest);
+    parse(file, 8 + header + rest);
+    free(file);
+    return 0;
+}
