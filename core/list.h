@@ -11,12 +11,14 @@ struct list {
 };
 
 #define LIST_ENTRY(node, type, member) ((type *)(void *)((char *)(node)-offsetof(type, member)))
+// NOLINTBEGIN(bugprone-macro-parentheses): `node` is declared here and cannot be parenthesised
 #define LIST_FOREACH(node, head)                                                                   \
     for (struct list *node = (head)->next; (node) != (head); (node) = (node)->next)
 /* The body may unlink the current node. */
 #define LIST_FOREACH_SAFE(node, tmp, head)                                                         \
     for (struct list *node = (head)->next, *tmp = (node)->next; (node) != (head);                  \
          (node) = (tmp), (tmp) = (tmp)->next)
+// NOLINTEND(bugprone-macro-parentheses)
 
 static inline void list_init(struct list *l)
 {
