@@ -117,7 +117,7 @@ static void show_event(struct live *l, const struct sluice_event *e)
         (void)fputs("\r\033[K", stderr);
     l->progress_shown = false;
     for (int32_t i = 0; i < e->u.tokens.n; i++)
-        (void)printf("%s%d", e->u.tokens.first + i ? " " : "", e->u.tokens.ids[i]);
+        (void)printf("%s%d", e->u.tokens.first + i > 0 ? " " : "", e->u.tokens.ids[i]);
     if (l->out_tty)
         (void)fflush(stdout);
 }

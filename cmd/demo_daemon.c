@@ -26,7 +26,7 @@ _Noreturn static void child(const struct demo_daemon *d, char *const argv[], pid
     (void)dup2(log, STDOUT_FILENO);
     (void)dup2(log, STDERR_FILENO);
     (void)sigemptyset(&none);
-    (void)sigprocmask(SIG_SETMASK, &none, NULL);
+    (void)pthread_sigmask(SIG_SETMASK, &none, NULL);
     execv(argv[0], argv);
     static const char text[] = "the program cannot be started\n";
     (void)!write(STDERR_FILENO, text, sizeof text - 1);

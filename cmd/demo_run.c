@@ -184,7 +184,9 @@ static int turn(struct run *r, struct err_msg *why)
         if (r->out->users[u].state == DEMO_AWAY && may_come(r, u))
             ask(r, u);
         struct sluice_client *c = r->visitors[u].client;
-        fds[u] = (struct pollfd){c ? sluice_fd(c) : -1, c ? sluice_poll_events(c) : 0, 0};
+        fds[u] = (struct pollfd){-1, 0, 0};
+        if (c)
+            fds[u] = (struct pollfd){sluice_fd(c), sluice_poll_events(c), 0};
         left += c != NULL || r->out->users[u].state == DEMO_AWAY;
     }
     fds[DEMO_USERS] = (struct pollfd){r->scene->signal_fd, POLLIN, 0};

@@ -54,7 +54,7 @@ static struct result *run(const struct daemon *d, const char *program, const cha
     (void)snprintf(text, sizeof text, "%s", words);
     for (char *w = strtok_r(text, " ", &save); w && n < MAX_ARGS - 1;
          w = strtok_r(NULL, " ", &save))
-        argv[n++] = strcmp(w, "%s") == 0 ? (char *)d->address : w;
+        argv[n++] = d && strcmp(w, "%s") == 0 ? (char *)d->address : w;
     pid_t pid = fork();
     if (pid == 0) {
         (void)dup2(out, STDOUT_FILENO);
@@ -80,6 +80,7 @@ static void expect(const struct result *r, int code, const char *in_out, const c
 static void daemon_start(struct daemon *d, const char *fault)
 {
     struct stat st;
+    memset(d, 0, sizeof *d);
     (void)snprintf(d->folder, sizeof d->folder, "/tmp/sluice-test-XXXXXX");
     assert_non_null(mkdtemp(d->folder));
     (void)snprintf(d->address, sizeof d->address, "unix:%s/s", d->folder);
@@ -89,7 +90,7 @@ static void daemon_start(struct daemon *d, const char *fault)
         (void)prctl(PR_SET_PDEATHSIG, SIGKILL); /* a failing test leaves none behind */
         (void)dup2(quiet, STDERR_FILENO);
         if (fault)
-            (void)setenv("FAKE_FAULT", fault, 1);
+            (void)setenv("FAKE_FAULT", fault, 1); // NOLINT(concurrency-mt-unsafe)
         execl(FAKE, FAKE, "--listen", d->address, (char *)NULL);
         _exit(126);
     }
@@ -299,10 +300,10 @@ static void bench_replays_a_trace(void **state)
 static struct result *demo(const char *fault)
 {
     if (fault)
-        (void)setenv("FAKE_FAULT", fault, 1);
+        (void)setenv("FAKE_FAULT", fault, 1); // NOLINT(concurrency-mt-unsafe)
     struct result *r =
         run(NULL, DEMO, "--daemon " FAKE " --model " TEST_ROOT "/models/needle --stall 1s");
-    (void)unsetenv("FAKE_FAULT");
+    (void)unsetenv("FAKE_FAULT"); // NOLINT(concurrency-mt-unsafe)
     return r;
 }
 
@@ -361,7 +362,7 @@ static void demo_leaves_no_daemon_behind(void **state)
         if (pid == 0) {
             (void)dup2(out, STDOUT_FILENO);
             (void)dup2(out, STDERR_FILENO);
-            (void)setenv("FAKE_FAULT", "stall", 1);
+            (void)setenv("FAKE_FAULT", "stall", 1); // NOLINT(concurrency-mt-unsafe)
             execl(DEMO, DEMO, "--daemon", FAKE, "--model", TEST_ROOT "/models/needle",
                   (char *)NULL);
             _exit(126);
@@ -398,6 +399,7 @@ int main(void)
         cmocka_unit_test(demo_notices),
         cmocka_unit_test(demo_leaves_no_daemon_behind),
     };
+    // NOLINTNEXTLINE(concurrency-mt-unsafe)
     (void)setenv("FAKE_PROMPTS", TEST_ROOT "/models/needle/prompts.jsonl", 1);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
