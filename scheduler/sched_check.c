@@ -70,7 +70,8 @@ struct tenant_census {
     int64_t n_live, n_waiting;
 };
 
-static int check_tenant(const struct sched_tenant *t, struct tenant_census *c, struct err_msg *why)
+static int check_tenant(const struct sched_tenant *t, bool live, struct tenant_census *c,
+                        struct err_msg *why)
 {
     int32_t n_waiting = 0;
     for (int i = 0; i < SCHED_LANES; i++) {
@@ -87,8 +88,8 @@ static int check_tenant(const struct sched_tenant *t, struct tenant_census *c, s
     if (heap_linked(&t->backlog) != (n_waiting > 0) ||
         (n_waiting > 0 && t->backlog_key > t->served))
         return err_set(why, ERR_INTERNAL, "tenant '%s': backlog is inconsistent", t->name);
-    if (list_empty(&t->idle) == (t->n_live == 0))
-        return err_set(why, ERR_INTERNAL, "tenant '%s': %d live, idle list disagrees", t->name,
+    if ((t->n_live > 0) != live)
+        return err_set(why, ERR_INTERNAL, "tenant '%s': %d live, but in the other list", t->name,
                        t->n_live);
     c->n_backlog += n_waiting > 0;
     c->n_idle += t->n_live == 0;
@@ -102,9 +103,10 @@ static int check_queue(const struct sched *s, const struct census *c, struct err
     const struct wait_queue *q = &s->queue;
     struct tenant_census t = {.n_idle = 0};
     int32_t n_resumed = 0;
-    for (int i = 0; i < SCHED_TENANT_BUCKETS; i++)
-        LIST_FOREACH (l, &q->buckets[i])
-            TRY(check_tenant(LIST_ENTRY(l, struct sched_tenant, bucket), &t, why));
+    LIST_FOREACH (l, &q->live)
+        TRY(check_tenant(LIST_ENTRY(l, struct sched_tenant, member), true, &t, why));
+    LIST_FOREACH (l, &q->idle)
+        TRY(check_tenant(LIST_ENTRY(l, struct sched_tenant, member), false, &t, why));
     for (int i = 0; i < SCHED_LANES; i++) {
         int32_t n = heap_check(&q->resumed[i]);
         if (n < 0 || heap_check(&q->tenants[i]) != t.n_tenants[i])

@@ -55,7 +55,7 @@ struct sched_tenant_lane {
 
 struct sched_tenant {
     struct list bucket;
-    struct list idle; /* in wait_queue.idle while n_live is 0 */
+    struct list member; /* of wait_queue.live, or of .idle while n_live is 0 */
     char name[REQ_TENANT_BYTES];
     int64_t served;    /* the virtual count: tokens computed and generated for it */
     int32_t n_live;    /* requests not finished */
@@ -67,7 +67,7 @@ struct sched_tenant {
 
 struct wait_queue {
     struct list buckets[SCHED_TENANT_BUCKETS]; /* tenants by name */
-    struct list idle;                          /* longest idle first */
+    struct list live, idle;                    /* tenants; longest idle first */
     int32_t n_idle;
     struct heap tenants[SCHED_LANES]; /* by (best priority, virtual count, arrival) */
     struct heap resumed[SCHED_LANES]; /* by (priority, arrival) */

@@ -60,6 +60,7 @@ void queue_init(struct wait_queue *q)
     *q = (struct wait_queue){.backlog = {.before = backlog_before}};
     for (int i = 0; i < SCHED_TENANT_BUCKETS; i++)
         list_init(&q->buckets[i]);
+    list_init(&q->live);
     list_init(&q->idle);
     for (int i = 0; i < SCHED_LANES; i++) {
         q->tenants[i].before = lane_before;
@@ -70,15 +71,15 @@ void queue_init(struct wait_queue *q)
 static void drop_tenant(struct sched_tenant *t)
 {
     list_unlink(&t->bucket);
-    list_unlink(&t->idle);
+    list_unlink(&t->member);
     mem_free(t);
 }
 
 void queue_deinit(struct wait_queue *q)
 {
-    for (int i = 0; i < SCHED_TENANT_BUCKETS; i++)
-        while (!list_empty(&q->buckets[i]))
-            drop_tenant(LIST_ENTRY(q->buckets[i].next, struct sched_tenant, bucket));
+    ASSERT(list_empty(&q->live));
+    while (!list_empty(&q->idle))
+        drop_tenant(LIST_ENTRY(q->idle.next, struct sched_tenant, member));
 }
 
 static size_t bucket_of(const char *name)
@@ -100,7 +101,7 @@ static struct sched_tenant *new_tenant(struct wait_queue *q, const char *name)
 {
     struct sched_tenant *t = mem_zalloc(1, sizeof *t);
     memcpy(t->name, name, strlen(name));
-    list_init(&t->idle);
+    list_push_back(&q->live, &t->member);
     list_push_back(&q->buckets[bucket_of(name)], &t->bucket);
     for (int i = 0; i < SCHED_LANES; i++)
         t->lanes[i] =
@@ -114,7 +115,8 @@ struct sched_tenant *queue_join_tenant(struct wait_queue *q, const char *name)
     if (!t) {
         t = new_tenant(q, name);
     } else if (t->n_live == 0) {
-        list_unlink(&t->idle);
+        list_unlink(&t->member);
+        list_push_back(&q->live, &t->member);
         q->n_idle--;
     }
     t->n_live++;
@@ -126,9 +128,10 @@ void queue_leave_tenant(struct wait_queue *q, struct sched_tenant *t)
     ASSERT(t->n_live > 0);
     if (--t->n_live > 0)
         return;
-    list_push_back(&q->idle, &t->idle);
+    list_unlink(&t->member);
+    list_push_back(&q->idle, &t->member);
     if (++q->n_idle > SCHED_IDLE_TENANTS) { /* names are the clients': memory must be bounded */
-        drop_tenant(LIST_ENTRY(q->idle.next, struct sched_tenant, idle));
+        drop_tenant(LIST_ENTRY(q->idle.next, struct sched_tenant, member));
         q->n_idle--;
     }
 }

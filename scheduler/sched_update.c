@@ -62,8 +62,6 @@ static void append_token(struct sched *s, struct sched_req *r, const struct batc
     struct request *p = &r->pub;
     if (t->numeric) {
         sched_finish(s, r, REQ_FINISH_ERROR, ERR_NUMERIC);
-        /* Its earlier chunks are in the index and may hold NaN as well: nobody must find them. */
-        kv_prefix_reset(s->kv);
         return;
     }
     if (t->token < 0) {
@@ -101,18 +99,20 @@ static void apply(struct sched *s, struct sched_req *r, const struct batch_seq *
                   const struct batch_token *t, int64_t now_us)
 {
     struct request *p = &r->pub;
+    bool numeric = q->sample && t->numeric;
     p->n_computed += q->n_tokens;
-    if (!(q->sample && t->numeric))
+    if (!numeric)
         publish(s, p);
     if (p->state == REQ_FINISHED) {
         release(s, r);
-        return;
+    } else {
+        if (q->start < p->n_prompt || q->n_tokens > 1)
+            s->ev.progress(s->ev.ctx, p);
+        if (q->sample)
+            append_token(s, r, t, now_us);
     }
-    bool prefill = q->start < p->n_prompt || q->n_tokens > 1;
-    if (prefill)
-        s->ev.progress(s->ev.ctx, p);
-    if (q->sample)
-        append_token(s, r, t, now_us);
+    if (numeric) /* its earlier chunks are in the index and may be bad too: nobody must find them */
+        kv_prefix_reset(s->kv);
 }
 
 void sched_update(struct sched *s, int status, const struct batch_result *result, int64_t now_us)

@@ -47,6 +47,10 @@ struct world {
     uint64_t *cells;  /* [n_pages, 64] what the executor wrote */
     uint64_t *writer; /* [n_pages] (step, sequence) of the last write */
     int32_t *prefix[N_PREFIXES];
+    int32_t said[MAX_TOTAL]; /* a finished conversation: prompt and answer */
+    int32_t n_said;
+    int said_user;
+    bool said_gated;
     int64_t now_us, steps;
     uint64_t n_events, n_submitted, n_finished, n_refused;
     uint64_t plan_hash;
@@ -132,6 +136,12 @@ static void on_finish(void *ctx, const struct request *r)
     int64_t life = w->steps - j->born_step;
     if (life > w->longest && j->priority == 0)
         w->longest = life;
+    if (j->n_out > 0 && r->n_tokens < MAX_TOTAL / 2) {
+        memcpy(w->said, r->tokens, (size_t)r->n_tokens * sizeof *w->said);
+        w->n_said = r->n_tokens;
+        w->said_user = j->user;
+        w->said_gated = j->gated;
+    }
     w->plan_hash = hash_pair(w->plan_hash, r->id * 16 + (uint64_t)r->finish);
     j->req = NULL;
     w->n_live--;
@@ -234,8 +244,25 @@ static int32_t prompt_length(struct world *w)
     case 2: return 64 * rng_range(&w->rng, 1, 8) + rng_range(&w->rng, -1, 1);
     case 3: return rng_range(&w->rng, 1, max);
     case 4: return rng_range(&w->rng, 1, 40);
+    case 5: return w->n_said + 20 < max ? w->n_said + rng_range(&w->rng, 1, 20) : 1;
     default: return rng_range(&w->rng, 1, 400);
     }
+}
+
+/* The next turn of a conversation, or a prompt that shares much, little or nothing with others. */
+static void fill_prompt(struct world *w, struct job *j, int32_t *prompt)
+{
+    struct rng *r = &w->rng;
+    const int32_t *from = w->prefix[rng_range(r, 0, N_PREFIXES - 1)];
+    int32_t n = j->n_prompt, shared = rng_range(r, 0, 3) ? rng_range(r, n / 2, n) : 0;
+    if (w->n_said > 0 && rng_range(r, 0, 2) == 0) {
+        from = w->said;
+        shared = n < w->n_said ? n : w->n_said;
+        j->user = w->said_user;
+        j->gated = w->said_gated;
+    }
+    for (int32_t i = 0; i < n; i++)
+        prompt[i] = i < shared ? from[i] : rng_range(r, 1, VOCAB - 1);
 }
 
 static void submit(struct world *w)
@@ -248,15 +275,12 @@ static void submit(struct world *w)
     if (!j || n > MAX_TOTAL)
         return;
     *j = (struct job){.n_prompt = n,
-                      .max_tokens = rng_range(r, 0, 19) ? rng_range(r, 1, 100) : 100000,
+                      .max_tokens = rng_range(r, 0, 19) ? rng_range(r, 1, 70) : 100000,
                       .user = rng_range(r, 0, N_USERS - 1),
                       .priority = rng_range(r, 0, w->n_priorities - 1),
                       .gated = rng_range(r, 0, 3) == 0,
                       .born_step = w->steps};
-    int32_t shared = rng_range(r, 0, 3) ? rng_range(r, n / 2, n) : 0;
-    const int32_t *prefix = w->prefix[rng_range(r, 0, N_PREFIXES - 1)];
-    for (int32_t i = 0; i < n; i++)
-        prompt[i] = i < shared ? prefix[i] : rng_range(r, 1, VOCAB - 1);
+    fill_prompt(w, j, prompt);
     struct req_params p = {.prompt = prompt,
                            .n_prompt = n,
                            .max_tokens = j->max_tokens,
@@ -450,7 +474,6 @@ static void check(const struct world *w)
 static bool turn(struct world *w, bool disturb)
 {
     const struct batch *b = sched_plan(w->sched, w->now_us);
-    check(w);
     if (!b) {
         assert_false(sched_has_work(w->sched)); /* never idle while somebody waits */
         return false;
