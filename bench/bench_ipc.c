@@ -225,7 +225,7 @@ static int measure(struct load *l, const char *address, double rates[REPEATS], d
     for (int i = 0; i < l->o->connections; i++) {
         int err = sluice_connect(&l->lanes[i].c, address, NULL, why, sizeof why);
         if (err < 0) {
-            fprintf(stderr, "bench_ipc: %s\n", why);
+            (void)fprintf(stderr, "bench_ipc: %s\n", why);
             return err;
         }
     }
@@ -244,19 +244,20 @@ static void report(const struct options *o, const double rates[REPEATS], double 
 {
     double median = rates[REPEATS / 2];
     if (o->json) {
-        printf("{\"round_trips_per_s\": %.0f, \"best\": %.0f, \"worst\": %.0f, "
-               "\"single_round_trip_us\": %.2f, \"client_cpu_us\": %.2f, \"server_cpu_us\": %.2f, "
-               "\"connections\": %d, \"depth\": %d, \"prompt_tokens\": %d}\n",
-               median, rates[REPEATS - 1], rates[0], single_us, client_us, server_us,
-               o->connections, o->depth, o->tokens);
+        (void)printf(
+            "{\"round_trips_per_s\": %.0f, \"best\": %.0f, \"worst\": %.0f, "
+            "\"single_round_trip_us\": %.2f, \"client_cpu_us\": %.2f, \"server_cpu_us\": %.2f, "
+            "\"connections\": %d, \"depth\": %d, \"prompt_tokens\": %d}\n",
+            median, rates[REPEATS - 1], rates[0], single_us, client_us, server_us, o->connections,
+            o->depth, o->tokens);
         return;
     }
-    printf("%d connections, %d requests in flight on each, %d prompt tokens\n", o->connections,
-           o->depth, o->tokens);
-    printf("SUBMIT .. DONE   %.0f round trips/s (median of %d; %.0f to %.0f)\n", median, REPEATS,
-           rates[0], rates[REPEATS - 1]);
-    printf("CPU a request    client %.2f us, server %.2f us\n", client_us, server_us);
-    printf("one at a time    %.1f us a round trip\n", single_us);
+    (void)printf("%d connections, %d requests in flight on each, %d prompt tokens\n",
+                 o->connections, o->depth, o->tokens);
+    (void)printf("SUBMIT .. DONE   %.0f round trips/s (median of %d; %.0f to %.0f)\n", median,
+                 REPEATS, rates[0], rates[REPEATS - 1]);
+    (void)printf("CPU a request    client %.2f us, server %.2f us\n", client_us, server_us);
+    (void)printf("one at a time    %.1f us a round trip\n", single_us);
 }
 
 static int parse(struct options *o, int argc, char **argv)
@@ -296,7 +297,7 @@ static int bench(const struct options *o, const char *address)
     struct load l = {.o = o, .prompt = mem_zalloc((size_t)o->tokens, sizeof(int32_t))};
     int err = engine_start(&e, address, &why);
     if (err < 0) {
-        fprintf(stderr, "bench_ipc: %s\n", err_why(&why, err));
+        (void)fprintf(stderr, "bench_ipc: %s\n", err_why(&why, err));
         mem_free(l.prompt);
         return err;
     }
@@ -312,7 +313,7 @@ static int bench(const struct options *o, const char *address)
     (void)uv_loop_close(&e.loop);
     mem_free(l.prompt);
     if (err < 0) {
-        fprintf(stderr, "bench_ipc: %s\n", err_str(err));
+        (void)fprintf(stderr, "bench_ipc: %s\n", err_str(err));
         return err;
     }
     double n = (double)o->requests * (REPEATS + 1) + 2000;
@@ -325,8 +326,9 @@ int main(int argc, char **argv)
     struct options o = {.requests = 200000, .connections = 8, .depth = 64, .tokens = 64};
     char dir[] = "/tmp/bench_ipc_XXXXXX", address[64];
     if (parse(&o, argc, argv) < 0) {
-        fprintf(stderr, "usage: bench_ipc [--json] [--requests N] [--connections N] [--depth N] "
-                        "[--tokens N]\n");
+        (void)fprintf(stderr,
+                      "usage: bench_ipc [--json] [--requests N] [--connections N] [--depth N] "
+                      "[--tokens N]\n");
         return 2;
     }
     log_set_level(LOG_WARN);

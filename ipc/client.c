@@ -135,7 +135,7 @@ static int pull_in(struct sluice_client *c)
 static int next_payload(struct sluice_client *c, const uint8_t **payload, size_t *len,
                         int64_t deadline)
 {
-    if (c->broken)
+    if (c->broken < 0)
         return c->broken;
     for (;;) {
         int rc = ipc_frame_reader_next(&c->in, payload, len, &c->why);
@@ -267,8 +267,8 @@ static void fill_info(struct sluice_client *c)
 static int shake(struct sluice_client *c, const struct sluice_options *o, int64_t deadline)
 {
     struct ipc_hello hello;
-    const uint8_t *payload;
-    size_t len;
+    const uint8_t *payload = NULL;
+    size_t len = 0;
     ipc_body_init(IPC_HELLO, &hello);
     hello.proto_major = IPC_PROTO_MAJOR;
     hello.proto_minor = IPC_PROTO_MINOR;
@@ -597,8 +597,8 @@ static int take_kept(struct sluice_client *c)
 int sluice_next(struct sluice_client *c, struct sluice_event *event, int timeout_ms)
 {
     int64_t deadline = deadline_of(timeout_ms);
-    const uint8_t *payload;
-    size_t len;
+    const uint8_t *payload = NULL;
+    size_t len = 0;
     if (!c->broken)
         c->why.text[0] = '\0';
     for (;;) {
@@ -651,8 +651,8 @@ static uint64_t reply_tag(const struct ipc_msg *m)
 static int await(struct sluice_client *c, uint64_t tag, enum ipc_type wanted, int timeout_ms)
 {
     int64_t deadline = deadline_of(timeout_ms);
-    const uint8_t *payload;
-    size_t len;
+    const uint8_t *payload = NULL;
+    size_t len = 0;
     for (;;) {
         int rc = next_payload(c, &payload, &len, deadline);
         if (rc == 0)

@@ -196,8 +196,9 @@ static int start(struct conn *c, uv_stream_t *listener)
         (void)uv_tcp_nodelay(&c->h.tcp, 1);
         (void)uv_tcp_keepalive(&c->h.tcp, 1, 60);
     }
-    if (s->cfg.send_buffer > 0)
-        (void)uv_send_buffer_size(&c->h.handle, &(int){s->cfg.send_buffer});
+    int send_buffer = s->cfg.send_buffer;
+    if (send_buffer > 0)
+        (void)uv_send_buffer_size(&c->h.handle, &send_buffer);
     TRY(uv_timer_start(&c->timer, on_handshake_timeout, (uint64_t)s->cfg.handshake_ms, 0));
     return uv_read_start(&c->h.stream, on_alloc, on_read);
 }

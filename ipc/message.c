@@ -6,20 +6,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* memcpy keeps the access legal whatever the member's alignment and type. */
-static void store(void *at, const void *value, size_t len)
-{
-    memcpy(at, value, len);
-}
-
 static void field_default(const struct ipc_field *f, char *body)
 {
     char *at = body + f->offset;
+    bool flag = f->def > 0;
+    int32_t i32 = (int32_t)f->def;
+    int64_t i64 = (int64_t)f->def;
     switch (f->kind) {
-    case IPC_KIND_BOOL: store(at, &(bool){f->def != 0}, sizeof(bool)); break;
-    case IPC_KIND_I32: store(at, &(int32_t){(int32_t)f->def}, sizeof(int32_t)); break;
-    case IPC_KIND_I64: store(at, &(int64_t){(int64_t)f->def}, sizeof(int64_t)); break;
-    case IPC_KIND_F64: store(at, &f->def, sizeof(double)); break;
+    case IPC_KIND_BOOL: memcpy(at, &flag, sizeof flag); break;
+    case IPC_KIND_I32: memcpy(at, &i32, sizeof i32); break;
+    case IPC_KIND_I64: memcpy(at, &i64, sizeof i64); break;
+    case IPC_KIND_F64: memcpy(at, &f->def, sizeof f->def); break;
     default: break; /* zero: empty, none */
     }
 }

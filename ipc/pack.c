@@ -143,7 +143,7 @@ static bool is_default(const struct ipc_field *f, const char *body)
     case IPC_KIND_F64:
         return !(number_of(f, at) < f->def) && !(number_of(f, at) > f->def) &&
                !isnan(number_of(f, at));
-    case IPC_KIND_BOOL: return (*at != 0) == (f->def != 0);
+    case IPC_KIND_BOOL: return (*at != 0) == (f->def > 0);
     case IPC_KIND_STR: return *at == '\0';
     case IPC_KIND_U64: return bytes_are_zero(at, sizeof(uint64_t));
     case IPC_KIND_SEED: return body[f->count_offset] == 0;
@@ -210,6 +210,8 @@ static int put_list(msgpack_packer *pk, const struct ipc_field *f, const char *a
     }
 }
 
+/* The recursion ends after one level: no field of the sparse map is a map. */
+// NOLINTBEGIN(misc-no-recursion)
 static int put_value(msgpack_packer *pk, const struct ipc_field *f, const char *body,
                      struct err_msg *why)
 {
@@ -249,6 +251,7 @@ static int put_fields(msgpack_packer *pk, const struct ipc_schema *s, const char
     }
     return 0;
 }
+// NOLINTEND(misc-no-recursion)
 
 static int put_message(struct ipc_buf *buf, const struct ipc_schema *s, const void *body,
                        struct err_msg *why)

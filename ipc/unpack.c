@@ -180,7 +180,8 @@ static int read_str_list(const struct reader *r, const msgpack_object *o, char *
         return err_set(r->why, ERR_INVALID, "%s: %u elements, at most %d", r->field->name,
                        o->via.array.size, r->field->room);
     for (uint32_t i = 0; i < o->via.array.size; i++)
-        TRY(read_text(r, &o->via.array.ptr[i], at + i * (IPC_CAP_BYTES + 1u), IPC_CAP_BYTES));
+        TRY(read_text(r, &o->via.array.ptr[i], at + (size_t)i * (IPC_CAP_BYTES + 1),
+                      IPC_CAP_BYTES));
     *count = (int32_t)o->via.array.size;
     return 0;
 }
@@ -247,13 +248,13 @@ static int read_logprob(const struct reader *r, const msgpack_object *o, struct 
 }
 
 /* Read after the tokens: there must be one entry for each. */
-static int read_logprobs(const struct reader *r, const msgpack_object *o, char *at, int32_t *count)
+static int read_logprobs(const struct reader *r, const msgpack_object *o, char *at, int32_t count)
 {
     struct ipc_logprob *l;
-    if (o->type != MSGPACK_OBJECT_ARRAY || o->via.array.size != (uint32_t)*count)
+    if (o->type != MSGPACK_OBJECT_ARRAY || o->via.array.size != (uint32_t)count)
         return wrong(r, "an array as long as tokens");
     TRY(take(r, o->via.array.size, sizeof *l, &l));
-    for (int32_t i = 0; i < *count; i++)
+    for (int32_t i = 0; i < count; i++)
         TRY(read_logprob(r, &o->via.array.ptr[i], &l[i]));
     memcpy(at, &l, sizeof l);
     return 0;
@@ -304,7 +305,7 @@ static int read_list(const struct reader *r, const msgpack_object *o, char *body
     case IPC_KIND_STR_LIST: err = read_str_list(r, o, at, &n); break;
     case IPC_KIND_SALT: err = read_salt(r, o, at, &n); break;
     case IPC_KIND_IDS: err = read_ids(r, o, at, &n); break;
-    case IPC_KIND_LOGPROBS: err = read_logprobs(r, o, at, &n); break;
+    case IPC_KIND_LOGPROBS: err = read_logprobs(r, o, at, n); break;
     default: err = read_stats(r, o, at, &n); break;
     }
     TRY(err);
@@ -315,6 +316,8 @@ static int read_list(const struct reader *r, const msgpack_object *o, char *body
 static int read_fields(const struct reader *outer, const struct ipc_schema *s,
                        const msgpack_object *map, char *body);
 
+/* The recursion ends after one level: no field of the sparse map is a map. */
+// NOLINTBEGIN(misc-no-recursion)
 static int read_field(const struct reader *r, const msgpack_object *o, char *body)
 {
     char *at = body + r->field->offset;
@@ -372,6 +375,7 @@ static int read_fields(const struct reader *outer, const struct ipc_schema *s,
     }
     return 0;
 }
+// NOLINTEND(misc-no-recursion)
 
 static int read_message(struct ipc_decoder *d, struct ipc_msg *m, const msgpack_object *o,
                         struct err_msg *why)
