@@ -27,9 +27,8 @@ int calib_run_create(struct calib_run **out, struct model *m, int32_t max_tokens
     r->chunk = chunk;
     r->n_pages = kv_pages_for(max_tokens);
     r->pages = mem_zalloc((size_t)r->n_pages, sizeof *r->pages);
-    for (int32_t i = 0; i < r->n_pages; i++) {
+    for (int32_t i = 0; i < r->n_pages; i++)
         r->pages[i] = i;
-    }
     int err = model_take_pages(m, r->n_pages, why);
     if (err < 0) {
         calib_run_destroy(r);
@@ -41,9 +40,8 @@ int calib_run_create(struct calib_run **out, struct model *m, int32_t max_tokens
 
 void calib_run_destroy(struct calib_run *r)
 {
-    if (!r) {
+    if (!r)
         return;
-    }
     mem_free(r->pages);
     mem_free(r);
 }
@@ -65,9 +63,8 @@ static int run_chunk(struct calib_run *r, struct batch_seq *seq, struct batch_co
         counts->visited += r->counts.visited;
         counts->kept += r->counts.kept;
     }
-    if (r->on_chunk) {
+    if (r->on_chunk)
         r->on_chunk(r->on_chunk_arg, seq->n_tokens);
-    }
     return 0;
 }
 
@@ -76,9 +73,8 @@ int calib_run_prompt(struct calib_run *r, const int32_t *tokens, int32_t n_token
 {
     struct batch_seq seq = {
         .id = 1, .tokens = tokens, .prompt_len = n_tokens, .pages = r->pages, .policy = policy};
-    if (n_tokens < 1 || kv_pages_for(n_tokens) > r->n_pages) {
+    if (n_tokens < 1 || kv_pages_for(n_tokens) > r->n_pages)
         return ERR_TOO_LONG;
-    }
     if (counts) {
         *counts = (struct batch_counts){0};
     }
@@ -95,12 +91,10 @@ int calib_run_sample(struct calib_run *r, struct calib *c, int32_t gate_rows, co
 {
     const struct batch_policy dense = {.gate = BATCH_DENSE, .gate_rows = 128};
     int err = model_probe_tiles(r->model, gate_rows, calib_tiles, c);
-    if (err == 0) {
+    if (err == 0)
         err = calib_run_prompt(r, tokens, n_tokens, dense, NULL);
-    }
     int off = model_probe_tiles(r->model, gate_rows, NULL, NULL);
-    if (err < 0 || off < 0) {
+    if (err < 0 || off < 0)
         return err_set(why, err < 0 ? err : off, "dense run: %s", err_str(err < 0 ? err : off));
-    }
     return calib_end_sample(c, n_tokens, why);
 }

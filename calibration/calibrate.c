@@ -28,9 +28,8 @@ static int check_config(const struct calib_config *c, struct err_msg *why)
         return err_set(why, ERR_INVALID, "calibration: %d layers, %d heads", c->n_layers,
                        c->n_heads);
     }
-    if (c->n_blocks < 1) {
+    if (c->n_blocks < 1)
         return err_set(why, ERR_INVALID, "calibration: no sample has %d tokens", KV_BLOCK_TOKENS);
-    }
     if (c->gate_rows != 128 && c->gate_rows != 64) {
         return err_set(why, ERR_INVALID, "calibration: gate_rows is %d, must be 128 or 64",
                        c->gate_rows);
@@ -75,9 +74,8 @@ int calib_create(struct calib **out, const struct calib_config *cfg, struct err_
 
 void calib_destroy(struct calib *c)
 {
-    if (!c) {
+    if (!c)
         return;
-    }
     mem_free(c->sums);
     mem_free(c->n_samples);
     mem_free(c->scratch);
@@ -185,9 +183,8 @@ static void add_group(const struct chunk *ch, int32_t head, int32_t block, const
         }
         v[j] = max[j];
     }
-    while (n < c->cfg.n_levels && c->k[n] < available) {
+    while (n < c->cfg.n_levels && c->k[n] < available)
         n++;
-    }
     calib_select(v, available, c->k, n);
     for (int32_t s = 0; s < n; s++) {
         double mid = ((double)v[c->k[s] - 1] + (double)v[c->k[s]]) / 2;
@@ -228,37 +225,32 @@ void calib_tiles(void *calib, int layer, int32_t pos, int32_t n_tokens, const fl
         pool_run(c->cfg.pool, add_head, &ch, c->cfg.n_heads);
         return;
     }
-    for (int32_t h = 0; h < c->cfg.n_heads; h++) {
+    for (int32_t h = 0; h < c->cfg.n_heads; h++)
         add_head(&ch, h, 0);
-    }
 }
 
 int calib_end_sample(struct calib *c, int32_t n_tokens, struct err_msg *why)
 {
-    if (atomic_load(&c->not_finite)) {
+    if (atomic_load(&c->not_finite))
         return err_set(why, ERR_NUMERIC, "a page maximum is NaN or infinite");
-    }
-    for (int32_t i = 0; i < n_tokens / KV_BLOCK_TOKENS; i++) {
+    for (int32_t i = 0; i < n_tokens / KV_BLOCK_TOKENS; i++)
         c->n_samples[i]++;
-    }
     return 0;
 }
 
 int32_t calib_filled_blocks(const struct calib *c)
 {
     int32_t n = 0;
-    while (n < c->cfg.n_blocks && c->n_samples[n] > 0) {
+    while (n < c->cfg.n_blocks && c->n_samples[n] > 0)
         n++;
-    }
     return n;
 }
 
 int calib_thresholds(const struct calib *c, float *t, struct err_msg *why)
 {
     const int32_t filled = calib_filled_blocks(c), n_blocks = c->cfg.n_blocks;
-    if (filled == 0) {
+    if (filled == 0)
         return err_set(why, ERR_INVALID, "calibration: no sample has %d tokens", KV_BLOCK_TOKENS);
-    }
     const size_t rows = (size_t)c->cfg.n_layers * (size_t)c->cfg.n_heads;
     for (int32_t s = 0; s < c->cfg.n_levels; s++) {
         for (size_t r = 0; r < rows; r++) {

@@ -23,12 +23,10 @@ static int read_tokens(const struct line_reader *r, struct sample *s, const json
                        const char *field)
 {
     size_t n = json_array_size(ids);
-    if (n < 1 || n > INT32_MAX) {
+    if (n < 1 || n > INT32_MAX)
         return err_set(r->why, ERR_FORMAT, "%s:%d: %s has %zu tokens", r->name, s->line, field, n);
-    }
-    if (r->max_len > 0 && n > (size_t)r->max_len) {
+    if (r->max_len > 0 && n > (size_t)r->max_len)
         n = (size_t)r->max_len;
-    }
     s->tokens = mem_alloc(n * sizeof *s->tokens);
     s->n_tokens = (int32_t)n;
     for (size_t i = 0; i < n; i++) {
@@ -55,12 +53,10 @@ static int read_object(const struct line_reader *r, struct sample *s, const json
         return err_set(r->why, ERR_FORMAT, "%s:%d: no array `prompt` or `tokens`", r->name,
                        s->line);
     }
-    if (task && !json_is_string(task)) {
+    if (task && !json_is_string(task))
         return err_set(r->why, ERR_FORMAT, "%s:%d: task is not a string", r->name, s->line);
-    }
-    if (task) {
+    if (task)
         (void)snprintf(s->task, sizeof s->task, "%s", json_string_value(task));
-    }
     return read_tokens(r, s, ids, field);
 }
 
@@ -84,12 +80,10 @@ static int read_lines(struct samples *out, const struct line_reader *r, FILE *in
     ssize_t len;
     errno = 0;
     for (int32_t line = 1; (len = getline(text, &room, in)) >= 0; line++) {
-        if ((*text)[strspn(*text, " \t\r\n")] == '\0') {
+        if ((*text)[strspn(*text, " \t\r\n")] == '\0')
             continue;
-        }
-        if (out->n == MAX_SAMPLES) {
+        if (out->n == MAX_SAMPLES)
             return err_set(r->why, ERR_FORMAT, "%s: more than %d samples", r->name, MAX_SAMPLES);
-        }
         if ((out->n & (out->n - 1)) == 0) { /* room doubles at powers of two */
             out->items =
                 mem_realloc(out->items, (out->n ? 2 * (size_t)out->n : 1) * sizeof *out->items);
@@ -102,9 +96,8 @@ static int read_lines(struct samples *out, const struct line_reader *r, FILE *in
         return err_set(r->why, errno ? -errno : -EIO, "%s: %s", r->name,
                        err_str(errno ? -errno : -EIO));
     }
-    if (out->n == 0) {
+    if (out->n == 0)
         return err_set(r->why, ERR_FORMAT, "%s: no samples", r->name);
-    }
     return 0;
 }
 
@@ -116,9 +109,8 @@ int samples_read(struct samples *out, FILE *in, const char *name, int32_t vocab_
     *out = (struct samples){0};
     int err = read_lines(out, &r, in, &text);
     free(text);
-    if (err < 0) {
+    if (err < 0)
         samples_free(out);
-    }
     return err;
 }
 
@@ -126,9 +118,8 @@ int samples_load(struct samples *out, const char *path, int32_t vocab_size, int3
                  struct err_msg *why)
 {
     FILE *in = fopen(path, "re");
-    if (!in) {
+    if (!in)
         return err_set(why, -errno, "%s: %s", path, err_str(-errno));
-    }
     int err = samples_read(out, in, path, vocab_size, max_len, why);
     (void)fclose(in);
     return err;
@@ -136,9 +127,8 @@ int samples_load(struct samples *out, const char *path, int32_t vocab_size, int3
 
 void samples_free(struct samples *s)
 {
-    for (int32_t i = 0; i < s->n; i++) {
+    for (int32_t i = 0; i < s->n; i++)
         mem_free(s->items[i].tokens);
-    }
     mem_free(s->items);
     *s = (struct samples){0};
 }
@@ -161,12 +151,10 @@ int samples_check(const struct samples *s, const char *name, int32_t vocab_size,
 /* Keeps `want` of the n entries of list, evenly spread, the first among them. */
 static int32_t spread(int32_t *list, int32_t n, int32_t want)
 {
-    if (want >= n) {
+    if (want >= n)
         return n;
-    }
-    for (int32_t i = 0; i < want; i++) {
+    for (int32_t i = 0; i < want; i++)
         list[i] = list[(int64_t)i * n / want];
-    }
     return want;
 }
 
@@ -179,15 +167,13 @@ void samples_split(struct samples_split *out, const struct samples *s, const cha
     for (int32_t i = 0; i < n; i++) {
         bool mine = task_prefix ? strncmp(s->items[i].task, task_prefix, strlen(task_prefix)) == 0
                                 : i < tail;
-        if (mine) {
+        if (mine)
             out->calibrate[out->n_calibrate++] = i;
-        } else {
+        else
             out->held_out[out->n_held_out++] = i;
-        }
     }
-    if (limit > 0) {
+    if (limit > 0)
         out->n_calibrate = spread(out->calibrate, out->n_calibrate, limit);
-    }
     out->n_held_out = spread(out->held_out, out->n_held_out, n_held_out);
 }
 
@@ -212,9 +198,8 @@ int32_t samples_longest(const struct samples *s, const int32_t *chosen, int32_t 
 {
     int32_t longest = 0;
     for (int32_t i = 0; i < n; i++) {
-        if (s->items[chosen[i]].n_tokens > longest) {
+        if (s->items[chosen[i]].n_tokens > longest)
             longest = s->items[chosen[i]].n_tokens;
-        }
     }
     return longest;
 }
@@ -222,8 +207,7 @@ int32_t samples_longest(const struct samples *s, const int32_t *chosen, int32_t 
 int64_t samples_tokens(const struct samples *s, const int32_t *chosen, int32_t n)
 {
     int64_t sum = 0;
-    for (int32_t i = 0; i < n; i++) {
+    for (int32_t i = 0; i < n; i++)
         sum += s->items[chosen[i]].n_tokens;
-    }
     return sum;
 }

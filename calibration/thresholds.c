@@ -44,9 +44,8 @@ struct reader {
 static int text_field(const struct reader *r, const char *field, const char **out)
 {
     *out = safetensors_metadata(r->st, field);
-    if (!*out) {
+    if (!*out)
         return err_set(r->why, ERR_FORMAT, "%s: metadata %s is missing", r->name, field);
-    }
     return 0;
 }
 
@@ -203,9 +202,8 @@ static int check_values(const struct reader *r, const struct attn_thresholds *v)
 {
     size_t n = (size_t)v->n_levels * (size_t)v->level_stride;
     for (size_t i = 0; i < n; i++) {
-        if (!isnan(v->t[i])) {
+        if (!isnan(v->t[i]))
             continue;
-        }
         return err_set(
             r->why, ERR_FORMAT, "%s: thresholds[%zu, %zu, %zu, %zu] is NaN", r->name,
             i / (size_t)v->level_stride, i % (size_t)v->level_stride / (size_t)v->layer_stride,
@@ -235,9 +233,8 @@ static int read_tensors(const struct reader *r, struct thresholds *out)
     }
     TRY(check_shape(r, t, k, &out->meta));
     out->t = mem_try_aligned(t->bytes, 1);
-    if (!out->t) {
+    if (!out->t)
         return err_set(r->why, -ENOMEM, "%s: no memory for %zu bytes", r->name, t->bytes);
-    }
     out->k = mem_alloc(k->bytes);
     memcpy(out->t, t->data, t->bytes);
     memcpy(out->k, k->data, k->bytes);
@@ -265,9 +262,8 @@ int thresholds_parse(struct thresholds **out, const void *data, size_t len, cons
     struct thresholds *t = mem_zalloc(1, sizeof *t);
     t->name = mem_strdup(name);
     int err = read_meta(&r, &t->meta);
-    if (err == 0) {
+    if (err == 0)
         err = read_tensors(&r, t);
-    }
     safetensors_close(st);
     if (err < 0) {
         thresholds_free(t);
@@ -289,9 +285,8 @@ int thresholds_load(struct thresholds **out, const char *path, struct err_msg *w
 
 void thresholds_free(struct thresholds *t)
 {
-    if (!t) {
+    if (!t)
         return;
-    }
     mem_free(t->name);
     mem_free(t->t);
     mem_free(t->k);
@@ -319,12 +314,10 @@ int thresholds_level(const struct thresholds *t, int32_t k, struct err_msg *why)
     char list[256] = "";
     size_t at = 0;
     for (int32_t i = 0; i < t->view.n_levels; i++) {
-        if (t->k[i] == k) {
+        if (t->k[i] == k)
             return i;
-        }
-        if (at < sizeof list) {
+        if (at < sizeof list)
             at += (size_t)snprintf(list + at, sizeof list - at, "%s%d", i ? ", " : "", t->k[i]);
-        }
     }
     return err_set(why, ERR_INVALID, "%s has no thresholds for k=%d, only for %s", t->name, k,
                    list);
@@ -370,9 +363,8 @@ static void sum_blocks(int64_t k, int64_t n, double *kept, double *all)
 {
     const int64_t per_block = KV_BLOCK_TOKENS / KV_PAGE_TOKENS;
     int64_t few = (k + per_block - 1) / per_block; /* blocks whose A_i does not reach k */
-    if (few > n) {
+    if (few > n)
         few = n;
-    }
     *kept = (double)per_block * (double)few * (double)(few - 1) / 2 + (double)k * (double)(n - few);
     *all = (double)per_block * (double)n * (double)(n - 1) / 2;
 }
@@ -382,9 +374,8 @@ double thresholds_predicted_density(int32_t k, int64_t n_tokens, int32_t gate_ro
     const int64_t groups = KV_BLOCK_TOKENS / gate_rows;
     const int64_t full = n_tokens / KV_BLOCK_TOKENS, rest = n_tokens % KV_BLOCK_TOKENS;
     double kept, all;
-    if (n_tokens < 1) {
+    if (n_tokens < 1)
         return 1;
-    }
     sum_blocks(k, full, &kept, &all);
     /* A block's diagonal: 2 pages for its one decision, or 1 and 2 for its halves. */
     double diag = (double)full * (groups == 1 ? 2 : 3);
@@ -405,11 +396,10 @@ int32_t thresholds_k_for_density(double density, int64_t n_tokens, int32_t gate_
     int32_t lo = 1, hi = kv_pages_for(n_tokens);
     while (lo < hi) { /* the density grows with k */
         int32_t mid = lo + (hi - lo) / 2;
-        if (thresholds_predicted_density(mid, n_tokens, gate_rows) >= density) {
+        if (thresholds_predicted_density(mid, n_tokens, gate_rows) >= density)
             hi = mid;
-        } else {
+        else
             lo = mid + 1;
-        }
     }
     return lo;
 }

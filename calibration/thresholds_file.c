@@ -24,9 +24,8 @@ static int read_all(int fd, char *buf, size_t len)
     size_t done = 0;
     while (done < len) {
         ssize_t n = read(fd, buf + done, len - done);
-        if (n < 0 && errno == EINTR) {
+        if (n < 0 && errno == EINTR)
             continue;
-        }
         if (n <= 0) {
             return n < 0 ? -errno : -EIO; /* -EIO: it shrank meanwhile */
         }
@@ -38,17 +37,15 @@ static int read_all(int fd, char *buf, size_t len)
 static int read_fd(int fd, const char *path, void **data, size_t *len, struct err_msg *why)
 {
     struct stat st;
-    if (fstat(fd, &st) < 0) {
+    if (fstat(fd, &st) < 0)
         return err_set(why, -errno, "%s: %s", path, err_str(-errno));
-    }
     if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size > max_file_bytes) {
         return err_set(why, ERR_FORMAT, "%s: not a regular file of at most %zu bytes", path,
                        max_file_bytes);
     }
     char *buf = mem_try_aligned((size_t)st.st_size, 1);
-    if (!buf) {
+    if (!buf)
         return err_set(why, -ENOMEM, "%s: no memory for %zu bytes", path, (size_t)st.st_size);
-    }
     int err = read_all(fd, buf, (size_t)st.st_size);
     if (err < 0) {
         mem_free(buf);
@@ -62,9 +59,8 @@ static int read_fd(int fd, const char *path, void **data, size_t *len, struct er
 int thresholds_read_file(const char *path, void **data, size_t *len, struct err_msg *why)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) {
+    if (fd < 0)
         return err_set(why, -errno, "%s: %s", path, err_str(-errno));
-    }
     int err = read_fd(fd, path, data, len, why);
     (void)close(fd);
     return err;
@@ -107,9 +103,8 @@ static char *make_header(const struct thresholds_meta *meta, const struct shape 
                   "shape", s->levels, "data_offsets", t_bytes, t_bytes + k_bytes);
     char *text = root ? json_dumps(root, JSON_COMPACT | JSON_SORT_KEYS) : NULL;
     json_decref(root);
-    if (!text) {
+    if (!text)
         return NULL;
-    }
     size_t n = strlen(text);
     *len = (n + 7) / 8 * 8;
     text = mem_realloc(text, *len + 1);
@@ -122,12 +117,10 @@ static int write_all(int fd, const void *data, size_t len)
     const char *p = data;
     while (len > 0) {
         ssize_t n = write(fd, p, len);
-        if (n < 0 && errno == EINTR) {
+        if (n < 0 && errno == EINTR)
             continue;
-        }
-        if (n < 0) {
+        if (n < 0)
             return -errno;
-        }
         p += n;
         len -= (size_t)n;
     }
@@ -139,9 +132,8 @@ static int write_parts(int fd, const char *header, size_t header_len, const floa
 {
     unsigned char prefix[8];
     size_t n = (size_t)s->levels * (size_t)s->layers * (size_t)s->heads * (size_t)s->blocks;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 8; i++)
         prefix[i] = (unsigned char)((uint64_t)header_len >> (8 * i));
-    }
     TRY(write_all(fd, prefix, sizeof prefix));
     TRY(write_all(fd, header, header_len));
     TRY(write_all(fd, t, n * sizeof *t));
@@ -158,25 +150,20 @@ int thresholds_save(const char *path, const struct thresholds_meta *meta, const 
     char temporary[PATH_MAX];
     size_t header_len = 0;
     int len = snprintf(temporary, sizeof temporary, "%s.%ld.tmp", path, (long)getpid());
-    if (len < 0 || (size_t)len >= sizeof temporary) {
+    if (len < 0 || (size_t)len >= sizeof temporary)
         return err_set(why, -ENAMETOOLONG, "%.200s...: path too long", path);
-    }
     char *header = make_header(meta, &s, &header_len);
-    if (!header) {
+    if (!header)
         return err_set(why, ERR_INVALID, "%s: metadata rope is not UTF-8", path);
-    }
     int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
     int err = fd < 0 ? -errno : write_parts(fd, header, header_len, t, k, &s);
-    if (fd >= 0 && close(fd) < 0 && err == 0) {
+    if (fd >= 0 && close(fd) < 0 && err == 0)
         err = -errno;
-    }
-    if (err == 0 && rename(temporary, path) < 0) {
+    if (err == 0 && rename(temporary, path) < 0)
         err = -errno;
-    }
     if (err < 0) {
-        if (fd >= 0) {
+        if (fd >= 0)
             (void)unlink(temporary);
-        }
         (void)err_set(why, err, "%s: cannot write: %s", path, err_str(err));
     }
     mem_free(header);

@@ -14,9 +14,8 @@ static int32_t choose_auto(const struct calibrate_work *w)
     const int32_t n_max = w->n_blocks * KV_BLOCK_TOKENS;
     double best = 2;
     int32_t k = 0;
-    if (w->o.auto_k >= 0) {
+    if (w->o.auto_k >= 0)
         return (int32_t)w->o.auto_k;
-    }
     for (int32_t i = 0; i < w->n_levels; i++) {
         const struct calibrate_density *d = &w->levels[i];
         double density =
@@ -52,6 +51,8 @@ static int finish(const struct calibrate_work *w, int64_t start_us, struct err_m
                                  .out = w->o.out,
                                  .meta = &meta,
                                  .levels = w->levels,
+                                 .held_out = w->held_out,
+                                 .n_held_out = split->n_held_out,
                                  .n_levels = w->n_levels,
                                  .n_layers = info->n_layers,
                                  .n_heads = info->n_heads,
@@ -89,14 +90,12 @@ int main(int argc, char **argv)
         conf_markdown(&calibrate_program, stdout);
         return 0;
     }
-    if (isatty(STDERR_FILENO)) {
+    if (isatty(STDERR_FILENO))
         w.progress.to = stderr;
-    }
     conf_defaults(&calibrate_program, &w.o);
     int err = run(&w, argc, argv, &why);
-    if (err < 0) {
+    if (err < 0)
         (void)fprintf(stderr, "sluice-calibrate: %s\n", err_why(&why, err));
-    }
     calibrate_work_free(&w);
     return err < 0 ? 1 : 0;
 }

@@ -157,15 +157,12 @@ const struct conf_program calibrate_program = {
 
 int calibrate_options_check(const struct calibrate_options *o, struct err_msg *why)
 {
-    if (!o->model) {
+    if (!o->model)
         return err_set(why, ERR_CONFIG, "--model is required (see --help)");
-    }
-    if (!o->samples) {
+    if (!o->samples)
         return err_set(why, ERR_CONFIG, "--samples is required (see --help)");
-    }
-    if (o->k && o->density) {
+    if (o->k && o->density)
         return err_set(why, ERR_CONFIG, "--k and --density exclude each other");
-    }
     if (o->chunk % KV_BLOCK_TOKENS) {
         return err_set(why, ERR_CONFIG, "--chunk: %lld is not a multiple of %d",
                        (long long)o->chunk, KV_BLOCK_TOKENS);
@@ -201,29 +198,31 @@ int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
     int32_t count = 0, unique = 0;
     while (*text) {
         double v;
-        if (count == CALIBRATE_MAX_LEVELS) {
+        if (count == CALIBRATE_MAX_LEVELS)
             return err_set(why, ERR_CONFIG, "more than %d levels", CALIBRATE_MAX_LEVELS);
-        }
-        if (o->density) {
+        if (o->density)
             TRY(next_number("density", &text, 0.001, 1, &v, why));
-        } else {
+        else
             TRY(next_number("k", &text, 1, 1 << 24, &v, why));
-        }
-        if (!o->density && v != (double)(int32_t)v) {
+        if (!o->density && v != (double)(int32_t)v)
             return err_set(why, ERR_CONFIG, "--k: %g is not a whole number", v);
-        }
         k[count++] =
             o->density ? thresholds_k_for_density(v, n_tokens, calibrate_gate_rows(o)) : (int32_t)v;
     }
-    if (count == 0) {
+    if (count == 0)
         return err_set(why, ERR_CONFIG, "--%s: the list is empty", o->density ? "density" : "k");
-    }
     qsort(k, (size_t)count, sizeof *k, increasing);
     for (int32_t i = 0; i < count; i++) {
-        if (unique == 0 || k[i] != k[unique - 1]) {
+        if (unique == 0 || k[i] != k[unique - 1])
             k[unique++] = k[i];
-        }
     }
     *n = unique;
+    for (int32_t i = 0; i < unique; i++) {
+        if (k[i] == o->auto_k)
+            return 0;
+    }
+    if (o->auto_k > 0)
+        return err_set(why, ERR_CONFIG, "--auto-k: %lld is not one of the levels",
+                       (long long)o->auto_k);
     return 0;
 }

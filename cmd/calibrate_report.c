@@ -35,9 +35,8 @@ void calibrate_progress_add(void *progress, int32_t n_tokens)
 
 void calibrate_progress_end(struct calibrate_progress *p)
 {
-    if (p->to) {
+    if (p->to)
         (void)fprintf(p->to, "\r\033[K");
-    }
 }
 
 void calibrate_density_add(struct calibrate_density *d, double predicted, double measured)
@@ -78,16 +77,14 @@ void calibrate_report_text(const struct calibrate_report *r, FILE *to)
         (void)fprintf(to, "%8d %10.3f %10.3f %8.3f    [%.3f %.3f]\n", d->k, d->predicted,
                       calibrate_density_mean(d), deviation(d), d->min, d->max);
     }
-    if (r->levels[0].n) {
+    if (r->levels[0].n)
         (void)fprintf(to, "measured on %d held-out samples; auto: ", r->levels[0].n);
-    } else {
+    else
         (void)fprintf(to, "predicted at %d tokens, no held-out samples; auto: ", m->n_max);
-    }
-    if (m->auto_k) {
+    if (m->auto_k)
         (void)fprintf(to, "k=%d from %d tokens on\n", m->auto_k, m->auto_min);
-    } else {
+    else
         (void)fprintf(to, "dense\n");
-    }
     if (r->out) {
         (void)fprintf(to, "wrote %s: [%d, %d, %d, %d] thresholds\n", r->out, r->n_levels,
                       r->n_layers, r->n_heads, r->n_blocks);
@@ -108,18 +105,28 @@ static json_t *level_json(const struct calibrate_density *d, const struct thresh
     return o;
 }
 
+static json_t *held_out_json(const struct calibrate_held_out *h, int32_t n_levels)
+{
+    json_t *measured = json_array();
+    for (int32_t i = 0; i < n_levels; i++)
+        (void)json_array_append_new(measured, json_real(h->density[i]));
+    return json_pack("{s:s,s:i,s:i,s:o}", "task", h->task, "line", h->line, "tokens", h->n_tokens,
+                     "measured", measured);
+}
+
 int calibrate_report_json(const struct calibrate_report *r, FILE *to)
 {
     const struct thresholds_meta *m = r->meta;
-    json_t *levels = json_array();
-    for (int32_t i = 0; i < r->n_levels; i++) {
+    json_t *levels = json_array(), *held_out = json_array();
+    for (int32_t i = 0; i < r->n_levels; i++)
         (void)json_array_append_new(levels, level_json(&r->levels[i], m));
-    }
-    json_t *o =
-        json_pack("{s:s,s:s?,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:o}", "model", r->model, "out",
-                  r->out, "samples", m->n_samples, "n_max", m->n_max, "gate_rows", m->gate_rows,
-                  "shape", r->n_levels, r->n_layers, r->n_heads, r->n_blocks, "auto_k", m->auto_k,
-                  "auto_min", m->auto_min, "seconds", r->seconds, "levels", levels);
+    for (int32_t i = 0; i < r->n_held_out; i++)
+        (void)json_array_append_new(held_out, held_out_json(&r->held_out[i], r->n_levels));
+    json_t *o = json_pack("{s:s,s:s?,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:o,s:o}", "model",
+                          r->model, "out", r->out, "samples", m->n_samples, "n_max", m->n_max,
+                          "gate_rows", m->gate_rows, "shape", r->n_levels, r->n_layers, r->n_heads,
+                          r->n_blocks, "auto_k", m->auto_k, "auto_min", m->auto_min, "seconds",
+                          r->seconds, "levels", levels, "held_out", held_out);
     int failed = !o || json_dumpf(o, to, JSON_COMPACT | JSON_REAL_PRECISION(6)) < 0;
     json_decref(o);
     return failed || fputc('\n', to) == EOF ? -EIO : 0;

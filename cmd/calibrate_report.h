@@ -3,6 +3,7 @@
 #define CMD_CALIBRATE_REPORT_H
 
 #include "calibration/thresholds.h"
+#include "cmd/calibrate_options.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -32,11 +33,19 @@ struct calibrate_density {
 void calibrate_density_add(struct calibrate_density *d, double predicted, double measured);
 double calibrate_density_mean(const struct calibrate_density *d);
 
+/* One held-out sample and its density under each level. */
+struct calibrate_held_out {
+    const char *task; /* "" when it has none */
+    int32_t line, n_tokens;
+    double density[CALIBRATE_MAX_LEVELS];
+};
+
 struct calibrate_report {
     const char *model, *out; /* out NULL: nothing written */
     const struct thresholds_meta *meta;
     const struct calibrate_density *levels;
-    int32_t n_levels, n_layers, n_heads, n_blocks;
+    const struct calibrate_held_out *held_out;
+    int32_t n_held_out, n_levels, n_layers, n_heads, n_blocks;
     double seconds;
 };
 

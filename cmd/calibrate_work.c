@@ -10,6 +10,7 @@ void calibrate_work_free(struct calibrate_work *w)
     dev_close(w->dev);
     samples_split_free(&w->split);
     samples_free(&w->samples);
+    mem_free(w->held_out);
     mem_free(w->t);
     conf_free(&calibrate_program, &w->o);
 }
@@ -71,9 +72,8 @@ int calibrate_dense(struct calibrate_work *w, struct err_msg *why)
         const struct sample *s = &w->samples.items[split->calibrate[i]];
         struct err_msg cause = {""};
         int err = calib_run_sample(w->run, w->calib, cfg.gate_rows, s->tokens, s->n_tokens, &cause);
-        if (err < 0) {
+        if (err < 0)
             return err_set(why, err, "%s:%d: %s", w->o.samples, s->line, err_why(&cause, err));
-        }
     }
     calibrate_progress_end(&w->progress);
     size_t per_level = (size_t)info->n_layers * (size_t)info->n_heads * (size_t)w->n_blocks;
@@ -89,30 +89,40 @@ int calibrate_dense(struct calibrate_work *w, struct err_msg *why)
     return calib_thresholds(w->calib, w->t, why);
 }
 
+/* One held-out sample under one level. */
+static int measure_sample(struct calibrate_work *w, int32_t level, int32_t i, struct err_msg *why)
+{
+    const struct sample *s = &w->samples.items[w->split.held_out[i]];
+    const int32_t gate_rows = calibrate_gate_rows(&w->o);
+    struct batch_counts counts;
+    struct batch_policy policy = {
+        .gate = BATCH_ABS, .gate_rows = (uint8_t)gate_rows, .level = (int16_t)level};
+    int err = calib_run_prompt(w->run, s->tokens, s->n_tokens, policy, &counts);
+    if (err < 0)
+        return err_set(why, err, "%s:%d: gated run: %s", w->o.samples, s->line, err_str(err));
+    double density = (double)counts.kept / (double)counts.reachable;
+    w->held_out[i].task = s->task;
+    w->held_out[i].line = s->line;
+    w->held_out[i].n_tokens = s->n_tokens;
+    w->held_out[i].density[level] = density;
+    calibrate_density_add(&w->levels[level],
+                          thresholds_predicted_density(w->k[level], s->n_tokens, gate_rows),
+                          density);
+    return 0;
+}
+
 int calibrate_measure(struct calibrate_work *w, struct err_msg *why)
 {
     const struct samples_split *split = &w->split;
-    const int32_t gate_rows = calibrate_gate_rows(&w->o);
-    struct batch_counts counts;
     model_set_policy(w->model, &w->policy);
+    w->held_out = mem_zalloc((size_t)split->n_held_out, sizeof *w->held_out);
     calibrate_progress_begin(&w->progress, "held-out runs:",
                              samples_tokens(&w->samples, split->held_out, split->n_held_out) *
                                  w->n_levels);
     for (int32_t level = 0; level < w->n_levels; level++) {
         w->levels[level].k = w->k[level];
-        for (int32_t i = 0; i < split->n_held_out; i++) {
-            const struct sample *s = &w->samples.items[split->held_out[i]];
-            struct batch_policy policy = {
-                .gate = BATCH_ABS, .gate_rows = (uint8_t)gate_rows, .level = (int16_t)level};
-            int err = calib_run_prompt(w->run, s->tokens, s->n_tokens, policy, &counts);
-            if (err < 0) {
-                return err_set(why, err, "%s:%d: gated run: %s", w->o.samples, s->line,
-                               err_str(err));
-            }
-            calibrate_density_add(&w->levels[level],
-                                  thresholds_predicted_density(w->k[level], s->n_tokens, gate_rows),
-                                  (double)counts.kept / (double)counts.reachable);
-        }
+        for (int32_t i = 0; i < split->n_held_out; i++)
+            TRY(measure_sample(w, level, i, why));
     }
     calibrate_progress_end(&w->progress);
     return 0;

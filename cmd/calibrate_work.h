@@ -20,6 +20,7 @@ struct calibrate_work {
     float *t;                  /* [n_levels, n_layers, n_heads, n_blocks] */
     int32_t k[CALIBRATE_MAX_LEVELS], n_levels, n_blocks;
     struct calibrate_density levels[CALIBRATE_MAX_LEVELS];
+    struct calibrate_held_out *held_out; /* [split.n_held_out] */
     struct calibrate_progress progress;
 };
 

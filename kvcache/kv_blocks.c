@@ -47,11 +47,10 @@ void kv_blocks_put(struct kv_blocks *b, int32_t page, bool keep)
     ASSERT(k->refs > 0);
     if (--k->refs > 0)
         return;
-    if (keep) {
+    if (keep)
         list_push_back(&b->free, &k->link);
-    } else {
+    else
         list_push_front(&b->free, &k->link);
-    }
     b->n_free++;
 }
 

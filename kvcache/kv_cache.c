@@ -287,11 +287,10 @@ void kv_seq_publish(struct kv_cache *kv, int32_t slot, uint64_t seed, const int3
         return;
     while (s->n_published < full && !s->unindexable) {
         int32_t i = s->n_published;
-        if (publish_page(kv, &w, tokens + (size_t)i * KV_PAGE_TOKENS, row[i])) {
+        if (publish_page(kv, &w, tokens + (size_t)i * KV_PAGE_TOKENS, row[i]))
             s->n_published++;
-        } else {
+        else
             s->unindexable = true;
-        }
     }
     s->hash = w.hash;
     s->node = w.node;

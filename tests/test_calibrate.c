@@ -32,9 +32,8 @@ static void selection(void **state)
         }
         memcpy(sorted, v, sizeof v);
         qsort(sorted, (size_t)n, sizeof *sorted, descending);
-        for (int32_t k = rng_range(&r, 1, 20); k < n && n_ranks < 5; k += rng_range(&r, 1, 90)) {
+        for (int32_t k = rng_range(&r, 1, 20); k < n && n_ranks < 5; k += rng_range(&r, 1, 90))
             ranks[n_ranks++] = k;
-        }
         calib_select(v, n, ranks, n_ranks);
         for (int32_t i = 0; i < n_ranks; i++) {
             assert_true(v[ranks[i] - 1] == sorted[ranks[i] - 1]);
@@ -60,15 +59,13 @@ static struct maxima make(struct rng *r, int32_t n_tokens, int32_t gate_rows)
     size_t n = (size_t)LAYERS * HEADS * (size_t)m.n_groups * PAGES;
     m.v = malloc(n * sizeof *m.v);
     assert_non_null(m.v);
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++)
         m.v[i] = (float)(rng_normal(r) * 4);
-    }
     /* What a kernel leaves alone must not be read: the diagonal and beyond. */
     for (int32_t lh = 0; lh < LAYERS * HEADS; lh++) {
         for (int32_t g = 0; g < m.n_groups; g++) {
-            for (int32_t p = g * gate_rows / 128 * 2; p < PAGES; p++) {
+            for (int32_t p = g * gate_rows / 128 * 2; p < PAGES; p++)
                 m.v[(lh * m.n_groups + g) * PAGES + p] = NAN;
-            }
         }
     }
     return m;
@@ -104,9 +101,8 @@ static double expected(const struct maxima *samples, int n, int32_t k, int layer
     for (int s = 0; s < n; s++) {
         const struct maxima *m = &samples[s];
         int32_t halves = 128 / m->gate_rows;
-        if (m->n_tokens < (block + 1) * 128) {
+        if (m->n_tokens < (block + 1) * 128)
             continue;
-        }
         for (int32_t half = 0; half < halves; half++) {
             float v[PAGES];
             int32_t a = 2 * block, g = block * halves + half;
@@ -150,18 +146,16 @@ static void means(int32_t gate_rows)
                 for (int32_t i = 0; i < NB; i++) {
                     float got = t[((s * LAYERS + l) * HEADS + h) * NB + i];
                     int32_t row = i < 11 ? i : 10;
-                    if (2 * row <= levels[s]) {
+                    if (2 * row <= levels[s])
                         assert_true(got == -INFINITY);
-                    } else {
+                    else
                         assert_close((double)got, expected(m, N, levels[s], l, h, row), 0, 1e-6);
-                    }
                 }
             }
         }
     }
-    for (int s = 0; s < N; s++) {
+    for (int s = 0; s < N; s++)
         free(m[s].v);
-    }
     calib_destroy(c);
 }
 
@@ -246,9 +240,8 @@ static void refusals(void **state)
     float t[LEVELS * LAYERS * HEADS * NB];
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         assert_int_equal(calib_create(&c, &cases[i].cfg, &why), ERR_INVALID);
-        if (!strstr(why.text, cases[i].says)) {
+        if (!strstr(why.text, cases[i].says))
             fail_msg("'%s' lacks '%s'", why.text, cases[i].says);
-        }
     }
     c = create(128, NULL);
     assert_int_equal(calib_thresholds(c, t, &why), ERR_INVALID); /* no sample yet */
@@ -319,9 +312,8 @@ static void samples_bad(void **state)
         int err = cases[i][0][0] ? read_text(&s, cases[i][0], 10, 0, &why)
                                  : read_text(&s, " ", 10, 0, &why);
         assert_int_equal(err, ERR_FORMAT);
-        if (!strstr(why.text, cases[i][1])) {
+        if (!strstr(why.text, cases[i][1]))
             fail_msg("'%s' lacks '%s'", why.text, cases[i][1]);
-        }
     }
 }
 
