@@ -45,7 +45,7 @@ def sparse_of(text):
         return {0: 2, 1: int(value)}
     if name == "rel":
         return {0: 3, 2: math.log(float(value))}
-    return {0: {"auto": 0, "dense": 1}[name]}
+    return {0: ("auto", "dense").index(text)}
 
 
 class Client:
@@ -141,7 +141,7 @@ def main():
         "tokens": ids, "logprobs": logprobs, "finish_reason": REASONS[done[1]],
         "usage": {"prompt_tokens": done.get(3, 0), "cached_tokens": done.get(4, 0), "completion_tokens": done.get(5, 0)},
         "timing_ms": {k: done.get(i, 0) / 1e3 for i, k in enumerate(("queue", "prefill", "ttft", "decode"), 7)},
-        "density": done[13] / done[11] if done.get(11) else None}))
+        "density": done.get(13, 0) / done[11] if done.get(11) else None}))
 
 
 if __name__ == "__main__":
