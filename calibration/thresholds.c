@@ -135,7 +135,6 @@ static int read_meta(const struct reader *r, struct thresholds_meta *m)
 static const struct st_tensor *find_tensor(const struct reader *r, const char *name,
                                            enum st_dtype dtype, int n_dims)
 {
-    char shape[128];
     const struct st_tensor *t = safetensors_find(r->st, name);
     if (!t) {
         (void)err_set(r->why, ERR_FORMAT, "%s: tensor %s is missing", r->name, name);
@@ -147,6 +146,7 @@ static const struct st_tensor *find_tensor(const struct reader *r, const char *n
         return NULL;
     }
     if (t->n_dims != n_dims) {
+        char shape[128];
         (void)err_set(r->why, ERR_FORMAT, "%s: tensor %s has shape %s, must have %d dimensions",
                       r->name, name, st_shape_text(shape, sizeof shape, t->shape, t->n_dims),
                       n_dims);
