@@ -279,9 +279,8 @@ static void test_large_prompt(void **state)
         assert_int_equal(sluice_next(c, &e, 5000), 1);
     while (!sluice_event_is_last(&e));
     assert_int_equal(e.u.done.prompt_tokens, N);
-    r.n_tokens = N;
     free(big);
-    big = calloc(3 * N, sizeof *big); /* above max_frame: refused here, harmlessly */
+    big = calloc((size_t)3 * N, sizeof *big); /* above max_frame: refused here, harmlessly */
     r.tokens = big;
     r.n_tokens = 3 * N;
     assert_int_equal(sluice_submit(c, &r), SLUICE_EINVALID);
@@ -344,6 +343,35 @@ static void test_connect_errors(void **state)
     assert_ok(sluice_ping(c, 5000));
     sluice_close(c);
     sluice_close(NULL);
+    host_stop(&h);
+}
+
+/* The two example programs are run as a user would. */
+static void run_example(const struct host *h, const char *before, const char *after,
+                        const char *expected)
+{
+    char command[512], out[1024] = "";
+    (void)snprintf(command, sizeof command, "%s %s %s", before, h->w.unix_address, after);
+    FILE *f = popen(command, "r"); // NOLINT(cert-env33-c)
+    assert_non_null(f);
+    size_t n = fread(out, 1, sizeof out - 1, f);
+    assert_int_equal(pclose(f), 0);
+    out[n] = '\0';
+    if (!strstr(out, expected))
+        fail_msg("'%s' printed '%s'", command, out);
+}
+
+static void test_examples(void **state)
+{
+    struct host h;
+    (void)state;
+    host_start(&h, &defaults);
+    run_example(&h, TEST_BIN "/sluice_example_generate", "4 42 1 2",
+                "42 \nlength: 3 prompt tokens");
+    if (system("/usr/bin/python3 -c 'import msgpack' 2>/dev/null") == 0)
+        run_example(&h, "/usr/bin/python3 " TEST_ROOT "/ipc/examples/sluice_client.py --connect",
+                    "--tokens 42,1,2",
+                    "{\"tokens\": [42], \"logprobs\": [], \"finish_reason\": \"length\"");
     host_stop(&h);
 }
 
@@ -508,7 +536,7 @@ int main(void)
         cmocka_unit_test(test_bad_arguments),      cmocka_unit_test(test_large_prompt),
         cmocka_unit_test(test_lost_connection),    cmocka_unit_test(test_connect_errors),
         cmocka_unit_test(test_liars_in_handshake), cmocka_unit_test(test_liars_later),
-        cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_out_of_memory),      cmocka_unit_test(test_examples),
     };
     log_set_level(LOG_ERROR);
     return cmocka_run_group_tests(tests, NULL, NULL);

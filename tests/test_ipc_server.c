@@ -418,6 +418,103 @@ static void test_goaway_and_close(void **state)
     world_stop(&w);
 }
 
+/* --- many connections at random --- */
+
+enum { N_PEERS = 64, N_STEPS = 6000 };
+
+struct crowd {
+    struct world w;
+    struct rng rng;
+    struct peer peers[N_PEERS];
+    bool open[N_PEERS];
+    uint64_t conns[256]; /* numbers seen, most of them dead */
+    int n_conns;
+};
+
+static uint64_t any_conn(struct crowd *c)
+{
+    return c->n_conns ? c->conns[rng_range(&c->rng, 0, c->n_conns - 1)] : 77;
+}
+
+static void step_peer(struct crowd *c, int i)
+{
+    struct peer *p = &c->peers[i];
+    uint8_t junk[64];
+    if (!c->open[i]) {
+        peer_open(p, &c->w, NULL);
+        c->open[i] = true;
+        if (rng_range(&c->rng, 0, 9)) {
+            struct ipc_hello h = {.proto_major = 1, .max_frame = IPC_FRAME_MAX};
+            peer_send_msg(&c->w, p, IPC_HELLO, &h);
+        }
+        return;
+    }
+    switch (rng_range(&c->rng, 0, 7)) {
+    case 0:
+        peer_close(p);
+        c->open[i] = false;
+        break;
+    case 1:
+        for (size_t k = 0; k < sizeof junk; k++)
+            junk[k] = (uint8_t)(rng_u64(&c->rng) & (k < 2 ? 0 : 255));
+        peer_send(&c->w, p, junk, (size_t)rng_range(&c->rng, 1, sizeof junk));
+        break;
+    case 2: peer_send_msg(&c->w, p, IPC_PING, &(struct ipc_control){7}); break;
+    default: peer_submit(&c->w, p, "x", rng_range(&c->rng, 1, 4000)); break;
+    }
+}
+
+/* What an engine does to connections, whatever their state. */
+static void step_engine(struct crowd *c)
+{
+    int32_t ids[500] = {0};
+    struct ipc_tokens t = {.id = "x", .n_tokens = rng_range(&c->rng, 1, 500), .tokens = ids};
+    struct ipc_done d = {.id = "x"};
+    uint64_t conn = any_conn(c);
+    switch (rng_range(&c->rng, 0, 9)) {
+    case 0: ipc_conn_close(c->w.server, conn); break;
+    case 1: ipc_send_done(c->w.server, conn, &d); break;
+    case 2: ipc_send_failure(c->w.server, conn, "x", ERR_NUMERIC, NULL, 5); break;
+    default:
+        for (int k = rng_range(&c->rng, 1, 60); k > 0; k--)
+            ipc_send_tokens(c->w.server, conn, &t);
+        break;
+    }
+}
+
+/* Peers that come, go, babble and do not read, beside an engine that talks to living and dead
+ * connections: every open has its close, nothing leaks, nothing is used after its end. */
+static void test_crowd(void **state)
+{
+    static struct crowd c;
+    struct ipc_server_stats stats;
+    (void)state;
+    c.rng = test_rng("crowd", 6);
+    world_start(&c.w, &(struct ipc_server_config){.max_connections = N_PEERS / 2,
+                                                  .soft_limit = 8 << 10,
+                                                  .hard_limit = 64 << 10,
+                                                  .send_buffer = 4096});
+    c.w.answer = true;
+    for (int step = 0; step < N_STEPS; step++) {
+        int n = c.w.n_open;
+        step_peer(&c, rng_range(&c.rng, 0, N_PEERS - 1));
+        step_engine(&c);
+        world_turn(&c.w, rng_range(&c.rng, 0, 2));
+        if (c.w.n_open > n) {
+            c.conns[c.w.n_open % 256] = c.w.conn;
+            c.n_conns = c.w.n_open < 256 ? c.w.n_open : 256;
+        }
+    }
+    ipc_server_get_stats(c.w.server, &stats);
+    assert_true(stats.n_connections <= N_PEERS / 2);
+    assert_true(stats.slow_consumers > 0 && stats.refused > 0 && stats.protocol_errors > 0);
+    assert_true(c.w.n_open > 200 && c.w.n_submit > 200);
+    for (int i = 0; i < N_PEERS; i++)
+        if (c.open[i])
+            peer_close(&c.peers[i]);
+    world_stop(&c.w);
+}
+
 /* --- listening --- */
 
 static void expect_refusal(struct world *w, const char *address, int err)
@@ -504,13 +601,21 @@ static void test_config_errors(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_unix_and_tcp),       cmocka_unit_test(test_control_verbs),
-        cmocka_unit_test(test_bad_first_frames),   cmocka_unit_test(test_handshake_timeout),
-        cmocka_unit_test(test_torn_handshake),     cmocka_unit_test(test_bad_messages),
-        cmocka_unit_test(test_random_bytes),       cmocka_unit_test(test_auth),
-        cmocka_unit_test(test_connection_limit),   cmocka_unit_test(test_dead_peer),
-        cmocka_unit_test(test_close_from_handler), cmocka_unit_test(test_goaway_and_close),
-        cmocka_unit_test(test_listen_errors),      cmocka_unit_test(test_config_errors),
+        cmocka_unit_test(test_unix_and_tcp),
+        cmocka_unit_test(test_control_verbs),
+        cmocka_unit_test(test_bad_first_frames),
+        cmocka_unit_test(test_handshake_timeout),
+        cmocka_unit_test(test_torn_handshake),
+        cmocka_unit_test(test_bad_messages),
+        cmocka_unit_test(test_random_bytes),
+        cmocka_unit_test(test_auth),
+        cmocka_unit_test(test_connection_limit),
+        cmocka_unit_test(test_dead_peer),
+        cmocka_unit_test(test_close_from_handler),
+        cmocka_unit_test(test_goaway_and_close),
+        cmocka_unit_test(test_crowd),
+        cmocka_unit_test(test_listen_errors),
+        cmocka_unit_test(test_config_errors),
     };
     log_set_level(LOG_ERROR);
     return cmocka_run_group_tests(tests, NULL, NULL);
