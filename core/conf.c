@@ -253,6 +253,8 @@ static int config_first(const struct conf_program *prog, void *obj, int argc, ch
     return 0;
 }
 
+// argc and argv are one argument, rest and its sizes another.
+// NOLINTNEXTLINE(readability-function-size)
 int conf_args(const struct conf_program *prog, void *obj, int argc, char **argv, const char **rest,
               int max_rest, int *n_rest, struct err_msg *why)
 {

@@ -88,7 +88,7 @@ static int mem_info_cpu(struct dev *d, size_t *free_bytes, size_t *total_bytes)
 
 static int alloc_cpu(struct dev *d, void **out, size_t bytes, struct err_msg *why)
 {
-    size_t free_bytes, total_bytes;
+    size_t free_bytes = 0, total_bytes = 0;
     if (mem_info_cpu(d, &free_bytes, &total_bytes) == 0 && bytes > free_bytes)
         return err_set(why, -ENOMEM, "%.1f MiB asked for, %.1f of %.1f MiB of memory available",
                        (double)bytes / 1048576.0, (double)free_bytes / 1048576.0,

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-int err_set(struct err_msg *why, int code, const char *fmt, ...)
+int(err_set)(struct err_msg *why, int code, const char *fmt, ...)
 {
     if (why) {
         va_list ap;

@@ -64,6 +64,9 @@ struct err_msg {
 /* Formats into why (which may be NULL) and returns code, so that `return err_set(...)` reads well.
  */
 int err_set(struct err_msg *why, int code, const char *fmt, ...) PRINTF_LIKE(3, 4);
+#ifdef __clang_analyzer__ /* cannot look into it, and would assume that it may return 0 */
+#    define err_set(why, code, ...) ((void)err_set(why, code, __VA_ARGS__), (code))
+#endif
 /* Text and symbolic name of a code; static storage, never NULL. */
 const char *err_str(int code);
 const char *err_name(int code);
