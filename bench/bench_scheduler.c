@@ -65,7 +65,7 @@ static void must(int err, const struct err_msg *why)
 {
     if (err < 0) {
         (void)fprintf(stderr, "bench_scheduler: %s\n", err_why(why, err));
-        exit(1);
+        exit(1); // NOLINT(concurrency-mt-unsafe)
     }
 }
 
@@ -184,11 +184,18 @@ static void warm_up(struct bench *b)
     b->submit_ns = b->n_submits = 0;
 }
 
+/* Of sorted times. */
+static double percentile_us(const int64_t *ns, int32_t n, int32_t percent)
+{
+    int32_t at = (n - 1) * percent / 100;
+    return (double)ns[at] / 1e3;
+}
+
 static struct figures measure(const struct row *w, int32_t n_steps)
 {
     int64_t *ns = mem_zalloc((size_t)n_steps, sizeof *ns), running = 0;
     struct sched_stats st;
-    struct bench b;
+    struct bench b = {.row = w};
     open_bench(&b, w);
     warm_up(&b);
     for (int32_t i = 0; i < n_steps; i++) {
@@ -199,10 +206,10 @@ static struct figures measure(const struct row *w, int32_t n_steps)
     }
     qsort(ns, (size_t)n_steps, sizeof *ns, by_time);
     struct figures f = {
-        .p50 = (double)ns[n_steps / 2] / 1e3,
-        .p90 = (double)ns[n_steps * 9 / 10] / 1e3,
-        .p99 = (double)ns[n_steps * 99 / 100] / 1e3,
-        .max = (double)ns[n_steps - 1] / 1e3,
+        .p50 = percentile_us(ns, n_steps, 50),
+        .p90 = percentile_us(ns, n_steps, 90),
+        .p99 = percentile_us(ns, n_steps, 99),
+        .max = percentile_us(ns, n_steps, 100),
         .submit = b.n_submits ? (double)b.submit_ns / (double)b.n_submits / 1e3 : 0,
         .running = (double)running / n_steps,
     };

@@ -56,7 +56,7 @@ static void close_fixture(struct fixture *f)
 /* The batch is rewritten in place between steps, as the scheduler does. */
 static void hands_over_and_back(void **state)
 {
-    struct fixture f;
+    struct fixture f = {.gated = false};
     struct batch_seq seqs[N_SEQS];
     struct batch b = {.seqs = seqs};
     struct runner_done done;
@@ -82,7 +82,7 @@ static void hands_over_and_back(void **state)
 
 static void one_at_a_time(void **state)
 {
-    struct fixture f;
+    struct fixture f = {.gated = false};
     struct batch b = {.step_id = 1}, second = {.step_id = 2};
     struct runner_done done;
     (void)state;
@@ -109,7 +109,7 @@ static void *open_gate(void *arg)
 
 static void stop_waits_for_the_step(void **state)
 {
-    struct fixture f;
+    struct fixture f = {.gated = false};
     struct batch b = {.step_id = 1};
     pthread_t other;
     (void)state;
@@ -125,7 +125,7 @@ static void stop_waits_for_the_step(void **state)
 
 static void stop_without_work(void **state)
 {
-    struct fixture f;
+    struct fixture f = {.gated = false};
     (void)state;
     open_fixture(&f, false);
     close_fixture(&f);

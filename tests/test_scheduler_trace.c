@@ -76,7 +76,7 @@ static int64_t number(const char *line, const char *key, int64_t fallback)
     return at ? strtoll(at + strlen(want), NULL, 10) : fallback;
 }
 
-static void text(const char *line, const char *key, char *out, size_t size)
+static void word(const char *line, const char *key, char *out, size_t size)
 {
     char want[32];
     (void)snprintf(want, sizeof want, " %s=", key);
@@ -166,7 +166,7 @@ static void do_submit(struct trace *t, const char *line)
     assert_true(t->n_reqs <= MAX_REQS);
     *n = (struct named){.nan = false};
     assert_int_equal(sscanf(line, "submit %15s", n->name), 1);
-    text(line, "prefix", prefix, sizeof prefix);
+    word(line, "prefix", prefix, sizeof prefix);
     fill_prompt(prompt, n_prompt, n->name, prefix);
     struct req_params p = {
         .prompt = prompt,
@@ -178,8 +178,8 @@ static void do_submit(struct trace *t, const char *line)
         .queue_timeout_us = number(line, "queue_ms", 0) * 1000,
         .user = n,
     };
-    text(line, "tenant", p.tenant, sizeof p.tenant);
-    text(line, "salt", (char *)p.salt, sizeof p.salt);
+    word(line, "tenant", p.tenant, sizeof p.tenant);
+    word(line, "salt", (char *)p.salt, sizeof p.salt);
     p.n_salt = strlen((char *)p.salt);
     int err = sched_submit(t->sched, &p, t->now_us, &n->req, &why);
     if (err < 0)
