@@ -76,7 +76,8 @@ static char *beside_me(const char *given, const char *name)
     return path_or(given, slash ? self : ".", name);
 }
 
-/* SIGINT and SIGTERM become readable, so that the daemon is always stopped and its folder removed.
+/* SIGINT, SIGTERM and SIGHUP become readable, so that the daemon is always stopped and its folder
+ * removed.
  */
 static int watch_signals(void)
 {
@@ -84,6 +85,7 @@ static int watch_signals(void)
     (void)sigemptyset(&set);
     (void)sigaddset(&set, SIGINT);
     (void)sigaddset(&set, SIGTERM);
+    (void)sigaddset(&set, SIGHUP);
     (void)pthread_sigmask(SIG_BLOCK, &set, NULL);
     return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
 }

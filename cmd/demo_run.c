@@ -136,18 +136,19 @@ static void hear(struct run *r, int u)
     }
 }
 
+/* 78 columns, so that it fits any terminal. */
 static void show_progress(const struct run *r)
 {
-    (void)fprintf(stderr, "\r%s %5.1f s ", r->mode->name,
+    (void)fprintf(stderr, "\r%-9.9s%4.0fs", r->mode->name,
                   (double)(clock_now_us(&r->clock) - r->start_us) / 1e6);
     for (int u = 0; u < DEMO_USERS; u++) {
         const struct demo_answer *a = &r->out->users[u];
         int n = r->scene->prompts[u].prompt.n;
         (void)fprintf(stderr, " %s ", demo_users[u].name);
         switch (a->state) {
-        case DEMO_AWAY: (void)fputs(" . ", stderr); break;
+        case DEMO_AWAY: (void)fputs("  .", stderr); break;
         case DEMO_WAITING: (void)fprintf(stderr, "%2d%%", a->computed * 99 / n); break;
-        case DEMO_ANSWERED: (void)fputs(a->exact ? " ok" : "BAD", stderr); break;
+        case DEMO_ANSWERED: (void)fputs(a->exact ? " ok" : "bad", stderr); break;
         case DEMO_LEFT: (void)fputs("bye", stderr); break;
         case DEMO_BROKEN: (void)fputs("ERR", stderr); break;
         }
