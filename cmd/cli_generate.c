@@ -133,13 +133,10 @@ static int collect(struct sluice_client *c, struct generate_result *result, bool
             return cli_fail(CLI_UNREACHABLE, "the connection was lost: %s", sluice_error(c));
         if (n == 0 || e.type == SLUICE_GOING_AWAY)
             continue;
-        if (e.type == SLUICE_REFUSED)
-            return cli_fail(CLI_FAILED, "%s: %s", sluice_code_name(e.u.error.code),
-                            e.u.error.message);
         if (!json)
             show_event(&live, &e);
         generate_result_add(result, &e);
-        if (sluice_event_is_last(&e))
+        if (sluice_event_is_last(&e) || e.type == SLUICE_REFUSED)
             return CLI_OK;
     }
 }
@@ -177,13 +174,13 @@ static int generate(const struct generate_options *o, const struct cli_tokens *p
     struct generate_result result = {.start_us = clock_now_us(&clock)};
     int err = sluice_submit(c, &r);
     if (err == SLUICE_EINVALID)
-        code = cli_fail(CLI_FAILED, "INVALID_ARGUMENT: %s", sluice_error(c));
+        generate_result_fail(&result, SLUICE_CODE_INVALID_ARGUMENT, sluice_error(c));
     else if (err < 0)
         code = cli_fail(CLI_UNREACHABLE, "%s", sluice_error(c));
     else
         code = collect(c, &result, o->json);
     result.end_us = clock_now_us(&clock);
-    if (err == 0 && code == CLI_OK)
+    if (code == CLI_OK)
         code = report(&result, o->json);
     generate_result_deinit(&result);
     sluice_close(c);

@@ -26,6 +26,8 @@ struct generate_result {
 
 /* Takes over what an event says; the event may be gone afterwards. */
 void generate_result_add(struct generate_result *r, const struct sluice_event *e);
+/* A failure that the client itself found. */
+void generate_result_fail(struct generate_result *r, enum sluice_code code, const char *message);
 /* One object: tokens, logprobs, finish_reason, usage, timing_ms, density; or error. */
 MUST_CHECK int generate_result_json(const struct generate_result *r, FILE *to);
 void generate_result_text(const struct generate_result *r, FILE *to);

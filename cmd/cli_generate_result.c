@@ -34,11 +34,16 @@ static void add_done(struct generate_result *r, const struct sluice_event *e)
     r->kept = e->u.done.kept;
 }
 
-static void add_failure(struct generate_result *r, const struct sluice_event *e)
+void generate_result_fail(struct generate_result *r, enum sluice_code code, const char *message)
 {
     r->failed = true;
-    r->code = e->u.error.code;
-    (void)snprintf(r->message, sizeof r->message, "%s", e->u.error.message);
+    r->code = (int)code;
+    (void)snprintf(r->message, sizeof r->message, "%s", message);
+}
+
+static void add_failure(struct generate_result *r, const struct sluice_event *e)
+{
+    generate_result_fail(r, (enum sluice_code)e->u.error.code, e->u.error.message);
     r->retryable = e->u.error.retryable;
     r->retry_after_ms = e->u.error.retry_after_ms;
 }
@@ -48,10 +53,10 @@ void generate_result_add(struct generate_result *r, const struct sluice_event *e
     switch (e->type) {
     case SLUICE_TOKENS: add_tokens(r, e); break;
     case SLUICE_DONE: add_done(r, e); break;
-    case SLUICE_FAILED: add_failure(r, e); break;
+    case SLUICE_FAILED:
+    case SLUICE_REFUSED: add_failure(r, e); break;
     case SLUICE_ACCEPTED:
     case SLUICE_PROGRESS:
-    case SLUICE_REFUSED:
     case SLUICE_GOING_AWAY: break;
     }
 }

@@ -187,18 +187,25 @@ static void generate_tells_what_is_wrong(void **state)
     assert_int_equal(daemon_stop(&d), 0);
 }
 
+static void expect_error(struct result *r, const char *code)
+{
+    const char *got;
+    expect(r, 1, NULL, code);
+    json_t *j = json_of(r);
+    assert_int_equal(json_unpack(j, "{s:{s:s}}", "error", "code", &got), 0);
+    assert_string_equal(got, code);
+    json_decref(j);
+}
+
 static void failures_are_json_too(void **state)
 {
     (void)state;
     struct daemon d;
-    const char *code;
     daemon_start(&d, "numeric");
-    struct result *r = run(&d, SLUICE, "generate --connect %s --tokens 7 --json");
-    expect(r, 1, NULL, "NUMERIC");
-    json_t *j = json_of(r);
-    assert_int_equal(json_unpack(j, "{s:{s:s}}", "error", "code", &code), 0);
-    assert_string_equal(code, "NUMERIC");
-    json_decref(j);
+    expect_error(run(&d, SLUICE, "generate --connect %s --tokens 7 --json"), "NUMERIC");
+    expect_error(run(&d, SLUICE, "generate --connect %s --tokens 7 --top-p 2 --json"),
+                 "INVALID_ARGUMENT");
+    expect_error(run(&d, SLUICE, "generate --connect %s --tokens 512 --json"), "INVALID_ARGUMENT");
     assert_int_equal(daemon_stop(&d), 0);
 }
 
