@@ -1,0 +1,124 @@
+"""sluice-calibrate as a user meets it: the file it writes, what it prints, and what it refuses. Standard library only."""
+import json
+import os
+import struct
+import subprocess
+import tempfile
+import unittest
+
+ROOT = os.environ.get("SLUICE_ROOT", os.path.join(os.path.dirname(__file__), "..", ".."))
+BIN = os.environ.get("SLUICE_BIN", os.path.join(ROOT, "build", "release", "bin"))
+NEEDLE = os.path.join(ROOT, "models", "needle")
+SAMPLES = os.path.join(NEEDLE, "samples.jsonl")
+INF = float("inf")
+
+
+def calibrate(*args):
+    cmd = [os.path.join(BIN, "sluice-calibrate"), "--threads", "2", *args]
+    return subprocess.run(cmd, capture_output=True, text=True, timeout=300)
+
+
+def read_safetensors(path):
+    with open(path, "rb") as f:
+        n, = struct.unpack("<Q", f.read(8))
+        header, data = json.loads(f.read(n)), f.read()
+    out = {}
+    for name in ("thresholds", "k"):
+        begin, end = header[name]["data_offsets"]
+        kind = {"F32": "f", "I32": "i"}[header[name]["dtype"]]
+        out[name] = header[name]["shape"], struct.unpack("<%d%s" % ((end - begin) // 4, kind), data[begin:end])
+    return header["__metadata__"], out
+
+
+class Calibrate(unittest.TestCase):
+    def setUp(self):
+        d = tempfile.TemporaryDirectory()
+        self.addCleanup(d.cleanup)
+        self.dir = d.name
+
+    def run_ok(self, *args):
+        r = calibrate("--model", NEEDLE, "--samples", SAMPLES, "--max-len", "700", "--limit", "2", *args)
+        self.assertEqual(r.returncode, 0, r.stderr)
+        self.assertEqual(r.stderr, "")  # quiet in a pipe
+        return r.stdout
+
+    def test_file_and_report(self):
+        out = os.path.join(self.dir, "t.safetensors")
+        report = json.loads(self.run_ok("--task", "niah_", "--k", "6,3", "--holdout", "2", "--out", out, "--json"))
+        self.assertEqual(report["shape"], [2, 6, 6, 5])
+        self.assertEqual((report["samples"], report["n_max"], report["gate_rows"]), (2, 640, 128))
+        self.assertEqual([x["k"] for x in report["levels"]], [3, 6])
+        for level in report["levels"]:
+            self.assertEqual(level["held_out"], 2)
+            self.assertTrue(0 < level["min"] <= level["measured"] <= level["max"] <= 1)
+        self.assertLess(report["levels"][0]["measured"], report["levels"][1]["measured"])
+        self.assertFalse(any(h["task"].startswith("niah_") for h in report["held_out"]))
+        meta, tensors = read_safetensors(out)
+        self.assertEqual((meta["format"], meta["version"], meta["page"]), ("sluice-thresholds", "1", "64"))
+        self.assertEqual((meta["n_max"], meta["samples"], meta["gate_rows"]), ("640", "2", "128"))
+        self.assertEqual(tensors["k"], ([2], (3, 6)))
+        shape, values = tensors["thresholds"]
+        self.assertEqual(shape, [2, 6, 6, 5])
+        for level, k in enumerate((3, 6)):
+            for row in range(36):
+                for block in range(5):
+                    t = values[(level * 36 + row) * 5 + block]
+                    self.assertEqual(t == -INF, 2 * block <= k, (level, row, block, t))
+                    self.assertLess(t, 1000)
+        for a, b in zip(values[:180], values[180:]):
+            self.assertGreaterEqual(a, b)  # a larger k keeps more
+        self.assertEqual(os.listdir(self.dir), ["t.safetensors"])
+
+    def test_same_file_from_any_chunk(self):
+        files = []
+        for chunk in ("128", "640"):
+            files.append(os.path.join(self.dir, chunk))
+            self.run_ok("--density", "0.6", "--gate-rows", "64", "--holdout", "0", "--chunk", chunk, "--auto-k", "0",
+                        "--out", files[-1])
+        with open(files[0], "rb") as a, open(files[1], "rb") as b:
+            self.assertEqual(a.read(), b.read())
+
+    def test_text_report(self):
+        text = self.run_ok("--k", "3", "--holdout", "1")
+        self.assertIn("predicted", text)
+        self.assertIn("measured on 1 held-out samples; auto: k=3 from 4096 tokens on", text)
+        self.assertNotIn("wrote", text)
+
+    def refused(self, says, *args):
+        r = calibrate(*args)
+        self.assertEqual(r.returncode, 1, r.stdout)
+        self.assertEqual(r.stdout, "")
+        self.assertTrue(r.stderr.startswith("sluice-calibrate: "), r.stderr)
+        self.assertEqual(r.stderr.count("\n"), 1)
+        self.assertIn(says, r.stderr)
+
+    def test_refusals(self):
+        both = ("--model", NEEDLE, "--samples", SAMPLES, "--max-len", "256", "--holdout", "0", "--limit", "1")
+        bad = os.path.join(self.dir, "bad.jsonl")
+        with open(bad, "w") as f:
+            f.write('{"prompt":[1,2]}\n{"prompt":[1,512]}\n')
+        long = os.path.join(self.dir, "long.jsonl")
+        with open(long, "w") as f:
+            f.write(json.dumps({"prompt": [5] * 200}) + "\n" + json.dumps({"prompt": [5, 512]}) + "\n")
+        self.refused("--model is required")
+        self.refused("--samples is required", "--model", NEEDLE)
+        self.refused("--k and --density exclude", *both, "--k", "3", "--density", "0.5")
+        self.refused("--k: 'x'", *both, "--k", "x")
+        self.refused("--k: '-3'", *both, "--k", "-3")
+        self.refused("--k: 2.5 is not a whole number", *both, "--k", "2.5")
+        self.refused("--density: '1.5'", *both, "--density", "1.5")
+        self.refused("--density: 'nan'", *both, "--density", "nan")
+        self.refused("--chunk: 200 is not a multiple of 128", *both, "--chunk", "200")
+        self.refused("--auto-k: 9 is not one of the levels", *both, "--k", "3", "--auto-k", "9")
+        self.refused("task prefix none_", *both, "--task", "none_")
+        self.refused("bad.jsonl: the longest sample has 2 tokens", "--model", NEEDLE, "--samples", bad,
+                     "--holdout", "0")
+        self.refused("long.jsonl:2: token 1 = 512 is outside 0 to 511", "--model", NEEDLE, "--samples", long,
+                     "--holdout", "0", "--k", "1")
+        self.refused("/none: No such file", "--model", NEEDLE, "--samples", "/none")
+        self.refused("/none", "--model", "/none", "--samples", SAMPLES)
+        self.refused("/none/t: cannot write: No such file", *both, "--k", "1", "--out", "/none/t")
+
+
+if __name__ == "__main__":
+    unittest.main()
