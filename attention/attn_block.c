@@ -21,12 +21,8 @@
 
 enum {
     PANEL_ROWS = KV_BLOCK_TOKENS,
-    PV_ROWS = 24, /* rows that go from softmax to PV while their probabilities are in L1 */
-    MAX_GROUPS = 2
+    PV_ROWS = 24 /* rows that go from softmax to PV while their probabilities are in L1 */
 };
-
-static const double LOG2E = 1.4426950408889634;
-static const float LN2 = 0.693147180559945309f;
 
 /* Pointers into one worker's scratch. */
 struct scratch {
@@ -57,9 +53,9 @@ struct block {
     int32_t page;
 };
 
-static char *take(char **at, size_t bytes)
+static void *take(char **at, size_t bytes)
 {
-    char *p = *at;
+    void *p = *at;
     *at += (bytes + 63) / 64 * 64;
     return p;
 }
@@ -68,18 +64,18 @@ static void carve(struct scratch *x, char **at, int32_t head_dim)
 {
     const size_t rows = ATTN_TASK_ROWS, f = sizeof(float);
     const size_t d = (size_t)head_dim, dv = (size_t)attn_tile_dv(head_dim);
-    x->q = (float *)take(at, rows * d * f);
-    x->o = (float *)take(at, rows * dv * f);
-    x->m = (float *)take(at, rows * f);
-    x->l = (float *)take(at, rows * f);
-    x->alpha = (float *)take(at, rows * f);
-    x->q_max = (float *)take(at, rows * f);
-    x->kt = (float *)take(at, d * KV_PAGE_TOKENS * f);
-    x->v = (float *)take(at, dv * KV_PAGE_TOKENS * f);
-    x->s = (float *)take(at, (size_t)PANEL_ROWS * KV_PAGE_TOKENS * f);
-    x->row_max = (float *)take(at, PANEL_ROWS * f);
-    x->limit = (int32_t *)take(at, PANEL_ROWS * sizeof(int32_t));
-    x->counts = (struct attn_counts *)take(at, rows * sizeof(struct attn_counts));
+    x->q = take(at, rows * d * f);
+    x->o = take(at, rows * dv * f);
+    x->m = take(at, rows * f);
+    x->l = take(at, rows * f);
+    x->alpha = take(at, rows * f);
+    x->q_max = take(at, rows * f);
+    x->kt = take(at, d * KV_PAGE_TOKENS * f);
+    x->v = take(at, dv * KV_PAGE_TOKENS * f);
+    x->s = take(at, (size_t)PANEL_ROWS * KV_PAGE_TOKENS * f);
+    x->row_max = take(at, PANEL_ROWS * f);
+    x->limit = take(at, PANEL_ROWS * sizeof(int32_t));
+    x->counts = take(at, rows * sizeof(struct attn_counts));
 }
 
 size_t attn_scratch_bytes(int32_t head_dim)
@@ -95,7 +91,6 @@ static void load_rows(struct block *b)
 {
     const struct attn_problem *p = b->job->p;
     const struct attn_task *t = b->task;
-    const float factor = (float)((double)p->scale * LOG2E);
     const size_t d = (size_t)b->head_dim;
     float *to = b->x.q;
     for (int32_t h = 0; h < t->n_heads; h++) {
@@ -104,7 +99,7 @@ static void load_rows(struct block *b)
             const float *q = (const float *)p->q + (int64_t)(t->row + r) * p->q_stride +
                              (size_t)(t->head + h) * d;
             for (size_t i = 0; i < d; i++) {
-                to[i] = q[i] * factor;
+                to[i] = q[i] * p->scale;
                 uint32_t u = dtype_f32_bits(to[i]) & 0x7fffffffu;
                 top = u > top ? u : top;
             }
@@ -151,17 +146,22 @@ static uint64_t groups_reaching(const struct block *b, int32_t page)
 
 /* ---- one page, one panel: heads [h, h1), rows [0, rows) of the panel ---- */
 
+static int32_t clamp(int32_t x, int32_t lo, int32_t hi)
+{
+    if (x < lo)
+        return lo;
+    return x < hi ? x : hi;
+}
+
 /* Fills limit and turns the scores of keys a row may not see into -inf. Returns the first row that
  * sees any. Off the diagonal every key is visible. */
 static void mask_panel(struct block *b, int32_t rows)
 {
     const int32_t base = b->task->pos + 1 - b->page * KV_PAGE_TOKENS;
     for (int32_t r = 0; r < rows; r++) {
-        int32_t n = base + r % b->task->n_rows;
+        const int32_t n = clamp(base + r % b->task->n_rows, 0, KV_PAGE_TOKENS);
         float *s = b->x.s + (size_t)r * KV_PAGE_TOKENS;
         float top = -INFINITY;
-        n = n < 0 ? 0 : n;
-        n = n > KV_PAGE_TOKENS ? KV_PAGE_TOKENS : n;
         b->x.limit[r] = n;
         if (n == KV_PAGE_TOKENS)
             continue;
@@ -185,13 +185,13 @@ static void sticky_row_max(struct block *b, int32_t rows)
     }
 }
 
-/* Maximum over rows [first, end), in natural units; NaN if any is. */
+/* Maximum over rows [first, end); NaN if any is. */
 static float rows_max(const float *row_max, int32_t first, int32_t end)
 {
     float top = -INFINITY;
     for (int32_t r = first; r < end && !isnan(top); r++)
         top = row_max[r] <= top ? top : row_max[r];
-    return top * LN2;
+    return top;
 }
 
 static void write_tile_max(struct block *b, int32_t h)
@@ -221,10 +221,9 @@ static bool abs_skips(const struct block *b, int32_t h, int32_t first, int32_t e
 
 static bool rel_skips(const struct block *b, int32_t h, int32_t first, int32_t end)
 {
-    const float slack = (float)((double)b->seq->choice.ln_lambda * LOG2E);
     const float *m = b->x.m + (size_t)h * (size_t)b->task->n_rows;
     for (int32_t r = first; r < end; r++) {
-        if (!(b->x.row_max[r] < m[r] + slack))
+        if (!(b->x.row_max[r] < m[r] + b->seq->choice.ln_lambda))
             return false;
     }
     return true;
@@ -349,7 +348,7 @@ static void store_rows(const struct block *b)
                 to[i] = o[i] / b->x.l[row];
             if (p->lse)
                 p->lse[(size_t)(t->row + r) * (size_t)p->n_heads + (size_t)(t->head + h)] =
-                    (float)((double)b->x.m[row] / LOG2E + log((double)b->x.l[row]));
+                    b->x.m[row] + logf(b->x.l[row]);
         }
     }
 }

@@ -20,7 +20,7 @@ struct attn_job {
 
 /* One worker's scratch; a multiple of 64. */
 size_t attn_scratch_bytes(int32_t head_dim);
-/* A pool_fn: task is an index into plan->order. */
-void attn_block_run(void *job, int task, int worker);
+/* A pool_fn: arg is the job, task an index into plan->order. */
+void attn_block_run(void *arg, int task, int worker);
 
 #endif

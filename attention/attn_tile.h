@@ -7,7 +7,7 @@
  *
  *   kt  [head_dim, 64]   a page's keys, transposed: a vector holds neighbouring keys
  *   v   [64, dv]         a page's values; dv = head_dim rounded up to ATTN_DV, padding zero
- *   q   [rows, head_dim] queries, already times scale * log2(e): scores are base-2 exponents
+ *   q   [rows, head_dim] queries, already times the scale: scores are natural logits
  *   s   [rows, 64]       scores, replaced by probabilities
  *   o   [rows, dv]       unnormalised output
  *   m, l, alpha, row_max [rows] running maximum and sum, this page's factor for o, this page's max
@@ -37,8 +37,8 @@ struct attn_tile_ops {
      * row_max[r] = max over all 64 keys (meaningless where the row has a NaN). */
     void (*qk)(float *s, float *row_max, const float *q, const float *kt, int32_t rows,
                int32_t head_dim);
-    /* m' = max(m, row_max), s = exp2(s - m'), alpha = exp2(m - m'), l = l * alpha + sum of s.
-     * s = -inf gives exactly 0; NaN stays NaN; results under 2^-125 become 0. */
+    /* m' = max(m, row_max), s = exp(s - m'), alpha = exp(m - m'), l = l * alpha + sum of s.
+     * s = -inf gives exactly 0; NaN stays NaN; results under e^-86 become 0. */
     void (*softmax)(float *s, float *m, float *l, float *alpha, const float *row_max, int32_t rows);
     /* o[r] = o[r] * alpha[r] + sum over j = 0 .. keys - 1, in that order, of p[r][j] * v[j], fused.
      * The other keys' values are not read. */

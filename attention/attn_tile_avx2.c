@@ -2,7 +2,7 @@
  * with -mavx2 -mfma; see attn_tile.c for when it is used. */
 #include <immintrin.h>
 
-#include "attention/attn_exp2.h"
+#include "attention/attn_exp.h"
 
 #include <stdint.h>
 
@@ -83,18 +83,20 @@ VEC_FN float vec_hsum(vec x)
 }
 
 /* The comparison is true for NaN too ("not less than, unordered"), so NaN comes through. */
-VEC_FN vec vec_exp2(vec x)
+VEC_FN vec vec_exp(vec t)
 {
-    vec live = _mm256_cmp_ps(x, _mm256_set1_ps(EXP2_LO), _CMP_NLT_UQ);
-    vec n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vec f = _mm256_sub_ps(x, n);
-    vec p = _mm256_set1_ps(EXP2_C6);
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(EXP2_C5));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(EXP2_C4));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(EXP2_C3));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(EXP2_C2));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(EXP2_C1));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
+    vec live = _mm256_cmp_ps(t, _mm256_set1_ps(EXP_LO), _CMP_NLT_UQ);
+    const vec log2e = _mm256_set1_ps(EXP_LOG2E);
+    vec n = _mm256_round_ps(_mm256_mul_ps(t, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vec r = _mm256_fnmadd_ps(n, _mm256_set1_ps(EXP_LN2_HI), t);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(EXP_LN2_LO), r);
+    vec p = _mm256_set1_ps(EXP_C6);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(EXP_C5));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(EXP_C4));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(EXP_C3));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
     veci e = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
     return _mm256_and_ps(live, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), e)));
 }

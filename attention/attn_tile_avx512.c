@@ -2,7 +2,7 @@
  * compiled with -mavx512*; see attn_tile.c for when it is used. */
 #include <immintrin.h>
 
-#include "attention/attn_exp2.h"
+#include "attention/attn_exp.h"
 
 #include <stdint.h>
 
@@ -79,18 +79,21 @@ VEC_FN float vec_hsum(vec x)
 }
 
 /* The mask is true for NaN too ("not less than, unordered"), so NaN comes through. */
-VEC_FN vec vec_exp2(vec x)
+VEC_FN vec vec_exp(vec t)
 {
-    __mmask16 live = _mm512_cmp_ps_mask(x, _mm512_set1_ps(EXP2_LO), _CMP_NLT_UQ);
-    vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vec f = _mm512_sub_ps(x, n);
-    vec p = _mm512_set1_ps(EXP2_C6);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(EXP2_C5));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(EXP2_C4));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(EXP2_C3));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(EXP2_C2));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(EXP2_C1));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    __mmask16 live = _mm512_cmp_ps_mask(t, _mm512_set1_ps(EXP_LO), _CMP_NLT_UQ);
+    const vec log2e = _mm512_set1_ps(EXP_LOG2E);
+    vec n = _mm512_roundscale_ps(_mm512_mul_ps(t, log2e),
+                                 _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vec r = _mm512_fnmadd_ps(n, _mm512_set1_ps(EXP_LN2_HI), t);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(EXP_LN2_LO), r);
+    vec p = _mm512_set1_ps(EXP_C6);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(EXP_C5));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(EXP_C4));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(EXP_C3));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     return _mm512_maskz_scalef_ps(live, p, n);
 }
 

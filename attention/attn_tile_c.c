@@ -1,26 +1,30 @@
 /* Tile functions in plain C, for processors without a table of their own. The inner loops run over
  * neighbouring keys or columns, so that a compiler can use whatever vectors there are. */
-#include "attention/attn_exp2.h"
+#include "attention/attn_exp.h"
 #include "attention/attn_tile.h"
 
 #include <math.h>
 
 enum { W = 16 }; /* accumulators a loop keeps */
 
-static float exp2_c(float x)
+/* Adding and taking away 1.5 * 2^23 rounds to the nearest integer, without a call to rintf. */
+static const float ROUND = 0x1.8p23f;
+
+static float exp_c(float t)
 {
-    if (x < EXP2_LO)
+    if (t < EXP_LO)
         return 0.0f;
-    if (!(x <= 127.0f)) /* NaN, or a row that holds one */
-        return x;
-    float n = rintf(x), f = x - n;
-    float p = EXP2_C6;
-    p = p * f + EXP2_C5;
-    p = p * f + EXP2_C4;
-    p = p * f + EXP2_C3;
-    p = p * f + EXP2_C2;
-    p = p * f + EXP2_C1;
-    p = p * f + 1.0f;
+    if (!(t <= 88.0f)) /* NaN, or a row that holds one */
+        return t;
+    float n = (t * EXP_LOG2E + ROUND) - ROUND;
+    float r = (t - n * EXP_LN2_HI) - n * EXP_LN2_LO;
+    float p = EXP_C6;
+    p = p * r + EXP_C5;
+    p = p * r + EXP_C4;
+    p = p * r + EXP_C3;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
     return p * dtype_bits_f32((uint32_t)((int32_t)n + 127) << 23);
 }
 
@@ -53,10 +57,10 @@ static void softmax_c(float *s, float *m, float *l, float *alpha, const float *r
         float ref = top == -INFINITY ? 0.0f : top;
         float sum = 0.0f;
         for (int32_t j = 0; j < KV_PAGE_TOKENS; j++) {
-            s[j] = exp2_c(s[j] - ref);
+            s[j] = exp_c(s[j] - ref);
             sum += s[j];
         }
-        alpha[r] = top == m[r] ? 1.0f : exp2_c(m[r] - ref);
+        alpha[r] = top == m[r] ? 1.0f : exp_c(m[r] - ref);
         l[r] = l[r] * alpha[r] + sum;
         m[r] = top;
     }

@@ -1,7 +1,7 @@
 /* The tile functions, written once over a vector type. Included by attn_tile_avx2.c and
  * attn_tile_avx512.c after they have defined
  *   vec, VL (floats in it), NV (vectors across a register tile: ROW_TILE * NV accumulators)
- *   vec_zero set1 load store mul sub add max fma exp2 hmax hsum, load_bf16
+ *   vec_zero set1 load store mul sub add max fma exp hmax hsum, load_bf16
  *   vec_abs_max_bits (integer max of |x|'s bits: NaN sorts above infinity, so it is never lost),
  *   vec_transpose (VL x VL)
  * The including file is compiled for its instruction set; nothing here is called on another.
@@ -9,7 +9,7 @@
  * Register tile: 6 rows x NV vectors. Each accumulator runs over the inner dimension alone and in
  * order, which is all that row independence asks for. With 24 accumulators (AVX-512) a step is 4
  * loads, 6 broadcasts and 24 FMAs. */
-#include "attention/attn_exp2.h"
+#include "attention/attn_exp.h"
 #include "attention/attn_tile.h"
 
 #include <math.h>
@@ -58,10 +58,10 @@ INLINE void qk_rows(float *s, float *row_max, struct product x, int mr)
         multiply(acc, mr, NV, (struct product){x.a, x.b + j, x.lda, x.ldb, x.n});
         UNROLL
         for (int r = 0; r < mr; r++) {
-            vec top = acc[r * NV];
+            vec top = acc[(size_t)r * NV];
             UNROLL
             for (int c = 0; c < NV; c++) {
-                vec_store(s + (size_t)r * KV_PAGE_TOKENS + j + (size_t)c * VL, acc[r * NV + c]);
+                vec_store(s + (size_t)r * KV_PAGE_TOKENS + j + (ptrdiff_t)c * VL, acc[r * NV + c]);
                 top = vec_max(top, acc[r * NV + c]);
             }
             float t = vec_hmax(top);
@@ -151,11 +151,11 @@ static void tile_softmax(float *s, float *m, float *l, float *alpha, const float
         vec base = vec_set1(ref), sum = vec_zero();
         UNROLL
         for (int c = 0; c < N; c++) {
-            vec p = vec_exp2(vec_sub(vec_load(s + (size_t)c * VL), base));
+            vec p = vec_exp(vec_sub(vec_load(s + (size_t)c * VL), base));
             vec_store(s + (size_t)c * VL, p);
             sum = vec_add(sum, p);
         }
-        alpha[r] = top == m[r] ? 1.0f : vec_first(vec_exp2(vec_set1(m[r] - ref)));
+        alpha[r] = top == m[r] ? 1.0f : vec_first(vec_exp(vec_set1(m[r] - ref)));
         l[r] = l[r] * alpha[r] + vec_hsum(sum);
         m[r] = top;
     }

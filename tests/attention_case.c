@@ -317,6 +317,26 @@ static double distance(const float *got, const double *want, size_t n)
     return top;
 }
 
+/* Within twice what the naive f32 sums are off by, and atol. */
+static void check_close(const struct attn_case *t, const char *what, const float *got,
+                        const float *naive, const double *want, size_t n, double atol)
+{
+    double ours = distance(got, want, n), theirs = distance(naive, want, n);
+    if (!(ours <= 2 * theirs + atol))
+        fail_msg("%s: %s off by %g, naive f32 by %g, atol %g", t->tile->name, what, ours, theirs,
+                 atol);
+}
+
+/* The LSE is one f32 of the scores' size, folded into base 2 and back: 4 units in its last place.
+ */
+static double lse_atol(const double *want, size_t n)
+{
+    double top = 1;
+    for (size_t i = 0; i < n; i++)
+        top = fmax(top, fabs(want[i]));
+    return 4 * 0x1p-23 * top;
+}
+
 static void check_rows(const struct attn_case *t, const struct attn_seq *seqs,
                        const struct oracle *o, double atol)
 {
@@ -324,15 +344,10 @@ static void check_rows(const struct attn_case *t, const struct attn_seq *seqs,
     for (int32_t i = 0; i < t->c.n_seqs; i++) {
         const struct case_seq *s = &t->seqs[i];
         const size_t n = (size_t)s->len, at = (size_t)seqs[i].row;
-        double ours = distance(s->out, o->out + at * row, n * row);
-        double naive = distance(o->out_f32 + at * row, o->out + at * row, n * row);
-        if (!(ours <= 2 * naive + atol))
-            fail_msg("%s: sequence %d: off by %g, naive f32 by %g", t->tile->name, i, ours, naive);
-        ours = distance(s->lse, o->lse + at * heads, n * heads);
-        naive = distance(o->lse_f32 + at * heads, o->lse + at * heads, n * heads);
-        if (!(ours <= 2 * naive + atol))
-            fail_msg("%s: sequence %d: LSE off by %g, naive f32 by %g", t->tile->name, i, ours,
-                     naive);
+        check_close(t, "out", s->out, o->out_f32 + at * row, o->out + at * row, n * row, atol);
+        const double *lse = o->lse + at * heads;
+        check_close(t, "LSE", s->lse, o->lse_f32 + at * heads, lse, n * heads,
+                    lse_atol(lse, n * heads));
     }
 }
 

@@ -18,29 +18,30 @@ static void each_table(struct attn_case *t, void (*check)(struct attn_case *))
     }
 }
 
-static struct attn_choice random_choice(struct rng *r, int32_t n_levels)
+static struct attn_choice random_choice(struct rng *r, int32_t n_levels, bool gated)
 {
-    struct attn_choice c = {.gate = (uint8_t)rng_range(r, ATTN_GATE_NONE, ATTN_GATE_REL),
+    struct attn_choice c = {.gate = (uint8_t)rng_range(r, gated, ATTN_GATE_REL),
                             .gate_rows = rng_range(r, 0, 1) ? 128 : 64,
                             .level = (int16_t)rng_range(r, 0, n_levels - 1),
                             .ln_lambda = (float)(-2 * rng_unit(r))};
     return c;
 }
 
-static struct case_config random_config(struct rng *r)
+/* gated: long prompts of few heads, so that there is something off the diagonal to decide about. */
+static struct case_config random_config(struct rng *r, bool gated)
 {
     static const int32_t dims[] = {1, 7, 16, 32, 40, 64, 64, 80, 96, 100, 128, 128, 192, 256};
     struct case_config c = {.n_kv_heads = rng_range(r, 1, 3),
-                            .head_dim = dims[rng_range(r, 0, 13)],
+                            .head_dim = dims[rng_range(r, 0, gated ? 5 : 13)],
                             .dtype = rng_range(r, 0, 1) ? DTYPE_F32 : DTYPE_BF16,
                             .n_seqs = rng_range(r, 1, 4),
                             .sharpness = rng_range(r, 0, 1) ? 1 : 4,
                             .n_threads = rng_range(r, 1, 4)};
-    int32_t budget = 40000 / c.head_dim;
-    c.n_heads = c.n_kv_heads * rng_range(r, 1, 5);
+    int32_t budget = 20000 / c.head_dim;
+    c.n_heads = c.n_kv_heads * rng_range(r, 1, gated ? 2 : 5);
     for (int32_t i = 0; i < c.n_seqs; i++) {
-        c.len[i] = rng_range(r, 1, budget < 700 ? budget : 700);
-        c.prompt_end[i] = rng_range(r, 0, 1) ? c.len[i] : rng_range(r, 0, c.len[i] + 50);
+        c.len[i] = rng_range(r, gated ? 250 : 1, budget < 600 ? budget + 1 : 600);
+        c.prompt_end[i] = gated || rng_range(r, 0, 1) ? c.len[i] : rng_range(r, 0, c.len[i] + 50);
     }
     return c;
 }
@@ -50,8 +51,9 @@ static void random_shapes_match_the_oracle(void **state)
     struct rng r = test_rng("random shapes", 20260101);
     uint64_t kept = 0, skipped = 0;
     (void)state;
-    for (int i = 0; i < 30; i++) {
-        struct case_config c = random_config(&r);
+    for (int i = 0; i < 24; i++) {
+        const bool gated = i % 2 == 0;
+        struct case_config c = random_config(&r, gated);
         struct attn_case t;
         case_open(&t, &c, &r);
         case_thresholds(&t, 3, rng_range(&r, 1, 5), c.sharpness / 2, 4 * c.sharpness);
@@ -59,7 +61,7 @@ static void random_shapes_match_the_oracle(void **state)
         if (rng_range(&r, 0, 1))
             case_visits(&t);
         for (int32_t s = 0; s < c.n_seqs; s++) {
-            t.seqs[s].choice = random_choice(&r, 3);
+            t.seqs[s].choice = random_choice(&r, 3, gated);
             /* a gated chunk may not end inside the prompt, off a block */
             if (t.seqs[s].choice.gate != ATTN_GATE_NONE && t.seqs[s].prompt_end > t.seqs[s].len)
                 t.seqs[s].prompt_end = t.seqs[s].len;
@@ -71,7 +73,9 @@ static void random_shapes_match_the_oracle(void **state)
         }
         case_close(&t);
     }
-    assert_true(kept > 200 && skipped > 200); /* the gates had something to decide */
+    printf("# off-diagonal and diagonal pages kept %llu, skipped %llu\n", (unsigned long long)kept,
+           (unsigned long long)skipped);
+    assert_true(kept > 100 && skipped > 100); /* the gates had something to decide */
 }
 
 /* One sequence of len tokens; n_heads = group * 2. */
@@ -128,7 +132,8 @@ static void extreme_scores(void **state)
     open_one(&t, &r, 300, 64, 2);
     for (size_t i = 0; i < 300u * 4 * 64; i++)
         t.seqs[0].q[i] *= 5000.0f; /* scores of about 1e4 */
-    case_check_oracle(&t, ATOL);
+    /* one rounding of a score of 1e4 is 5e-4: which of two equal errors is larger is chance */
+    case_check_oracle(&t, 5e-4);
     case_close(&t);
 }
 
@@ -136,7 +141,7 @@ static void check_equal_scores(struct attn_case *t)
 {
     case_run_whole(t);
     for (int32_t pos = 0; pos < t->seqs[0].len; pos++)
-        assert_close((double)t->seqs[0].lse[pos * t->c.n_heads], log(pos + 1.0), 1e-6, 1e-6);
+        assert_close((double)t->seqs[0].lse[pos * t->c.n_heads], log1p(pos), 1e-6, 1e-6);
 }
 
 static void equal_scores(void **state)
@@ -192,7 +197,7 @@ static void open_gates_equal_dense_bit_for_bit(void **state)
     (void)state;
     for (int i = 0; i < 3; i++) {
         struct attn_case t;
-        open_one(&t, &r, 500 + 30 * i, i == 1 ? 80 : 64, 3);
+        open_one(&t, &r, 230 + 60 * i, i == 1 ? 80 : 64, 1 + i);
         each_table(&t, check_open_gates);
         case_close(&t);
     }
