@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 struct demo_options {
-    char *model, *thresholds, *prompts, *daemon;
+    char *model, *thresholds, *prompts, *daemon, *json;
     int64_t threads, stall_ms;
     double density, lambda;
 };
@@ -36,6 +36,7 @@ static const struct conf_opt options[] = {
             "the ABS level is the one predicted closest to this density"),
     CLI_OPT(O, lambda, "lambda", CONF_FLOAT, "0.999", 0, 1, "L", "of the REL gate"),
     CLI_INT(O, threads, "threads", "0", 0, 1024, "worker threads; 0 is one per processor"),
+    CLI_TEXT(O, json, "json", NULL, "FILE", "write everything measured as one JSON object too"),
     CLI_MS(O, stall_ms, "stall", "120s", "give up after so long without a sign of life"),
 };
 
@@ -161,7 +162,9 @@ static int play(struct demo *d, struct err_msg *why)
         (void)fflush(stdout);
     }
     demo_print_totals(d->modes, d->rounds, d->page_tokens, stdout);
-    return 0;
+    return d->options->json
+               ? demo_write_json(d->options->json, d->prompts, d->modes, d->rounds, why)
+               : 0;
 }
 
 /* Verdict and exit code. err: what play returned. */

@@ -1,4 +1,4 @@
-/* The demo's tables and verdict. */
+/* The demo's tables, its results as JSON, and its verdict. */
 #ifndef CMD_DEMO_PRINT_H
 #define CMD_DEMO_PRINT_H
 
@@ -19,5 +19,10 @@ void demo_print_totals(const struct demo_mode modes[DEMO_MODES],
  * their number. */
 int demo_problems(const struct demo_mode *mode, const struct demo_round *round, bool must_be_right,
                   FILE *to);
+
+/* demo_json.c: everything measured, into a file. */
+MUST_CHECK int demo_write_json(const char *path, const struct demo_prompt prompts[DEMO_USERS],
+                               const struct demo_mode modes[DEMO_MODES],
+                               const struct demo_round rounds[DEMO_MODES], struct err_msg *why);
 
 #endif
