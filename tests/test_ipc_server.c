@@ -534,6 +534,34 @@ static int stale_socket(const char *path)
     return fd;
 }
 
+/* A listener too busy to take the probe is a listener all the same. */
+static void test_busy_listener(void **state)
+{
+    struct world w;
+    char text[128], path[96];
+    int fds[8], n = 0, rc = 0;
+    (void)state;
+    world_start(&w, &defaults);
+    (void)snprintf(path, sizeof path, "%s/busy", w.dir);
+    (void)snprintf(text, sizeof text, "unix:%s", path);
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    (void)snprintf(sa.sun_path, sizeof sa.sun_path, "%s", path);
+    int listener = stale_socket(path);
+    assert_ok(listen(listener, 0));
+    while (rc == 0 && n < 8) {
+        fds[n] = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
+        rc = connect(fds[n++], (const struct sockaddr *)&sa, sizeof sa);
+    }
+    assert_int_equal(rc, -1); /* the backlog is full */
+    expect_refusal(&w, text, UV_EADDRINUSE);
+    assert_int_equal(access(path, F_OK), 0);
+    while (n > 0)
+        (void)close(fds[--n]);
+    (void)close(listener);
+    (void)unlink(path);
+    world_stop(&w);
+}
+
 static void test_listen_errors(void **state)
 {
     struct world w;
@@ -615,6 +643,7 @@ int main(void)
         cmocka_unit_test(test_goaway_and_close),
         cmocka_unit_test(test_crowd),
         cmocka_unit_test(test_listen_errors),
+        cmocka_unit_test(test_busy_listener),
         cmocka_unit_test(test_config_errors),
     };
     log_set_level(LOG_ERROR);
