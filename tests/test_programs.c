@@ -304,12 +304,14 @@ static void bench_replays_a_trace(void **state)
     (void)unlink(path);
 }
 
-static struct result *demo(const char *fault)
+static struct result *demo(const char *fault, const char *json)
 {
+    char words[512];
+    (void)snprintf(words, sizeof words, "--daemon %s --model %s --stall 1s --json %s", FAKE,
+                   TEST_ROOT "/models/needle", json);
     if (fault)
         (void)setenv("FAKE_FAULT", fault, 1); // NOLINT(concurrency-mt-unsafe)
-    struct result *r =
-        run(NULL, DEMO, "--daemon " FAKE " --model " TEST_ROOT "/models/needle --stall 1s");
+    struct result *r = run(NULL, DEMO, words);
     (void)unsetenv("FAKE_FAULT"); // NOLINT(concurrency-mt-unsafe)
     return r;
 }
@@ -317,7 +319,11 @@ static struct result *demo(const char *fault)
 static void demo_shows_three_modes(void **state)
 {
     (void)state;
-    const struct result *r = demo(NULL);
+    char path[] = "/tmp/sluice-test-XXXXXX";
+    int fd = mkstemp(path), exact;
+    double ttft;
+    const char *mode;
+    const struct result *r = demo(NULL, path);
     expect(r, 0, "7 of 7", NULL);
     static const char *const parts[] = {"ada",
                                         "gus",
@@ -333,6 +339,16 @@ static void demo_shows_three_modes(void **state)
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++)
         expect(r, 0, parts[i], NULL);
     assert_null(strchr(r->err, '\r')); /* quiet in a pipe */
+    json_t *j = json_loadfd(fd, 0, NULL);
+    assert_int_equal(json_unpack(j, "{s:[{s:s, s:[{s:b, s:F},{},{},{},{},{},{},{}]},{},{}]}",
+                                 "modes", "mode", &mode, "users", "exact", &exact, "ttft_ms",
+                                 &ttft),
+                     0);
+    assert_string_equal(mode, "dense");
+    assert_true(exact && ttft > 0);
+    json_decref(j);
+    (void)close(fd);
+    (void)unlink(path);
 }
 
 static void demo_notices(void **state)
@@ -350,7 +366,8 @@ static void demo_notices(void **state)
         {"stall", "nothing was heard"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
-        expect(demo(cases[i].fault), 1, "FAILED", cases[i].err);
+        expect(demo(cases[i].fault, "/dev/null"), 1, "FAILED", cases[i].err);
+    expect(demo(NULL, "/nonexistent/x"), 1, "FAILED", "/nonexistent/x");
     expect(run(NULL, DEMO, "--model /nonexistent"), 2, NULL, "/nonexistent/prompts.jsonl");
     expect(run(NULL, DEMO, "--daemon /nonexistent --model " TEST_ROOT "/models/needle"), 1,
            "FAILED", "/nonexistent");
