@@ -11,7 +11,8 @@
  * Slow readers: above soft_limit unsent bytes PROGRESS is dropped, and TOKENS are held and merged
  * per request (DONE and ERROR push them out first); above hard_limit bytes, or when a byte has
  * waited longer than max_lag_ms, the connection ends with ERROR SLOW_CONSUMER and close(...,
- * ERR_SLOW_CONSUMER).
+ * ERR_SLOW_CONSUMER). What one ipc_send_tokens call adds may exceed the hard limit when nothing was
+ * above it before, and DONE is always taken.
  *
  * Shared secret: where `token` is set, every TCP client must send it in HELLO, on whatever address;
  * a non-loopback TCP listener is refused without one. Unix sockets rely on mode 0600.
