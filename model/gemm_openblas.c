@@ -9,9 +9,9 @@
 #include <string.h>
 
 /* On the AVX-512 kernels of OpenBLAS 0.3.21 the one source of differing bits is the small-matrix
- * path (rows * columns * k up to 10^6), so that the granule is the power of two above
- * 10^6 / (panel * k): 8 or 16 rows for the shapes of small models. The panel is wide enough to
- * amortise packing and narrow enough that a few rows still feed several threads. */
+ * path (rows * columns up to 1200 and rows * columns * k up to 10^6): the granule is 8 rows from
+ * panels of 160 columns on, more for narrower ones. The panel is wide enough to amortise packing
+ * and narrow enough that a few rows still feed several threads. */
 enum { PANEL = 256, PANEL_MIN = 64, PANEL_STEP = 16, MIN_TILE_BIT = 3, MAX_TILE_BIT = 8 };
 _Static_assert(1 << MAX_TILE_BIT == GEMM_MAX_TILE, "largest tile");
 
