@@ -147,7 +147,7 @@ static bool process(const struct sampler *s, struct scratch *w, const float *log
     }
     penalise_repetition(w, seq, n_known);
     penalise_output(w, seq, n_known);
-    if (n_known - seq->prompt_len < p->min_tokens) {
+    if (p->min_tokens > 0 && n_known - seq->prompt_len < p->min_tokens) {
         bar(w, p->stop_ids, p->n_stop);
         if (!p->ignore_eos)
             bar(w, s->eos_ids, s->n_eos);
