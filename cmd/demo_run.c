@@ -208,7 +208,8 @@ static int settle(struct run *r, struct err_msg *why)
 {
     struct demo_stats *s = &r->out->after;
     struct pollfd wait = {r->scene->signal_fd, POLLIN, 0};
-    int64_t until = clock_now_us(&r->clock) + 10000000;
+    int64_t limit = r->scene->stall_us < 10000000 ? r->scene->stall_us : 10000000;
+    int64_t until = clock_now_us(&r->clock) + limit;
     do {
         if (poll(&wait, 1, 20) > 0)
             return err_set(why, -EINTR, "interrupted");
