@@ -243,8 +243,9 @@ static int listen_tcp(struct ipc_server *s, const struct ipc_address *a, const c
     int rc = UV_EADDRNOTAVAIL;
     for (const struct addrinfo *ai = list; ai && rc < 0; ai = ai->ai_next) {
         if (s->token[0] == '\0' && !ipc_address_is_loopback(ai->ai_addr)) {
-            rc = err_set(why, ERR_CONFIG,
-                         "%s: not a loopback address, so a shared secret must be set", text);
+            rc =
+                err_set(why, ERR_CONFIG,
+                        "%s: not a loopback address, so a shared secret (token) must be set", text);
             break;
         }
         rc = listen_sockaddr(s, ai->ai_addr);
