@@ -56,7 +56,7 @@ struct request {
     int32_t *tokens;                       /* prompt, then generated */
     int32_t n_prompt, n_tokens, max_total; /* max_total = room in tokens */
     int32_t n_computed;                    /* tokens whose K/V is in the cache; chases n_tokens */
-    int32_t n_cached;  /* of the prompt, taken from the prefix cache at first admission */
+    int32_t n_cached;  /* of the prompt, taken from the prefix cache instead of computed */
     int32_t slot;      /* -1: none */
     int32_t in_flight; /* tokens of it in the step that is running; 0: none */
     int32_t n_preempted;

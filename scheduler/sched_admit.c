@@ -169,6 +169,7 @@ static void start(struct sched *s, struct sched_req *r, int32_t hit, int64_t now
     s->n_long += r->long_prefill;
     sched_set_expiry(s, r);
     sched_insert_running(s, r);
+    sched_choose_leader(s, r);
     s->partial[s->n_partial++] = r; /* decodes are planned already; one token left is a chunk too */
 }
 

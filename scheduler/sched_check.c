@@ -30,6 +30,7 @@ static int check_running(const struct sched *s, const struct sched_req *r, struc
     REQUIRE(p->n_computed + p->in_flight <= r->covered, p);
     REQUIRE(p->n_computed % SCHED_CHUNK == 0 || p->n_computed >= p->n_prompt, p);
     REQUIRE(s->plan_out || p->in_flight == 0, p);
+    REQUIRE(r->leader == 0 || (p->n_computed < r->common && r->common < p->n_prompt), p);
     REQUIRE(p->scheduled_us >= p->submit_us, p);
     return 0;
 }

@@ -3,6 +3,7 @@
  *   scheduler.c     create, destroy, cancel, expire, statistics
  *   sched_admit.c   submit and admission: who enters the batch
  *   sched_plan.c    one step: decodes, preemption, prefill shares
+ *   sched_follow.c  prompts in prefill that begin alike compute the beginning once
  *   sched_update.c  the result of a step, and how a request ends
  *   sched_queue.c   the waiting order: priority, resumed, fairness between tenants
  *   sched_check.c   every invariant
@@ -21,6 +22,7 @@ enum {
     SCHED_CHUNK = KV_BLOCK_TOKENS, /* chunks end on multiples of it */
     SCHED_AGED = 3,                /* preempted so often, a request is preempted after its class */
     SCHED_PASSED_OVER = 4,         /* steps without a chunk after which a prefill goes first */
+    SCHED_FOLLOW = 256,            /* tokens another prefill must spare one that waits for it */
     SCHED_RECHECK = 16,            /* steps after which a blocked head is looked at anew */
     SCHED_TENANT_BUCKETS = 1024,
     SCHED_IDLE_TENANTS = 4096 /* remembered counts of tenants without requests */
@@ -43,6 +45,8 @@ struct sched_req {
     enum req_finish at_limit; /* what reaching max_total means */
     int32_t covered;          /* tokens its page table has room for */
     int32_t passed_over;      /* steps in a row in which its prefill got nothing */
+    uint64_t leader;          /* id of the prefill it waits for, 0: none */
+    int32_t common;           /* tokens both begin with, whole blocks */
 };
 
 struct sched_tenant_lane {
@@ -158,6 +162,13 @@ bool queue_before(const struct sched_req *a, const struct sched_req *b);
 /* Chooses the lane by what the prefix cache holds of r now. */
 void sched_classify(const struct sched *s, struct sched_req *r);
 void sched_admit(struct sched *s, int64_t now_us);
+
+/* sched_follow.c */
+/* r has just been admitted: does a prefill already compute what r begins with? */
+void sched_choose_leader(const struct sched *s, struct sched_req *r);
+/* Takes those who wait for a leader out of s->partial; those whose leader has come far enough go on
+ * from there. */
+void sched_follow(struct sched *s);
 
 /* scheduler.c */
 void sched_insert_running(struct sched *s, struct sched_req *r);

@@ -44,6 +44,7 @@ static void preempt(struct sched *s, struct sched_req *r)
     p->n_preempted++;
     r->resumed = true;
     r->long_prefill = false;
+    r->leader = 0;
     sched_classify(s, r);
     queue_push(&s->queue, r);
     s->stats.n_preempted++;
@@ -155,6 +156,7 @@ const struct batch *sched_plan(struct sched *s, int64_t now_us)
     /* Nobody new after a preemption: the pages just freed are for those who run. */
     if (!preempted || s->n_running == 0)
         sched_admit(s, now_us);
+    sched_follow(s);
     plan_prefills(s);
     if (s->batch.n_seqs == 0)
         return NULL;

@@ -21,6 +21,7 @@ enum {
     MAX_TOTAL = 2048,
     N_USERS = 6,
     N_PREFIXES = 3,
+    UNLIMITED = 600,
     EOS = 0,
     VOCAB = 64
 };
@@ -54,7 +55,7 @@ struct world {
     int64_t now_us, steps;
     uint64_t n_events, n_submitted, n_finished, n_refused;
     uint64_t plan_hash;
-    int n_priorities, n_tenants, load, n_live;
+    int n_priorities, n_tenants, load, pause, n_live;
     bool calm;       /* no failures from outside */
     int64_t longest; /* life of a request in steps */
 };
@@ -163,6 +164,7 @@ static void choose_config(struct world *w)
     w->n_priorities = rng_range(r, 0, 2) ? 1 : 3;
     w->n_tenants = rng_range(r, 1, 4);
     w->load = rng_range(r, 1, 3);
+    w->pause = rng_range(r, 0, 3) ? 4 : 100;
     w->calm = rng_range(r, 0, 3) == 0;
     w->cfg = (struct sched_config){
         .max_running = rng_range(r, 1, 10),
@@ -243,10 +245,19 @@ static int32_t prompt_length(struct world *w)
     case 1: return max - 2 + rng_range(&w->rng, 0, 3); /* max - 1 is the longest served */
     case 2: return 64 * rng_range(&w->rng, 1, 8) + rng_range(&w->rng, -1, 1);
     case 3: return rng_range(&w->rng, 1, max);
+    case 6: return rng_range(&w->rng, 260, 900);
     case 4: return rng_range(&w->rng, 1, 40);
     case 5: return w->n_said + 20 < max ? w->n_said + rng_range(&w->rng, 1, 20) : 1;
     default: return rng_range(&w->rng, 1, 400);
     }
+}
+
+/* Without a limit of its own only where the pool or the model sets a near one, see patience(). */
+static int32_t output_length(struct world *w)
+{
+    if (rng_range(&w->rng, 0, 19))
+        return rng_range(&w->rng, 1, 70);
+    return sched_max_servable(w->sched) <= UNLIMITED ? INT32_MAX : rng_range(&w->rng, 1, 200);
 }
 
 /* The next turn of a conversation, or a prompt that shares much, little or nothing with others. */
@@ -254,8 +265,8 @@ static void fill_prompt(struct world *w, struct job *j, int32_t *prompt)
 {
     struct rng *r = &w->rng;
     const int32_t *from = w->prefix[rng_range(r, 0, N_PREFIXES - 1)];
-    int32_t n = j->n_prompt, shared = rng_range(r, 0, 3) ? rng_range(r, n / 2, n) : 0;
-    if (w->n_said > 0 && rng_range(r, 0, 2) == 0) {
+    int32_t n = j->n_prompt, shared = rng_range(r, 0, 4) ? rng_range(r, n / 2, n) : 0;
+    if (w->n_said > 0 && (n > w->n_said || rng_range(r, 0, 2) == 0)) {
         from = w->said;
         shared = n < w->n_said ? n : w->n_said;
         j->user = w->said_user;
@@ -265,20 +276,19 @@ static void fill_prompt(struct world *w, struct job *j, int32_t *prompt)
         prompt[i] = i < shared ? from[i] : rng_range(r, 1, VOCAB - 1);
 }
 
-static void submit(struct world *w)
+static void submit(struct world *w, int32_t n)
 {
     int32_t prompt[MAX_TOTAL + 8];
     struct rng *r = &w->rng;
     struct job *j = free_job(w);
     struct err_msg why = {""};
-    int32_t n = prompt_length(w);
     if (!j || n > MAX_TOTAL)
         return;
     *j = (struct job){.n_prompt = n,
-                      .max_tokens = rng_range(r, 0, 19) ? rng_range(r, 1, 70) : 100000,
+                      .max_tokens = output_length(w),
                       .user = rng_range(r, 0, N_USERS - 1),
                       .priority = rng_range(r, 0, w->n_priorities - 1),
-                      .gated = rng_range(r, 0, 3) == 0,
+                      .gated = rng_range(r, 0, 5) == 0,
                       .born_step = w->steps};
     fill_prompt(w, j, prompt);
     struct req_params p = {.prompt = prompt,
@@ -313,6 +323,18 @@ static void submit(struct world *w)
     extend_reference(w, j, j->req);
 }
 
+/* Several questions about a new document at once. */
+static void burst(struct world *w)
+{
+    w->n_said = rng_range(&w->rng, 300, 900);
+    w->said_user = rng_range(&w->rng, 0, N_USERS - 1);
+    w->said_gated = rng_range(&w->rng, 0, 1);
+    for (int i = 0; i < w->n_said; i++)
+        w->said[i] = rng_range(&w->rng, 1, VOCAB - 1);
+    for (int i = rng_range(&w->rng, 2, 4); i > 0; i--)
+        submit(w, w->n_said + rng_range(&w->rng, 1, 100));
+}
+
 static void cancel_job(struct world *w, struct job *j)
 {
     j->disturbed = true;
@@ -344,9 +366,11 @@ static void disconnect(struct world *w)
 
 static void outside(struct world *w)
 {
-    if (rng_range(&w->rng, 0, 4) == 0)
+    if (rng_range(&w->rng, 0, w->pause) == 0)
         for (int i = rng_range(&w->rng, 0, w->load); i > 0; i--)
-            submit(w);
+            submit(w, prompt_length(w));
+    if (rng_range(&w->rng, 0, 59) == 0)
+        burst(w);
     w->now_us += rng_range(&w->rng, 0, 2000);
     if (w->calm)
         return;
@@ -497,7 +521,7 @@ static int64_t patience(const struct world *w)
 {
     int64_t ahead = w->cfg.max_queued + 2 * w->cfg.max_running + 4 * w->n_tenants;
     int64_t longest = sched_max_servable(w->sched);
-    int64_t steps_each = longest / KV_BLOCK_TOKENS * 4 + (longest < 200 ? longest : 200);
+    int64_t steps_each = longest / KV_BLOCK_TOKENS * 4 + (longest < UNLIMITED ? longest : 200);
     return ahead * steps_each;
 }
 
