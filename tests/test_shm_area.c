@@ -222,6 +222,30 @@ static void counters_wrap(void **state)
     assert_int_equal(seats[1].status, 0);
 }
 
+static void strangers_are_refused(void **state)
+{
+    (void)state;
+    struct shm_area a, b;
+    struct err_msg why = {""};
+    void *mem = mem_try_aligned(shm_area_bytes(2, PIECE, MAX_MSG), 1);
+    assert_non_null(mem);
+    assert_int_equal(shm_area_attach(&a, mem, 0, 2, PIECE, MAX_MSG, &why), ERR_VERSION);
+    shm_area_format(mem, 2, PIECE, MAX_MSG);
+    assert_int_equal(shm_area_attach(&a, mem, 0, 3, PIECE, MAX_MSG, &why), ERR_CONFIG);
+    assert_string_equal(why.text, "n_ranks is 3 here and 2 on rank 0");
+    assert_int_equal(shm_area_attach(&a, mem, 0, 2, PIECE + 1, MAX_MSG, &why), ERR_CONFIG);
+    assert_non_null(strstr(why.text, "max_floats"));
+    assert_int_equal(shm_area_attach(&a, mem, 0, 2, PIECE, MAX_MSG + 1, &why), ERR_CONFIG);
+    assert_non_null(strstr(why.text, "max_msg"));
+    assert_int_equal(shm_area_attach(&a, mem, 2, 2, PIECE, MAX_MSG, &why), ERR_INVALID);
+    assert_ok(shm_area_attach(&a, mem, 1, 2, PIECE, MAX_MSG, &why));
+    assert_int_equal(shm_area_attach(&b, mem, 1, 2, PIECE, MAX_MSG, &why), -EEXIST);
+    assert_non_null(strstr(why.text, "rank 1 has already joined"));
+    assert_int_equal(shm_area_n_joined(&a), 1);
+    assert_int_equal(shm_area_await_join(&a, 0), -ETIMEDOUT);
+    mem_free(mem);
+}
+
 static void sizes_are_checked(void **state)
 {
     (void)state;
