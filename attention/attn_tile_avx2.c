@@ -3,12 +3,10 @@
 #include <immintrin.h>
 
 #include "attention/attn_exp.h"
-
-#include <stdint.h>
+#include "attention/attn_pack.h"
 
 enum { VL = 8, NV = 2 };
 typedef __m256 vec;
-typedef __m256i veci;
 
 #define VEC_FN static inline __attribute__((always_inline))
 
@@ -25,12 +23,6 @@ VEC_FN vec vec_set1(float x)
 VEC_FN vec vec_load(const float *p)
 {
     return _mm256_loadu_ps(p);
-}
-
-VEC_FN vec vec_load_bf16(const uint16_t *p)
-{
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
 VEC_FN void vec_store(float *p, vec x)
@@ -97,56 +89,16 @@ VEC_FN vec vec_exp(vec t)
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    veci e = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    __m256i e = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
     return _mm256_and_ps(live, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), e)));
-}
-
-VEC_FN veci veci_zero(void)
-{
-    return _mm256_setzero_si256();
-}
-
-VEC_FN veci vec_abs_max_bits(vec x, veci top)
-{
-    veci abs = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
-    return _mm256_max_epi32(abs, top);
-}
-
-VEC_FN uint32_t veci_hmax(veci x)
-{
-    int32_t lane[VL], top = 0;
-    _mm256_storeu_si256((veci *)lane, x);
-    for (int i = 0; i < VL; i++)
-        top = lane[i] > top ? lane[i] : top;
-    return (uint32_t)top;
-}
-
-/* 8 x 8: pairs and quads within 128-bit lanes, then the lanes. */
-VEC_FN void vec_transpose(vec x[VL])
-{
-    vec t[VL];
-#pragma GCC unroll 2
-    for (int i = 0; i < VL; i += 4) {
-        vec a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]);
-        vec c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
-        t[i] = _mm256_shuffle_ps(a, c, 0x44);
-        t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
-        t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
-        t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        x[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
-        x[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
-    }
 }
 
 #include "attention/attn_tile_simd.h"
 
 const struct attn_tile_ops attn_tile_avx2 = {
     .name = "avx2",
-    .pack_k = tile_pack_k,
-    .pack_v = tile_pack_v,
+    .pack_k = attn_pack_k_avx2,
+    .pack_v = attn_pack_v_avx2,
     .qk = tile_qk,
     .softmax = tile_softmax,
     .pv = tile_pv,

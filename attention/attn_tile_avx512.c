@@ -3,12 +3,10 @@
 #include <immintrin.h>
 
 #include "attention/attn_exp.h"
-
-#include <stdint.h>
+#include "attention/attn_pack.h"
 
 enum { VL = 16, NV = 4 };
 typedef __m512 vec;
-typedef __m512i veci;
 
 #define VEC_FN static inline __attribute__((always_inline))
 
@@ -25,12 +23,6 @@ VEC_FN vec vec_set1(float x)
 VEC_FN vec vec_load(const float *p)
 {
     return _mm512_loadu_ps(p);
-}
-
-VEC_FN vec vec_load_bf16(const uint16_t *p)
-{
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
 VEC_FN void vec_store(float *p, vec x)
@@ -97,54 +89,12 @@ VEC_FN vec vec_exp(vec t)
     return _mm512_maskz_scalef_ps(live, p, n);
 }
 
-VEC_FN veci veci_zero(void)
-{
-    return _mm512_setzero_si512();
-}
-
-VEC_FN veci vec_abs_max_bits(vec x, veci top)
-{
-    veci abs = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
-    return _mm512_max_epi32(abs, top);
-}
-
-VEC_FN uint32_t veci_hmax(veci x)
-{
-    return (uint32_t)_mm512_reduce_max_epi32(x);
-}
-
-/* 16 x 16 in four stages: pairs and quads within 128-bit lanes, then the lanes themselves. */
-VEC_FN void vec_transpose(vec x[VL])
-{
-    vec t[VL];
-#pragma GCC unroll 4
-    for (int i = 0; i < VL; i += 4) {
-        vec a = _mm512_unpacklo_ps(x[i], x[i + 1]), b = _mm512_unpackhi_ps(x[i], x[i + 1]);
-        vec c = _mm512_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
-        t[i] = _mm512_shuffle_ps(a, c, 0x44);
-        t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
-        t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
-        t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        vec a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88);
-        vec b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
-        vec c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88);
-        vec d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
-        x[i] = _mm512_shuffle_f32x4(a, c, 0x88);
-        x[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
-        x[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
-        x[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
-    }
-}
-
 #include "attention/attn_tile_simd.h"
 
 const struct attn_tile_ops attn_tile_avx512 = {
     .name = "avx512",
-    .pack_k = tile_pack_k,
-    .pack_v = tile_pack_v,
+    .pack_k = attn_pack_k_avx2,
+    .pack_v = attn_pack_v_avx2,
     .qk = tile_qk,
     .softmax = tile_softmax,
     .pv = tile_pv,

@@ -4,6 +4,7 @@
 #include "attention/attn_tile.h"
 
 #include <math.h>
+#include <string.h>
 
 enum { W = 16 }; /* accumulators a loop keeps */
 
@@ -28,23 +29,28 @@ static float exp_c(float t)
     return p * dtype_bits_f32((uint32_t)((int32_t)n + 127) << 23);
 }
 
+/* acc[c] += sum over i < n of a[i] * b[i][c], in order. */
+static void multiply(float acc[W], const float *a, const float *b, int32_t ldb, int32_t n)
+{
+    float x[W];
+    memcpy(x, acc, sizeof x); /* a local copy, so that it may live in registers */
+    for (int32_t i = 0; i < n; i++, b += ldb) {
+        for (int c = 0; c < W; c++)
+            x[c] += a[i] * b[c];
+    }
+    memcpy(acc, x, sizeof x);
+}
+
 static void qk_c(float *s, float *row_max, const float *q, const float *kt, int32_t rows,
                  int32_t head_dim)
 {
     for (int32_t r = 0; r < rows; r++, s += KV_PAGE_TOKENS, q += head_dim) {
         float top = -INFINITY;
-        for (int32_t j = 0; j < KV_PAGE_TOKENS; j += W) {
-            float acc[W] = {0};
-            for (int32_t i = 0; i < head_dim; i++) {
-                const float *k = kt + (size_t)i * KV_PAGE_TOKENS + j;
-                for (int c = 0; c < W; c++)
-                    acc[c] += q[i] * k[c];
-            }
-            for (int c = 0; c < W; c++) {
-                s[j + c] = acc[c];
-                top = acc[c] > top ? acc[c] : top;
-            }
-        }
+        memset(s, 0, KV_PAGE_TOKENS * sizeof *s);
+        for (int32_t j = 0; j < KV_PAGE_TOKENS; j += W)
+            multiply(s + j, q, kt + j, KV_PAGE_TOKENS, head_dim);
+        for (int32_t j = 0; j < KV_PAGE_TOKENS; j++)
+            top = s[j] > top ? s[j] : top;
         row_max[r] = top;
     }
 }
@@ -70,18 +76,10 @@ static void pv_c(float *o, const float *p, const float *v, const float *alpha, i
                  int32_t keys, int32_t dv)
 {
     for (int32_t r = 0; r < rows; r++, o += dv, p += KV_PAGE_TOKENS) {
-        for (int32_t d = 0; d < dv; d += W) {
-            float acc[W];
-            for (int c = 0; c < W; c++)
-                acc[c] = o[d + c] * alpha[r];
-            for (int32_t j = 0; j < keys; j++) {
-                const float *x = v + (size_t)j * (size_t)dv + d;
-                for (int c = 0; c < W; c++)
-                    acc[c] += p[j] * x[c];
-            }
-            for (int c = 0; c < W; c++)
-                o[d + c] = acc[c];
-        }
+        for (int32_t d = 0; d < dv; d++)
+            o[d] *= alpha[r];
+        for (int32_t d = 0; d < dv; d += W)
+            multiply(o + d, p, v + d, dv, keys);
     }
 }
 

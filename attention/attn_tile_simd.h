@@ -1,9 +1,7 @@
 /* The tile functions, written once over a vector type. Included by attn_tile_avx2.c and
  * attn_tile_avx512.c after they have defined
  *   vec, VL (floats in it), NV (vectors across a register tile: ROW_TILE * NV accumulators)
- *   vec_zero set1 load store mul sub add max fma exp hmax hsum, load_bf16
- *   vec_abs_max_bits (integer max of |x|'s bits: NaN sorts above infinity, so it is never lost),
- *   vec_transpose (VL x VL)
+ *   vec_zero set1 load store mul sub add max fma exp, hmax hsum first
  * The including file is compiled for its instruction set; nothing here is called on another.
  *
  * Register tile: 6 rows x NV vectors. Each accumulator runs over the inner dimension alone and in
@@ -13,7 +11,6 @@
 #include "attention/attn_tile.h"
 
 #include <math.h>
-#include <stdbool.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
@@ -158,67 +155,5 @@ static void tile_softmax(float *s, float *m, float *l, float *alpha, const float
         alpha[r] = top == m[r] ? 1.0f : vec_first(vec_exp(vec_set1(m[r] - ref)));
         l[r] = l[r] * alpha[r] + vec_hsum(sum);
         m[r] = top;
-    }
-}
-
-/* Rows of the source as f32 vectors. */
-INLINE vec load_any(const void *src, enum dtype t, size_t i)
-{
-    return t == DTYPE_F32 ? vec_load((const float *)src + i)
-                          : vec_load_bf16((const uint16_t *)src + i);
-}
-
-INLINE float scalar_any(const void *src, enum dtype t, size_t i)
-{
-    return t == DTYPE_F32 ? ((const float *)src)[i] : dtype_bf16_f32(((const uint16_t *)src)[i]);
-}
-
-INLINE float pack_k_as(float *kt, const void *k, enum dtype t, int32_t head_dim)
-{
-    const size_t d = (size_t)head_dim, whole = d / VL * VL;
-    veci bits = veci_zero();
-    for (size_t i = 0; i < whole; i += VL) {
-        for (size_t j = 0; j < KV_PAGE_TOKENS; j += VL) {
-            vec x[VL];
-            UNROLL
-            for (size_t r = 0; r < VL; r++) {
-                x[r] = load_any(k, t, (j + r) * d + i);
-                bits = vec_abs_max_bits(x[r], bits);
-            }
-            vec_transpose(x);
-            UNROLL
-            for (size_t r = 0; r < VL; r++)
-                vec_store(kt + (i + r) * KV_PAGE_TOKENS + j, x[r]);
-        }
-    }
-    uint32_t top = veci_hmax(bits);
-    for (size_t i = whole; i < d; i++) {
-        for (size_t j = 0; j < KV_PAGE_TOKENS; j++) {
-            float x = scalar_any(k, t, j * d + i);
-            uint32_t u = dtype_f32_bits(x) & 0x7fffffffu;
-            top = u > top ? u : top;
-            kt[i * KV_PAGE_TOKENS + j] = x;
-        }
-    }
-    return dtype_bits_f32(top);
-}
-
-static float tile_pack_k(float *kt, const void *k, enum dtype t, int32_t head_dim)
-{
-    return t == DTYPE_F32 ? pack_k_as(kt, k, DTYPE_F32, head_dim)
-                          : pack_k_as(kt, k, DTYPE_BF16, head_dim);
-}
-
-static void tile_pack_v(float *v, const void *src, enum dtype t, int32_t head_dim)
-{
-    const size_t d = (size_t)head_dim, dv = (size_t)attn_tile_dv(head_dim);
-    const size_t whole = d / VL * VL;
-    for (size_t j = 0; j < KV_PAGE_TOKENS; j++, v += dv) {
-        for (size_t i = 0; i < whole; i += VL)
-            vec_store(v + i, load_any(src, t, j * d + i));
-        for (size_t i = whole; i < d; i++)
-            v[i] = scalar_any(src, t, j * d + i);
-        for (size_t i = d; i < dv; i++)
-            v[i] = 0.0f;
     }
 }

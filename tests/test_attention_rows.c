@@ -91,10 +91,10 @@ static void dense_rows_are_independent(void **state)
 {
     struct rng r = test_rng("dense rows", 31);
     (void)state;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 5; i++) {
         const struct attn_tile_ops *tables[ATTN_TILE_TABLES + 1];
         struct attn_case t;
-        open_batch(&t, &r, rng_range(&r, 1, 5), 400);
+        open_batch(&t, &r, rng_range(&r, 1, 4), 300);
         attn_tile_list(tables);
         for (int k = 0; tables[k]; k++) {
             t.tile = tables[k];
@@ -125,14 +125,14 @@ static void gated_rows_do_not_depend_on_the_schedule(void **state)
 {
     struct rng r = test_rng("gated rows", 32);
     (void)state;
-    for (int i = 0; i < 10; i++) {
+    for (int i = 0; i < 6; i++) {
         struct attn_case t;
         struct case_bits want;
         open_batch(&t, &r, rng_range(&r, 1, 4), 900);
         random_gates(&t, &r);
         case_run_whole(&t);
         case_save(&t, &want);
-        for (int k = 0; k < 4; k++) {
+        for (int k = 0; k < 3; k++) {
             run_random_schedule(&t, &r);
             case_assert_bits(&t, &want);
             same_counts(&t, &want);
