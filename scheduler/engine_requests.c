@@ -215,7 +215,7 @@ void engine_on_open(void *ctx, uint64_t conn, const struct ipc_hello *m)
     ipc_conn_set_user(e->server, conn, c);
 }
 
-/* May come from inside a send, and so from inside the scheduler: only noted here. */
+/* Only noted here: the end of the turn cancels, when no call into the scheduler is under way. */
 void engine_on_close(void *ctx, uint64_t conn, void *user, int reason)
 {
     struct engine *e = ctx;

@@ -225,7 +225,7 @@ class BadStart(unittest.TestCase):
             with open(path, "wb") as f:
                 f.write(data)
             self.refuse(word, options=("--thresholds", path))
-        self.refuse("cannot open", options=("--thresholds", path + "x"))
+        self.refuse("t.safetensorsx", "No such file", options=("--thresholds", path + "x"))
 
     def test_thresholds_of_another_model(self):
         weights = bytearray(open(os.path.join(NEEDLE, "model.safetensors"), "rb").read())
