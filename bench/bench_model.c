@@ -28,7 +28,7 @@ static void must(int err, const struct err_msg *why)
 {
     if (err < 0) {
         (void)fprintf(stderr, "bench_model: %s\n", err_why(why, err));
-        exit(1);
+        exit(1); // NOLINT(concurrency-mt-unsafe)
     }
 }
 

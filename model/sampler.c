@@ -283,6 +283,7 @@ static void log_probs(struct scratch *w, struct batch_token *out, const struct b
     double total = 0.0;
     for (int32_t i = 0; i < w->vocab; i++)
         total += exp((double)w->logits[i] - max);
+    // cppcheck-suppress invalidFunctionArg ; the likeliest token alone adds 1
     const double norm = max + log(total);
     out->logprob = (float)((double)w->logits[out->token] - norm);
     if (p->n_logprobs < 2)

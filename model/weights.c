@@ -99,7 +99,6 @@ static int storage_dtype(const struct st_tensor *t, enum dtype *out, struct err_
 static int find_tensor(const struct loader *l, const char *name, int64_t rows, int64_t width,
                        const struct st_tensor **out)
 {
-    char got[96], want[96];
     const int64_t matrix[2] = {rows, width};
     const int64_t *shape = rows ? matrix : matrix + 1;
     const int n_dims = rows ? 2 : 1;
@@ -107,10 +106,12 @@ static int find_tensor(const struct loader *l, const char *name, int64_t rows, i
 
     if (!t)
         return err_set(l->why, ERR_MISMATCH, "tensor '%s' is missing", name);
-    if (t->n_dims != n_dims || memcmp(t->shape, shape, (size_t)n_dims * sizeof *shape) != 0)
+    if (t->n_dims != n_dims || memcmp(t->shape, shape, (size_t)n_dims * sizeof *shape) != 0) {
+        char got[96], want[96];
         return err_set(l->why, ERR_MISMATCH, "tensor '%s' has shape %s, config.json calls for %s",
                        name, st_shape_text(got, sizeof got, t->shape, t->n_dims),
                        st_shape_text(want, sizeof want, shape, n_dims));
+    }
     *out = t;
     return 0;
 }

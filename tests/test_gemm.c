@@ -22,19 +22,24 @@ static float *random_matrix(struct rng *rng, size_t rows, size_t cols)
     return m;
 }
 
+static void check_value(float y, const float *x, const float *w, int32_t k)
+{
+    double sum = 0.0, size = 0.0;
+    for (int32_t i = 0; i < k; i++) {
+        double p = (double)x[i] * (double)w[i];
+        sum += p;
+        size += fabs(p);
+    }
+    assert_close((double)y, sum, 1e-6 * size, 0);
+}
+
 static void check_values(const float *y, const float *x, const float *w, int32_t rows,
                          struct shape s)
 {
     for (int32_t i = 0; i < rows; i++) {
-        for (int32_t j = 0; j < s.n; j++) {
-            double sum = 0.0, size = 0.0;
-            for (int32_t k = 0; k < s.k; k++) {
-                double p = (double)x[i * s.k + k] * (double)w[j * s.k + k];
-                sum += p;
-                size += fabs(p);
-            }
-            assert_close((double)y[i * s.n + j], sum, 1e-6 * size, 0);
-        }
+        for (int32_t j = 0; j < s.n; j++)
+            check_value(y[i * s.n + j], x + (size_t)i * (size_t)s.k, w + (size_t)j * (size_t)s.k,
+                        s.k);
     }
 }
 

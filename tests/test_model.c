@@ -372,6 +372,16 @@ static void live_together(struct rank_life *lives, const char *dir, int n_ranks)
         assert_int_equal(lives[i].result, 0);
 }
 
+static void check_lives(const struct rank_life *one, const struct rank_life *many, int n_ranks)
+{
+    assert_memory_equal(one->tokens, many[0].tokens, sizeof one->tokens);
+    assert_memory_equal(&one->counts, &many[0].counts, sizeof one->counts);
+    for (int i = 0; i < 64; i++)
+        assert_close((double)many[0].logits[i], (double)one->logits[i], 1e-4, 1e-4);
+    for (int i = 0; i < n_ranks; i++)
+        assert_true(many[i].fingerprint == one->fingerprint);
+}
+
 /* Two ranks, and four over two KV heads, each of which two ranks then hold. */
 static void test_ranks(void **state)
 {
@@ -382,12 +392,7 @@ static void test_ranks(void **state)
         live_together(&one, dirs[k], 1);
         for (int n_ranks = 2; n_ranks <= 4; n_ranks *= 2) {
             live_together(many, dirs[k], n_ranks);
-            assert_memory_equal(one.tokens, many[0].tokens, sizeof one.tokens);
-            assert_memory_equal(&one.counts, &many[0].counts, sizeof one.counts);
-            for (int i = 0; i < 64; i++)
-                assert_close((double)many[0].logits[i], (double)one.logits[i], 1e-4, 1e-4);
-            for (int i = 0; i < n_ranks; i++)
-                assert_true(many[i].fingerprint == one.fingerprint);
+            check_lives(&one, many, n_ranks);
         }
     }
 }

@@ -73,20 +73,23 @@ static void see_logits(struct world *w, struct sequence *s, const float *logits,
                  s->len - s->prompt_len, s->policy.gate, end);
 }
 
+static void run_alone(struct world *w, struct model_case *c, struct sequence *s)
+{
+    for (int32_t at = 0; at < s->len;) {
+        int32_t n = at == 0 ? s->prompt_len : 1;
+        struct batch_seq b = make_seq(s, at, n);
+        assert_ok(case_step(c, &b, 1));
+        at += n;
+        see_logits(w, s, model_last_logits(c->model, 0), at, true);
+    }
+}
+
 static void run_reference(struct world *w)
 {
     struct model_case c;
     open_case(w, &c, 1);
-    for (int32_t i = 0; i < N_SEQS; i++) {
-        struct sequence *s = &w->seqs[i];
-        for (int32_t at = 0; at < s->len;) {
-            int32_t n = at == 0 ? s->prompt_len : 1;
-            struct batch_seq b = make_seq(s, at, n);
-            assert_ok(case_step(&c, &b, 1));
-            at += n;
-            see_logits(w, s, model_last_logits(c.model, 0), at, true);
-        }
-    }
+    for (int32_t i = 0; i < N_SEQS; i++)
+        run_alone(w, &c, &w->seqs[i]);
     model_case_close(&c);
 }
 

@@ -43,7 +43,7 @@ static void add(struct built *b, const char *name, int64_t rows, int64_t cols)
 
 static void add_layer(struct built *b, const struct llama_config *c, int layer)
 {
-    const int64_t q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
+    const int64_t d = c->head_dim, q = c->n_heads * d, kv = c->n_kv_heads * d;
     const struct {
         const char *name;
         int64_t rows, cols;
@@ -103,17 +103,29 @@ static float value(int t, size_t e)
     return 1000.0f * (float)t + (float)e;
 }
 
+/* Writes the elements of all tensors, one after the other. */
+static void fill(const struct built *b, unsigned char *to)
+{
+    for (int t = 0; t < b->n; t++) {
+        const bool wide = strcmp(b->dtype[t], "F32") == 0;
+        for (size_t e = 0; e < elements(b, t); e++, to += wide ? 4 : 2) {
+            const float f = value(t, e);
+            const uint16_t h = dtype_f32_bf16(f);
+            memcpy(to, wide ? (const void *)&f : (const void *)&h, wide ? 4 : 2);
+        }
+    }
+}
+
 /* Writes the file's bytes and parses them. `odd` shifts the data to an odd address. */
 static void build(struct built *b, bool odd)
 {
     char header[HEADER_BYTES], shape[48];
-    size_t at = 0, offset = 0, n;
+    size_t at = 0, offset = 0;
     for (int t = 0; t < b->n; t++) {
-        (void)snprintf(shape, sizeof shape, b->shape[t][1] ? "%" PRId64 ",%" PRId64 : "%" PRId64,
-                       b->shape[t][0], b->shape[t][1]);
+        (void)st_shape_text(shape, sizeof shape, b->shape[t], b->shape[t][1] ? 2 : 1);
         size_t end = offset + elements(b, t) * (strcmp(b->dtype[t], "F32") == 0 ? 4 : 2);
         at += (size_t)snprintf(header + at, sizeof header - at,
-                               "%c\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":"
+                               "%c\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":"
                                "[%zu,%zu]}",
                                t ? ',' : '{', b->names[t], b->dtype[t], shape, offset, end);
         offset = end;
@@ -127,20 +139,7 @@ static void build(struct built *b, bool odd)
     for (int i = 0; i < 8; i++)
         b->bytes[i] = (unsigned char)((uint64_t)at >> (8 * i));
     memcpy(b->bytes + 8, header, at);
-    n = 8 + at;
-    for (int t = 0; t < b->n; t++) {
-        for (size_t e = 0; e < elements(b, t); e++) {
-            float f = value(t, e);
-            uint16_t h = dtype_f32_bf16(f);
-            if (strcmp(b->dtype[t], "F32") == 0) {
-                memcpy(b->bytes + n, &f, 4);
-                n += 4;
-            } else {
-                memcpy(b->bytes + n, &h, 2);
-                n += 2;
-            }
-        }
-    }
+    fill(b, b->bytes + 8 + at);
     assert_ok(safetensors_parse(&b->st, b->bytes, b->len, "built", NULL));
 }
 
@@ -211,6 +210,17 @@ static void check_rank(const struct built *b, const struct llama_config *c,
         check_part(w->lm_head, b, "lm_head.weight", 0, c->vocab_size, 0, h);
 }
 
+static void check_ranks(const struct built *b, const struct llama_config *c, int n_ranks,
+                        struct dev *d)
+{
+    for (int rank = 0; rank < n_ranks; rank++) {
+        struct llama_weights w;
+        assert_ok(load(&w, b, c, rank, n_ranks, d, NULL));
+        check_rank(b, c, &w, rank, n_ranks);
+        weights_release(&w);
+    }
+}
+
 static void test_shares(void **state)
 {
     struct dev *d;
@@ -227,14 +237,8 @@ static void test_shares(void **state)
         for (int t = 0; t < b.n && (variant & 4); t++)
             b.dtype[t] = "BF16"; /* data at an odd address: files may do that */
         build(&b, variant & 4);
-        for (int n_ranks = 1; n_ranks <= 4; n_ranks *= 2) {
-            for (int rank = 0; rank < n_ranks; rank++) {
-                struct llama_weights w;
-                assert_ok(load(&w, &b, &c, rank, n_ranks, d, NULL));
-                check_rank(&b, &c, &w, rank, n_ranks);
-                weights_release(&w);
-            }
-        }
+        for (int n_ranks = 1; n_ranks <= 4; n_ranks *= 2)
+            check_ranks(&b, &c, n_ranks, d);
         drop(&b);
     }
     dev_close(d);
