@@ -262,7 +262,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(ranks_agree),       cmocka_unit_test(failure_reaches_all),
         cmocka_unit_test(absence_times_out), cmocka_unit_test(an_unread_message_times_out),
-        cmocka_unit_test(counters_wrap),     cmocka_unit_test(sizes_are_checked),
+        cmocka_unit_test(counters_wrap),     cmocka_unit_test(strangers_are_refused),
+        cmocka_unit_test(sizes_are_checked),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
