@@ -1,3 +1,8 @@
+/* The policy's frame: configuration, the running set, deadlines, cancel, statistics. The running
+ * set is an array in the order in which requests are kept, best first: a decode that needs a page
+ * visits it from the front, preemption takes from the back, so whoever stands first is never
+ * preempted and something always finishes. What a step does is in sched_plan.c and sched_update.c.
+ */
 #include "scheduler/scheduler.h"
 
 #include "core/mem.h"

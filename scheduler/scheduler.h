@@ -8,16 +8,18 @@
  *
  * No phases: a request's n_computed chases its n_tokens; one that has caught up but for one token
  * decodes. Per step:
- *   1. running requests take their decode token first, in order; then partial prefills share what
- * is left of the token budget: at most max_partial_prefills at once, of which at most
- * max_long_partial longer than long_prefill_tokens, each given an equal share rounded down to 128
- * (the shortest remainder first, so a short prompt is never behind a long one). Chunks end on
- * multiples of 128 of the absolute position except at the prompt's end. Recomputed generated tokens
- * form chunks of their own that start at the prompt's end.
- *   2. waiting requests are admitted by (priority, tenant's virtual token count, arrival) while the
- * whole prompt fits beside the running ones and the watermark stays free.
- *   3. when a running request cannot grow, the worst (highest priority value, then latest arrival)
- * running request is preempted: pages dropped, recomputed later, ahead of its class.
+ *   1. running requests take their decode token first; then partial prefills share what is left of
+ * the token budget: at most max_partial_prefills at once, of which at most max_long_partial longer
+ * than long_prefill_tokens, each given an equal share rounded down to 128 (the shortest remainder
+ * first, so a short prompt is never behind a long one). Chunks end on multiples of 128 of the
+ * absolute position except at the prompt's end. Recomputed generated tokens form chunks of their
+ * own that start at the prompt's end. A prompt whose beginning another prefill computes right now
+ * waits for it and takes its pages.
+ *   2. waiting requests are admitted by (priority, preempted first, tenant's virtual token count,
+ * arrival) while the whole prompt fits beside the running ones and the watermark stays free.
+ *   3. when a running request cannot grow, the worst running request (highest priority value, then
+ * not yet preempted three times, then latest arrival) is preempted: pages dropped, recomputed
+ * later, ahead of its class.
  *   4. if nothing runs and the head still cannot be admitted, it is failed with ERR_NO_BLOCKS
  * (stalled-head rule).
  *
