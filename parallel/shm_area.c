@@ -132,10 +132,10 @@ static int word_await(struct shm_area *a, struct shm_word *w, uint32_t count, in
     (void)word_spin(a, w, target);
     for (;;) {
         unsigned v = atomic_load(&w->value);
+        if (reached(v, target)) /* counts even if somebody has failed since */
+            return 0;
         if (v & WORD_FAILED)
             return ERR_PEER;
-        if (reached(v, target))
-            return 0;
         int64_t now = clock_monotonic_us(NULL), nap = slice;
         if (wait_us >= 0) {
             if (deadline < 0)
@@ -163,6 +163,12 @@ void shm_area_fail(struct shm_area *a)
         word_fail(&a->head->ranks[r].arrived);
         word_fail(&a->head->ranks[r].taken);
     }
+}
+
+/* Asked on entry to every call: a failed communicator starts nothing new. */
+static bool has_failed(const struct shm_area *a)
+{
+    return atomic_load(&a->head->ranks[a->rank].arrived.value) & WORD_FAILED;
 }
 
 /* Waits within the timeout; any failure fails the communicator for all. */
@@ -257,6 +263,8 @@ static int exchange(struct shm_area *a, uint64_t tag, const float *in, size_t n,
 {
     struct shm_rank *me = &a->head->ranks[a->rank];
 
+    if (has_failed(a))
+        return ERR_PEER;
     *half = a->n_exchanges++ & 1;
     if (n)
         memcpy(share(a, *half, a->rank), in, n * sizeof *in);
@@ -330,7 +338,7 @@ int shm_area_post(struct shm_area *a, const void *msg, size_t len)
         return ERR_INVALID;
     for (int r = 1; r < a->n_ranks; r++)
         TRY(await_rank(a, &a->head->ranks[r].taken, a->n_posted, r, "take the last message"));
-    if (atomic_load(&a->head->posted.value) & WORD_FAILED)
+    if (has_failed(a))
         return ERR_PEER;
     memcpy(a->msg, msg, len);
     a->head->msg_len = len;
@@ -343,6 +351,8 @@ int shm_area_wait(struct shm_area *a, void *buf, size_t cap, size_t *len)
 {
     if (a->rank == 0)
         return ERR_INVALID;
+    if (has_failed(a))
+        return ERR_PEER;
     int err = word_await(a, &a->head->posted, a->n_posted + 1, -1);
     if (err < 0) {
         shm_area_fail(a);
