@@ -11,6 +11,7 @@
 #include "harness.h"
 
 #include "attention/attention.h"
+#include "attention/attn_cpu.h"
 #include "attention/attn_tile.h"
 #include "core/conf.h"
 #include "core/mem.h"
@@ -25,66 +26,32 @@
 
 struct options {
     int64_t tokens, threads, reps, heads, kv_heads, gemm;
-    bool bf16, json;
+    bool bf16, cpu_time, json;
+    int tile;
 };
 
+#define FIELD(member) .offset = offsetof(struct options, member)
+
 static const struct conf_opt opts[] = {
-    {"tokens",
-     CONF_INT,
-     offsetof(struct options, tokens),
-     "16384",
-     256,
-     131072,
-     {0},
-     "N",
-     "prompt length, a multiple of 128"},
-    {"threads",
-     CONF_INT,
-     offsetof(struct options, threads),
-     "0",
-     0,
-     256,
-     {0},
-     "N",
-     "worker threads of both sides; 0 is one per processor"},
-    {"reps",
-     CONF_INT,
-     offsetof(struct options, reps),
-     "7",
-     1,
-     BENCH_REPS,
-     {0},
-     "N",
-     "repetitions; medians are printed"},
-    {"heads", CONF_INT, offsetof(struct options, heads), "2", 1, 64, {0}, "N", "query heads"},
-    {"kv-heads", CONF_INT, offsetof(struct options, kv_heads), "1", 1, 64, {0}, "N", "KV heads"},
-    {"gemm",
-     CONF_INT,
-     offsetof(struct options, gemm),
-     "2048",
-     64,
-     8192,
-     {0},
-     "N",
-     "size of the square sgemm"},
-    {"bf16",
-     CONF_BOOL,
-     offsetof(struct options, bf16),
-     "false",
-     0,
-     0,
-     {0},
-     NULL,
-     "a bf16 cache instead of f32"},
-    {"json",
-     CONF_BOOL,
-     offsetof(struct options, json),
-     "false",
-     0,
-     0,
-     {0},
-     NULL,
-     "one JSON object per head_dim"},
+    {"tokens", CONF_INT, FIELD(tokens), .def = "16384", .min = 256, .max = 131072, .arg = "N",
+     .help = "prompt length, a multiple of 128"},
+    {"threads", CONF_INT, FIELD(threads), .def = "0", .min = 0, .max = 256, .arg = "N",
+     .help = "worker threads of both sides; 0 is one per processor"},
+    {"reps", CONF_INT, FIELD(reps), .def = "7", .min = 1, .max = BENCH_REPS, .arg = "N",
+     .help = "repetitions; medians are printed"},
+    {"heads", CONF_INT, FIELD(heads), .def = "2", .min = 1, .max = 64, .arg = "N",
+     .help = "query heads"},
+    {"kv-heads", CONF_INT, FIELD(kv_heads), .def = "1", .min = 1, .max = 64, .arg = "N",
+     .help = "KV heads"},
+    {"gemm", CONF_INT, FIELD(gemm), .def = "2048", .min = 64, .max = 8192, .arg = "N",
+     .help = "size of the square sgemm"},
+    {"tile", CONF_ENUM, FIELD(tile), .def = "auto", .choices = {"auto", "avx512", "avx2", "c"},
+     .arg = "NAME", .help = "tile functions of the attention"},
+    {"bf16", CONF_BOOL, FIELD(bf16), .def = "false", .help = "a bf16 cache instead of f32"},
+    {"cpu-time", CONF_BOOL, FIELD(cpu_time), .def = "false",
+     .help =
+         "measure CPU time, which other users of the machine do not stretch; needs --threads 1"},
+    {"json", CONF_BOOL, FIELD(json), .def = "false", .help = "one JSON object per head_dim"},
 };
 
 static const struct conf_program program = {"bench_attention_cpu [options]",
@@ -95,6 +62,7 @@ static const struct conf_program program = {"bench_attention_cpu [options]",
 
 struct bench {
     const struct options *o;
+    const struct attn_tile_ops *tile;
     int32_t n, heads, head_dim, n_blocks, n_pages;
     struct kv_view kv;
     void *k, *v;
@@ -171,9 +139,41 @@ static void *must(void *p)
     return p;
 }
 
+/* The table --tile names, or NULL where this processor cannot run it. */
+static const struct attn_tile_ops *chosen_tile(const struct options *o)
+{
+    static const char *const names[] = {"", "avx512", "avx2", "c"};
+    const struct attn_tile_ops *tables[ATTN_TILE_TABLES + 1];
+    attn_tile_list(tables);
+    if (o->tile == 0)
+        return tables[0];
+    for (int i = 0; tables[i]; i++) {
+        if (strcmp(tables[i]->name, names[o->tile]) == 0)
+            return tables[i];
+    }
+    return NULL;
+}
+
+/* A step through the pool that reaches every page: the page table is not sequential. */
+static int32_t page_step(int32_t n_pages)
+{
+    int32_t step = 5;
+    for (; step > 1; step--) {
+        int32_t a = n_pages, b = step;
+        while (b) {
+            int32_t r = a % b;
+            a = b;
+            b = r;
+        }
+        if (a == 1)
+            break;
+    }
+    return step;
+}
+
 static void open_bench(struct bench *b, const struct options *o, int32_t head_dim, struct dev *dev)
 {
-    *b = (struct bench){.o = o, .head_dim = head_dim, .dev = dev};
+    *b = (struct bench){.o = o, .tile = chosen_tile(o), .head_dim = head_dim, .dev = dev};
     b->n = (int32_t)o->tokens / KV_BLOCK_TOKENS * KV_BLOCK_TOKENS;
     b->heads = (int32_t)o->heads;
     b->n_blocks = b->n / KV_BLOCK_TOKENS;
@@ -192,8 +192,8 @@ static void open_bench(struct bench *b, const struct options *o, int32_t head_di
     b->q = must(mem_try_aligned(rows, sizeof(float)));
     b->out = must(mem_try_aligned(rows, sizeof(float)));
     b->pages = must(mem_try_aligned((size_t)b->n_pages, sizeof *b->pages));
-    for (int32_t i = 0; i < b->n_pages; i++) /* spread over the pool */
-        b->pages[i] = (int32_t)((int64_t)i * 5 % b->n_pages);
+    for (int32_t i = 0; i < b->n_pages; i++)
+        b->pages[i] = (int32_t)((int64_t)i * page_step(b->n_pages) % b->n_pages);
     b->workspace = must(mem_try_aligned(attn_cpu.workspace_bytes(b->heads, &b->kv, dev), 1));
     b->max = must(mem_try_aligned((size_t)b->heads * (size_t)b->n_blocks * (size_t)b->n_pages,
                                   sizeof(float)));
@@ -259,7 +259,7 @@ static void run_variant(void *arg)
                              .workspace = b->workspace};
     if (v->n_seqs > 1)
         p.q = b->q, p.out = b->out;
-    int err = attn_cpu.run(&p, &b->kv, &v->policy, b->dev);
+    int err = attn_cpu_run_with(b->tile, &p, &b->kv, &v->policy, b->dev);
     ASSERT(err == 0);
     v->counts = counts[0];
 }
@@ -521,7 +521,7 @@ static int run_dim(const struct options *o, int32_t head_dim, struct dev *dev)
     t[GEMM].fn = run_gemm;
     t[GEMM].arg = &b;
     if (!bad) {
-        bench_run(t, N_VARIANTS, (int)o->reps);
+        bench_run(t, N_VARIANTS, (int)o->reps, o->cpu_time ? BENCH_CPU : BENCH_WALL);
         (o->json ? print_json : print_text)(&b, t, v);
     }
     for (int i = 0; i < N_VARIANTS; i++)
@@ -530,12 +530,23 @@ static int run_dim(const struct options *o, int32_t head_dim, struct dev *dev)
     return bad;
 }
 
+static void print_head(const struct options *o, const struct dev *dev)
+{
+    char cpu[128], date[64];
+    bench_cpu_name(cpu, sizeof cpu);
+    bench_date(date, sizeof date);
+    printf("%s, %d threads, tile functions %s, %s cache, %lld tokens, %lld query / %lld KV heads, "
+           "medians of %lld, %s time, %s, sluice %s\n",
+           cpu, pool_size(dev->pool), chosen_tile(o)->name, o->bf16 ? "bf16" : "f32",
+           (long long)o->tokens, (long long)o->heads, (long long)o->kv_heads, (long long)o->reps,
+           o->cpu_time ? "CPU" : "wall", date, SLUICE_VERSION);
+}
+
 int main(int argc, char **argv)
 {
     struct options o = {0};
     struct err_msg why = {{0}};
     struct dev *dev = NULL;
-    char cpu[128], date[64];
 
     conf_defaults(&program, &o);
     if (conf_wants_help(argc, argv)) {
@@ -549,15 +560,16 @@ int main(int argc, char **argv)
         (void)fprintf(stderr, "bench_attention_cpu: %s\n", err_why(&why, err));
         return 2;
     }
+    if (!chosen_tile(&o) || (o.cpu_time && o.threads != 1)) {
+        (void)fprintf(stderr, "bench_attention_cpu: %s\n",
+                      chosen_tile(&o) ? "--cpu-time needs --threads 1"
+                                      : "--tile: this processor cannot run it");
+        dev_close(dev);
+        return 2;
+    }
     openblas_set_num_threads(pool_size(dev->pool));
-    bench_cpu_name(cpu, sizeof cpu);
-    bench_date(date, sizeof date);
     if (!o.json)
-        printf("%s, %d threads, tile functions %s, %s cache, %lld tokens, %lld query / %lld KV "
-               "heads, medians of %lld, %s, sluice %s\n",
-               cpu, pool_size(dev->pool), attn_tile_best()->name, o.bf16 ? "bf16" : "f32",
-               (long long)o.tokens, (long long)o.heads, (long long)o.kv_heads, (long long)o.reps,
-               date, SLUICE_VERSION);
+        print_head(&o, dev);
     int bad = run_dim(&o, 64, dev) + run_dim(&o, 128, dev);
     dev_close(dev);
     conf_free(&program, &o);

@@ -1,12 +1,12 @@
 /* See harness.h. */
 #include "harness.h"
 
-#include "core/clock.h"
 #include "core/err.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 static int compare(const void *a, const void *b)
 {
@@ -23,21 +23,27 @@ double bench_median(const double *x, int n)
     return n % 2 ? y[n / 2] : (y[n / 2 - 1] + y[n / 2]) / 2;
 }
 
-static double seconds(struct bench_variant *v)
+static double now(enum bench_clock clock)
 {
-    struct clock clock = clock_real();
-    int64_t start = clock_now_us(&clock);
-    v->fn(v->arg);
-    return (double)(clock_now_us(&clock) - start) * 1e-6;
+    struct timespec ts;
+    (void)clock_gettime(clock == BENCH_CPU ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
 }
 
-void bench_run(struct bench_variant *v, int n_variants, int reps)
+static double seconds(struct bench_variant *v, enum bench_clock clock)
+{
+    double start = now(clock);
+    v->fn(v->arg);
+    return now(clock) - start;
+}
+
+void bench_run(struct bench_variant *v, int n_variants, int reps, enum bench_clock clock)
 {
     for (int i = 0; i < n_variants; i++)
         v[i].fn(v[i].arg);
     for (int r = 0; r < reps; r++) {
         for (int i = 0; i < n_variants; i++)
-            v[i].s[r] = seconds(&v[i]);
+            v[i].s[r] = seconds(&v[i], clock);
     }
     for (int i = 0; i < n_variants; i++)
         v[i].median_s = bench_median(v[i].s, reps);

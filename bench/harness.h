@@ -14,8 +14,12 @@ struct bench_variant {
     double median_s;
 };
 
+/* CPU time of the process does not see other users of the machine, but counts every thread, waiting
+ * ones too: use it with one thread. */
+enum bench_clock { BENCH_WALL, BENCH_CPU };
+
 /* One warm-up round, then reps rounds over all variants. */
-void bench_run(struct bench_variant *v, int n_variants, int reps);
+void bench_run(struct bench_variant *v, int n_variants, int reps, enum bench_clock clock);
 /* Median over repetitions of a's time over b's. */
 double bench_ratio(const struct bench_variant *a, const struct bench_variant *b, int reps);
 double bench_median(const double *x, int n);
