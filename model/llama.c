@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <math.h>
+#include <stdio.h>
 
 enum { KV_SPAN = 64 /* tokens whose K and V one task writes */ };
 
@@ -105,13 +106,25 @@ static size_t lay_out(struct llama *m, float *base)
     return used * sizeof(float);
 }
 
+/* dev_alloc whose error says what the memory was for. */
+static int take(struct llama *m, void **out, size_t bytes, const char *what, struct err_msg *why)
+{
+    struct err_msg inner = {{0}};
+    int err = dev_alloc(m->dev, out, bytes, &inner);
+    return err < 0 ? err_set(why, err, "%s: %.300s", what, err_why(&inner, err)) : 0;
+}
+
 static int take_memory(struct llama *m, int64_t max_position, struct err_msg *why)
 {
+    char what[96];
     m->memory_bytes = lay_out(m, NULL);
-    TRY(dev_alloc(m->dev, &m->memory, m->memory_bytes, why));
+    (void)snprintf(what, sizeof what, "activations of %d tokens, logits of %d sequences",
+                   m->max_tokens, m->max_outputs);
+    TRY(take(m, &m->memory, m->memory_bytes, what, why));
     (void)lay_out(m, m->memory);
     m->cos_sin_bytes = (size_t)max_position * (size_t)m->c->head_dim * sizeof(float);
-    TRY(dev_alloc(m->dev, &m->cos_sin, m->cos_sin_bytes, why));
+    (void)snprintf(what, sizeof what, "rotary table of %lld positions", (long long)max_position);
+    TRY(take(m, &m->cos_sin, m->cos_sin_bytes, what, why));
     rope_fill(m->cos_sin, &m->c->rope, m->c->head_dim, max_position);
     return 0;
 }
@@ -161,7 +174,9 @@ int llama_bind_cache(struct llama *m, const struct kv_view *kv, struct err_msg *
                        n_heads, kv->n_kv_heads, kv->head_dim);
     m->kv = kv;
     m->workspace_bytes = attn_cpu.workspace_bytes(n_heads, kv, m->dev);
-    return m->workspace_bytes ? dev_alloc(m->dev, &m->workspace, m->workspace_bytes, why) : 0;
+    if (m->workspace_bytes == 0)
+        return 0;
+    return take(m, &m->workspace, m->workspace_bytes, "attention workspace", why);
 }
 
 /* One matrix product, timed. */

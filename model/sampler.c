@@ -11,6 +11,7 @@
  * the ids already taken from it in descending order: together they fill the array. */
 struct scratch {
     float *logits;   /* processed */
+    double *weights; /* [vocab] */
     int32_t *order;  /* [vocab] */
     int32_t *counts; /* [vocab] occurrences; all zero between calls */
     int32_t n_heap, vocab;
@@ -39,9 +40,10 @@ int sampler_create(struct sampler **out, int32_t vocab_size, int n_workers, cons
         struct scratch *w = &s->workers[i];
         w->vocab = vocab_size;
         w->logits = mem_try_aligned((size_t)vocab_size, sizeof *w->logits);
+        w->weights = mem_try_aligned((size_t)vocab_size, sizeof *w->weights);
         w->order = mem_try_aligned((size_t)vocab_size, sizeof *w->order);
         w->counts = mem_try_aligned((size_t)vocab_size, sizeof *w->counts);
-        if (!w->logits || !w->order || !w->counts) {
+        if (!w->logits || !w->weights || !w->order || !w->counts) {
             sampler_destroy(s);
             return -ENOMEM;
         }
@@ -56,6 +58,7 @@ void sampler_destroy(struct sampler *s)
         return;
     for (int i = 0; i < s->n_workers; i++) {
         mem_free(s->workers[i].logits);
+        mem_free(s->workers[i].weights);
         mem_free(s->workers[i].order);
         mem_free(s->workers[i].counts);
     }
@@ -218,17 +221,18 @@ static double weight(const struct scratch *w, int32_t id, double max, double tem
 }
 
 /* Draws from all tokens, in the order of their ids. */
-static int32_t draw_any(const struct scratch *w, double u, double max, double temperature)
+static int32_t draw_any(struct scratch *w, double u, double max, double temperature)
 {
     double total = 0.0, sum = 0.0;
     int32_t last = 0;
-    for (int32_t i = 0; i < w->vocab; i++)
-        total += weight(w, i, max, temperature);
     for (int32_t i = 0; i < w->vocab; i++) {
-        double x = weight(w, i, max, temperature);
-        if (x == 0.0)
+        w->weights[i] = weight(w, i, max, temperature);
+        total += w->weights[i];
+    }
+    for (int32_t i = 0; i < w->vocab; i++) {
+        if (w->weights[i] == 0.0)
             continue;
-        sum += x;
+        sum += w->weights[i];
         last = i;
         if (sum > u * total)
             break;

@@ -361,7 +361,12 @@ int weights_load(struct llama_weights *out, struct dev *d, const struct safetens
     if (err < 0)
         goto fail;
     out->bytes = l.used * sizeof *out->memory;
-    TRY_GOTO(err, dev_alloc(d, &memory, out->bytes, why), fail);
+    struct err_msg inner = {{0}};
+    err = dev_alloc(d, &memory, out->bytes, &inner);
+    if (err < 0) {
+        (void)err_set(why, err, "weights: %.300s", err_why(&inner, err));
+        goto fail;
+    }
     out->memory = l.memory = memory;
     l.used = 0;
     TRY_GOTO(err, load_all(&l, out), fail);
