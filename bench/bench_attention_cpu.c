@@ -8,7 +8,7 @@
  * oracle before anything is timed.
  *
  * GFLOP/s counts visible (query, key) pairs only: 4 * head_dim flops each. */
-#include "harness.h"
+#include "bench/harness.h"
 
 #include "attention/attention.h"
 #include "attention/attn_cpu.h"

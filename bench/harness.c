@@ -1,5 +1,5 @@
 /* See harness.h. */
-#include "harness.h"
+#include "bench/harness.h"
 
 #include "core/err.h"
 
