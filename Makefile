@@ -45,7 +45,7 @@ format: ## rewrite all sources in the house style
 
 fuzz: | build ## run every fuzz target for SECONDS=30 each
 	@scripts/setup.sh build test lint
-	$(call build,fuzz)
+	$(call build,fuzz) --target fuzzers
 	scripts/fuzz.sh build/fuzz $(SECONDS)
 
 asan: | build ## all tests under AddressSanitizer and UBSan
