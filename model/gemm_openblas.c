@@ -8,27 +8,46 @@
 #include <stdbool.h>
 #include <string.h>
 
-/* On the AVX-512 kernels of OpenBLAS 0.3.21 the one source of differing bits is the small-matrix
- * path (rows * columns up to 1200 and rows * columns * k up to 10^6): the granule is 8 rows from
- * panels of 160 columns on, more for narrower ones. The panel is wide enough to amortise packing
- * and narrow enough that a few rows still feed several threads. */
-enum { PANEL = 256, PANEL_MIN = 64, PANEL_STEP = 16, MIN_TILE_BIT = 3, MAX_TILE_BIT = 8 };
+/* OpenBLAS 0.3.21, measured: the AVX-512 kernels treat all rows alike but for a small-matrix path
+ * (rows * columns up to 1200 and rows * columns * k up to 10^6), so that tiles go from 8 rows to
+ * the largest. The AVX2 (Haswell, Zen) kernel treats the rows of a group of 12 unlike each other;
+ * there 16-row tiles of the transposed product remain, at three quarters of the speed. The SSE and
+ * AVX kernels treat all rows alike. The panel is wide enough to amortise packing and narrow enough
+ * that a few rows still feed several threads. */
+enum {
+    PANEL = 256,
+    PANEL_MIN = 64,
+    PANEL_STEP = 16,
+    MIN_TILE_BIT = 3,
+    GOOD_TILE_BIT = 6,
+    MAX_TILE_BIT = 8
+};
 _Static_assert(1 << MAX_TILE_BIT == GEMM_MAX_TILE, "largest tile");
 
 struct gemm {
     struct pool *pool;
+    float *scratch; /* [workers, PANEL, GEMM_MAX_TILE] for transposed products */
 };
 
 int gemm_open(struct gemm **out, struct dev *d)
 {
     openblas_set_num_threads(1);
-    *out = mem_zalloc(1, sizeof **out);
-    (*out)->pool = d->pool;
+    struct gemm *g = mem_zalloc(1, sizeof *g);
+    g->pool = d->pool;
+    g->scratch = mem_try_aligned((size_t)pool_size(d->pool) * PANEL * GEMM_MAX_TILE, sizeof(float));
+    if (!g->scratch) {
+        mem_free(g);
+        return -ENOMEM;
+    }
+    *out = g;
     return 0;
 }
 
 void gemm_close(struct gemm *g)
 {
+    if (!g)
+        return;
+    mem_free(g->scratch);
     mem_free(g);
 }
 
@@ -45,13 +64,29 @@ static int32_t panel_width(int32_t n)
     return width < n ? width : n;
 }
 
-/* One tile of rows times columns [col, col + cols) of w. */
-static void multiply(const struct gemm_plan *p, float *y, const float *x, const float *w,
-                     int32_t rows, int32_t col)
+/* y [rows, cols] of row stride n = t [cols, rows], transposed. */
+static void transpose(float *y, int32_t n, const float *t, int32_t rows, int32_t cols)
 {
-    int32_t cols = p->n - col < p->panel ? p->n - col : p->panel;
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, rows, cols, p->k, 1.0f, x, p->k,
-                w + (size_t)col * (size_t)p->k, p->k, 0.0f, y + col, p->n);
+    for (int32_t r = 0; r < rows; r++) {
+        for (int32_t c = 0; c < cols; c++)
+            y[(size_t)r * (size_t)n + (size_t)c] = t[(size_t)c * (size_t)rows + (size_t)r];
+    }
+}
+
+/* One tile of rows times columns [col, col + cols) of w; scratch is the worker's. */
+static void multiply(const struct gemm_plan *p, float *y, const float *x, const float *w,
+                     int32_t rows, int32_t col, float *scratch)
+{
+    const int32_t k = p->k, cols = p->n - col < p->panel ? p->n - col : p->panel;
+    w += (size_t)col * (size_t)k;
+    if (!p->transposed) {
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, rows, cols, k, 1.0f, x, k, w, k, 0.0f,
+                    y + col, p->n);
+        return;
+    }
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, cols, rows, k, 1.0f, w, k, x, k, 0.0f,
+                scratch, rows);
+    transpose(y + col, p->n, scratch, rows, cols);
 }
 
 /* The tile for the next rows: the largest allowed that they fill, else the smallest. */
@@ -67,40 +102,70 @@ static int32_t next_tile(const struct gemm_plan *p, int32_t rows)
 struct self_check {
     struct gemm_plan *plan;
     const float *x, *w; /* x holds its GEMM_MAX_TILE rows twice, for wrapping around */
-    float *want, *got;
+    float *want, *got, *scratch;
 };
+
+static void multiply_all(const struct self_check *c, float *y, const float *x, int32_t rows)
+{
+    for (int32_t col = 0; col < c->plan->n; col += c->plan->panel)
+        multiply(c->plan, y, x, c->w, rows, col, c->scratch);
+}
 
 /* Whether tiles of `tile` rows give the bits of c->want, for rows that start at `offset`. The
  * offset moves every row to another place in its tile and gives it other neighbours. */
 static bool tile_agrees(const struct self_check *c, int32_t tile, int32_t offset)
 {
-    const struct gemm_plan *p = c->plan;
+    const size_t k = (size_t)c->plan->k, n = (size_t)c->plan->n;
     const int32_t checked = tile < 64 ? 64 : tile; /* rows; all places of a tile occur */
-    const size_t row_bytes = (size_t)p->n * sizeof(float);
 
     for (int32_t r = 0; r < checked; r += tile) {
-        for (int32_t col = 0; col < p->n; col += p->panel)
-            multiply(p, c->got, c->x + (size_t)(offset + r) * (size_t)p->k, c->w, tile, col);
+        multiply_all(c, c->got, c->x + (size_t)(offset + r) * k, tile);
         for (int32_t i = 0; i < tile; i++) {
-            int32_t row = (offset + r + i) % GEMM_MAX_TILE;
-            if (memcmp(c->got + (size_t)i * (size_t)p->n, c->want + (size_t)row * (size_t)p->n,
-                       row_bytes) != 0)
+            size_t row = (size_t)((offset + r + i) % GEMM_MAX_TILE);
+            if (memcmp(c->got + (size_t)i * n, c->want + row * n, n * sizeof(float)) != 0)
                 return false;
         }
     }
     return true;
 }
 
+/* Takes tiles of 1 << top rows for the truth; 0 when not even they agree with themselves. An odd
+ * offset suffices: were places p and p + 5 (modulo a power of two) alike for all p, all are. */
+static uint32_t agreeing_tiles(const struct self_check *c, int top)
+{
+    const int32_t size = 1 << top;
+    uint32_t tiles = 0;
+    for (int32_t r = 0; r < GEMM_MAX_TILE; r += size)
+        multiply_all(c, c->want + (size_t)r * (size_t)c->plan->n,
+                     c->x + (size_t)r * (size_t)c->plan->k, size);
+    for (int b = top; b >= MIN_TILE_BIT; b--) {
+        if (tile_agrees(c, 1 << b, 0) && tile_agrees(c, 1 << b, 5))
+            tiles |= 1u << b;
+        else if (b == top)
+            break;
+    }
+    return tiles;
+}
+
+/* The tiles of the largest height that can be trusted, in the plan's direction. */
+static uint32_t measure_direction(const struct self_check *c, bool transposed)
+{
+    uint32_t tiles = 0;
+    c->plan->transposed = transposed;
+    for (int top = MAX_TILE_BIT; top >= MIN_TILE_BIT && tiles == 0; top--)
+        tiles = agreeing_tiles(c, top);
+    return tiles;
+}
+
 static void measure_tiles(const struct self_check *c)
 {
     struct gemm_plan *p = c->plan;
-    for (int32_t col = 0; col < p->n; col += p->panel)
-        multiply(p, c->want, c->x, c->w, GEMM_MAX_TILE, col);
-    for (int b = MAX_TILE_BIT; b >= MIN_TILE_BIT; b--) {
-        if (tile_agrees(c, 1 << b, 0) && tile_agrees(c, 1 << b, 5))
-            p->tiles |= 1u << b;
-        else if (b == MAX_TILE_BIT)
-            break; /* the reference depends on a row's place: no tile can be trusted */
+    p->tiles = measure_direction(c, false);
+    if (p->tiles >> GOOD_TILE_BIT == 0) {
+        uint32_t other = measure_direction(c, true);
+        p->transposed = other > p->tiles;
+        if (p->transposed)
+            p->tiles = other;
     }
     if (p->tiles == 0)
         p->tiles = 1;
@@ -126,7 +191,6 @@ static int32_t checked_columns(const struct gemm_plan *p)
 int gemm_plan(const struct gemm *g, struct gemm_plan *plan, int32_t n, int32_t k,
               struct err_msg *why)
 {
-    (void)g;
     *plan = (struct gemm_plan){.n = n, .k = k, .panel = panel_width(n)};
     struct gemm_plan probe = *plan;
     probe.n = checked_columns(plan);
@@ -140,13 +204,15 @@ int gemm_plan(const struct gemm *g, struct gemm_plan *plan, int32_t n, int32_t k
                            .x = buf,
                            .w = buf + 2 * nx,
                            .want = buf + 2 * nx + nw,
-                           .got = buf + 2 * nx + nw + ny};
+                           .got = buf + 2 * nx + nw + ny,
+                           .scratch = g->scratch};
     fill_random(buf, nx, 1);
     memcpy(buf + nx, buf, nx * sizeof *buf);
     fill_random(buf + 2 * nx, nw, 2);
     measure_tiles(&c);
     plan->tiles = probe.tiles;
     plan->granule = probe.granule;
+    plan->transposed = probe.transposed;
     mem_free(buf);
     return 0;
 }
@@ -160,6 +226,7 @@ struct gemm_job {
     const struct gemm_plan *plan;
     float *y;
     const float *x, *w;
+    float *scratch;
     int32_t rows, n_panels;
 };
 
@@ -194,9 +261,9 @@ static void run_task(void *arg, int task, int worker)
     const struct gemm_job *j = arg;
     const struct gemm_plan *p = j->plan;
     int32_t first, size = locate_tile(p, j->rows, task / j->n_panels, &first);
-    (void)worker;
     multiply(p, j->y + (size_t)first * (size_t)p->n, j->x + (size_t)first * (size_t)p->k, j->w,
-             size, task % j->n_panels * p->panel);
+             size, task % j->n_panels * p->panel,
+             j->scratch + (size_t)worker * PANEL * GEMM_MAX_TILE);
 }
 
 void gemm_run(const struct gemm *g, const struct gemm_plan *plan, float *y, const float *x,
@@ -206,6 +273,7 @@ void gemm_run(const struct gemm *g, const struct gemm_plan *plan, float *y, cons
                          .y = y,
                          .x = x,
                          .w = w,
+                         .scratch = g->scratch,
                          .rows = rows,
                          .n_panels = (plan->n + plan->panel - 1) / plan->panel};
     pool_run(g->pool, run_task, &j, count_tiles(plan, rows) * j.n_panels);

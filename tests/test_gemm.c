@@ -58,8 +58,8 @@ static void test_values(void **state)
         struct gemm_plan plan;
         assert_ok(gemm_plan(g, &plan, s.n, s.k, NULL));
         const size_t padded = (size_t)gemm_padded_rows(&plan, rows);
-        printf("# [%d, %d]: panel %d granule %d tiles %#x\n", s.n, s.k, plan.panel, plan.granule,
-               plan.tiles);
+        printf("# [%d, %d]: panel %d granule %d tiles %#x%s\n", s.n, s.k, plan.panel, plan.granule,
+               plan.tiles, plan.transposed ? " transposed" : "");
         float *x = random_matrix(&rng, padded, (size_t)s.k),
               *w = random_matrix(&rng, (size_t)s.n, (size_t)s.k),
               *y = random_matrix(&rng, padded, (size_t)s.n);
