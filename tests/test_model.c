@@ -385,13 +385,16 @@ static void check_lives(const struct rank_life *one, const struct rank_life *man
 /* Two ranks, and four over two KV heads, each of which two ranks then hold. */
 static void test_ranks(void **state)
 {
-    static const char *const dirs[] = {GQA_DIR, BIASES_DIR};
+    static const struct {
+        const char *dir;
+        int max_ranks;
+    } cases[] = {{GQA_DIR, 4}, {BIASES_DIR, 4}, {TEST_ROOT "/models/needle", 2}};
     (void)state;
-    for (size_t k = 0; k < 2; k++) {
+    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
         struct rank_life one, many[4];
-        live_together(&one, dirs[k], 1);
-        for (int n_ranks = 2; n_ranks <= 4; n_ranks *= 2) {
-            live_together(many, dirs[k], n_ranks);
+        live_together(&one, cases[k].dir, 1);
+        for (int n_ranks = 2; n_ranks <= cases[k].max_ranks; n_ranks *= 2) {
+            live_together(many, cases[k].dir, n_ranks);
             check_lives(&one, many, n_ranks);
         }
     }
