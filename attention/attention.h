@@ -1,11 +1,11 @@
 /* Attention of one layer over the paged cache, for a batch of chunks: prefill, decode and any mix
  * in one call.
  *
- *   q, out   [n_rows, n_heads, head_dim] f32 on the CPU (model dtype on a GPU), row strides
- * q_stride / out_stride; q is rotated and NOT scaled; out may not alias q lse      [n_rows,
- * n_heads] f32 natural log over kept keys, or NULL kv       the pool; K/V of the chunk's own tokens
- * are already written. n_kv_heads divides n_heads seqs     rows [row, row + n_rows) of q are the
- * tokens at absolute positions pos.. of a sequence
+ *   q, out  [n_rows, n_heads, head_dim] f32 on the CPU (model dtype on a GPU), row strides q_stride
+ *           and out_stride; q is rotated and NOT scaled; out may not alias q
+ *   lse     [n_rows, n_heads] f32, natural log over the kept keys, or NULL
+ *   kv      the pool; K/V of the chunk's own tokens are already written; n_kv_heads divides n_heads
+ *   seqs    rows [row, row + n_rows) of q are the tokens at absolute positions pos.. of a sequence
  *
  * Rows at positions < prompt_end are prompt rows: grouped into absolute 128-token blocks and gated
  * by `choice`. A gated chunk starts on a multiple of 128 and ends on one or at prompt_end, so that
@@ -18,9 +18,8 @@
  * holds given the block's decisions. A NaN in one token's q, k or v reaches only the rows that may
  * see that token.
  *
- * Returns 0 or ERR_INVALID (a shape outside attn_supports; programming errors assert). CPU:
- * synchronous. Source: BSFA (arXiv 2512.07011) section 4; FlashAttention-2 (arXiv 2307.08691)
- * section 3. */
+ * Returns 0 or ERR_INVALID (attn_validate says why; a shape outside supports). CPU: synchronous.
+ * Source: BSFA (arXiv 2512.07011) section 4; FlashAttention-2 (arXiv 2307.08691) section 3. */
 #ifndef ATTENTION_ATTENTION_H
 #define ATTENTION_ATTENTION_H
 

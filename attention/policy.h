@@ -1,11 +1,15 @@
-/* The page policy: which pages a query block looks at. design: O_i = softmax over the keys of the
- * pages j with Visit(l, h, i) and Gate(l, h, i, j), and the diagonal pages, which are always
- * processed. i  query block: KV_BLOCK_TOKENS consecutive ABSOLUTE positions (i = position / 128) j
- * page: KV_PAGE_TOKENS consecutive absolute positions l, h  layer and query head Visit is decided
- * before QK and saves K too; Gate is decided after QK and saves exp, the V load and PV. A skipped
- * page touches nothing: neither row max, nor row sum, nor output. NaN keeps a page. The policy
- * belongs to prompt positions; generated positions follow the decode policy (visit only, no gate).
- * Source: BSFA (arXiv 2512.07011) section 4; BLASST (arXiv 2512.12087). */
+/* The page policy: which pages a query block looks at.
+ *
+ *   O_i = softmax over the keys of the pages j with Visit(l, h, i, j) and Gate(l, h, i, j), and of
+ *         the diagonal pages, which are always processed
+ *   i     query block: KV_BLOCK_TOKENS consecutive ABSOLUTE positions (i = position / 128)
+ *   j     page: KV_PAGE_TOKENS consecutive absolute positions
+ *   l, h  layer and query head
+ *
+ * Visit is decided before QK and saves K too; Gate is decided after QK and saves exp, the V load
+ * and PV. A skipped page touches nothing: neither row max, nor row sum, nor output. NaN keeps a
+ * page. The policy belongs to prompt positions; generated positions follow the decode policy (visit
+ * only, no gate). Source: BSFA (arXiv 2512.07011) section 4; BLASST (arXiv 2512.12087). */
 #ifndef ATTENTION_POLICY_H
 #define ATTENTION_POLICY_H
 
@@ -20,10 +24,10 @@ enum attn_visit {
 
 enum attn_gate {
     ATTN_GATE_NONE,
-    ATTN_GATE_ABS, /* BSFA: skip iff max over the rows' scaled scores < T[level][l][h][min(i,
-                      n_blocks - 1)] */
-    ATTN_GATE_REL /* BLASST: skip iff in every row the page's maximum is below the running maximum +
-                     ln(lambda) */
+    /* BSFA: skip iff max over the rows' scaled scores < T[level][l][h][min(i, n_blocks - 1)] */
+    ATTN_GATE_ABS,
+    /* BLASST: skip iff in every row the page's maximum < the running maximum + ln(lambda) */
+    ATTN_GATE_REL
 };
 
 /* Order in which a query block walks its pages. ABS does not depend on it; REL does. A function of
@@ -44,8 +48,8 @@ struct attn_head_policy {
 struct attn_thresholds {
     const float *t;
     int32_t n_levels, n_layers, n_heads, n_blocks;
-    int64_t level_stride, layer_stride,
-        head_stride; /* in floats: a rank may look at a slice of the file's tensor */
+    /* in floats: a rank may look at a slice of the file's tensor */
+    int64_t level_stride, layer_stride, head_stride;
 };
 
 /* What one sequence chose. level indexes thresholds (ABS); ln_lambda <= 0 (REL); gate_rows 128 (one
@@ -60,9 +64,8 @@ struct attn_choice {
 /* What all sequences of a model share. */
 struct attn_policy {
     enum attn_order order;
-    const struct attn_head_policy
-        *heads;                 /* [n_layers, n_heads], or NULL: every head visits all pages */
-    struct attn_thresholds abs; /* t == NULL: no ABS level can be chosen */
+    const struct attn_head_policy *heads; /* [n_layers, n_heads]; NULL: all heads visit all pages */
+    struct attn_thresholds abs;           /* t == NULL: no ABS level can be chosen */
 };
 
 /* Decisions counted in (page, row group) units: a row group is gate_rows query rows (128 where

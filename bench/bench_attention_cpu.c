@@ -448,7 +448,7 @@ static void print_text(const struct bench *b, const struct bench_variant *t,
     const double share = bench_ratio(&t[GEMM], &t[DENSE], reps) * dense_flops(b) /
                          (2.0 * pow((double)b->o->gemm, 3));
     printf("\nhead_dim %d\n\n", b->head_dim);
-    printf("| variant | density | ms | GFLOP/s of matrix work | over dense | ceiling 2/(1+density) "
+    printf("| variant | density | ms | GFLOP/s of matrix work | over dense | 2/(1+density) "
            "|\n");
     printf("|---|---|---|---|---|---|\n");
     printf("| sgemm %lld^3 | | %.1f | %.1f | | |\n", (long long)b->o->gemm, t[GEMM].median_s * 1e3,
