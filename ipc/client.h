@@ -164,7 +164,7 @@ struct sluice_event {
             int32_t stop_token; /* -1: none */
             int32_t prompt_tokens, cached_tokens, completion_tokens, preemptions;
             int64_t queue_us, prefill_us, ttft_us, decode_us;
-            uint64_t reachable, visited, kept; /* density = kept / reachable */
+            uint64_t reachable, visited, kept; /* of the prompt: density = kept / reachable */
         } done;
         struct {
             int code; /* enum sluice_code */

@@ -216,7 +216,7 @@ struct ipc_done {
     int32_t stop_token; /* -1: none */
     int32_t prompt_tokens, cached_tokens, completion_tokens, preemptions;
     int64_t queue_us, prefill_us, ttft_us, decode_us;
-    uint64_t reachable, visited, kept; /* page decisions; density = kept / reachable */
+    uint64_t reachable, visited, kept; /* of prompt rows; density = kept / reachable */
 };
 
 struct ipc_error {

@@ -33,7 +33,7 @@ struct batch_sampling {
     float repetition_penalty;                  /* 1: off; over prompt and output tokens */
     float presence_penalty, frequency_penalty; /* 0: off; over output tokens */
     uint64_t seed;
-    int32_t n_logprobs; /* 0: none; 1: the chosen token; N: also the top N */
+    int32_t n_logprobs; /* 0: none; N: of the chosen token and of the N most likely */
     int32_t min_tokens; /* stop tokens are barred while fewer are generated */
     bool ignore_eos;    /* the model's EOS ids do not stop (and min_tokens does not bar them) */
     int32_t n_stop;

@@ -225,6 +225,10 @@ static int parse_file(struct safetensors *s, struct st_file *f, struct err_msg *
     const unsigned char *data = f->bytes + 8 + n;
     size_t data_len = f->len - 8 - (size_t)n;
     TRY(parse_entries(s, f, data, data_len, why));
+    if (s->n_tensors == first) /* none: an empty array has no address to start from */
+        return data_len == 0 ? 0
+                             : err_set(why, ERR_FORMAT, "%s: %zu bytes that no tensor uses",
+                                       f->name, data_len);
     return check_tiling(s->tensors + first, s->n_tensors - first, data, data_len, f->name, why);
 }
 

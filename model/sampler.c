@@ -290,7 +290,7 @@ static void log_probs(struct scratch *w, struct batch_token *out, const struct b
     // cppcheck-suppress invalidFunctionArg ; the likeliest token alone adds 1
     const double norm = max + log(total);
     out->logprob = (float)((double)w->logits[out->token] - norm);
-    if (p->n_logprobs < 2)
+    if (p->n_logprobs < 1)
         return;
     out->n_top = p->n_logprobs < BATCH_MAX_LOGPROBS ? p->n_logprobs : BATCH_MAX_LOGPROBS;
     if (out->n_top > w->vocab)
@@ -324,7 +324,7 @@ void sampler_draw(struct sampler *s, int worker, struct batch_token *out, const 
     }
     const bool truncated = p->top_k > 0 || p->top_p < 1.0f || p->min_p > 0.0f;
     const bool greedy = !(p->temperature > 0.0f);
-    if ((truncated && !greedy) || p->n_logprobs > 1)
+    if ((truncated && !greedy) || p->n_logprobs > 0)
         heap_build(w);
     const double u = sampler_uniform(p->seed, (int64_t)seq->start + seq->n_tokens);
     if (greedy)

@@ -63,8 +63,8 @@ struct request {
 
     struct batch_sampling sampling;
     struct batch_policy policy;
-    struct batch_counts counts;
-    uint64_t seed; /* of its prefix hash chain */
+    struct batch_counts counts; /* of prompt steps */
+    uint64_t seed;              /* of its prefix hash chain */
     int32_t priority;
     char tenant[REQ_TENANT_BYTES];
     void *user;
