@@ -142,13 +142,13 @@ static void *must(void *p)
 /* The table --tile names, or NULL where this processor cannot run it. */
 static const struct attn_tile_ops *chosen_tile(const struct options *o)
 {
-    static const char *const names[] = {"", "avx512", "avx2", "c"};
+    static const char *const choices[] = {"", "avx512", "avx2", "c"};
     const struct attn_tile_ops *tables[ATTN_TILE_TABLES + 1];
     attn_tile_list(tables);
     if (o->tile == 0)
         return tables[0];
     for (int i = 0; tables[i]; i++) {
-        if (strcmp(tables[i]->name, names[o->tile]) == 0)
+        if (strcmp(tables[i]->name, choices[o->tile]) == 0)
             return tables[i];
     }
     return NULL;

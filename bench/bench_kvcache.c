@@ -31,7 +31,7 @@ static void must(int err)
 {
     if (err < 0) {
         (void)fprintf(stderr, "bench_kvcache: %s\n", err_str(err));
-        exit(1);
+        exit(1); // NOLINT(concurrency-mt-unsafe): one thread
     }
 }
 

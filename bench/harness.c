@@ -76,7 +76,7 @@ void bench_cpu_name(char *out, unsigned long len)
 void bench_date(char *out, unsigned long len)
 {
     struct tm tm;
-    time_t now = time(NULL);
-    if (!gmtime_r(&now, &tm) || !strftime(out, len, "%Y-%m-%d %H:%M UTC", &tm))
+    time_t today = time(NULL);
+    if (!gmtime_r(&today, &tm) || !strftime(out, len, "%Y-%m-%d %H:%M UTC", &tm))
         (void)snprintf(out, len, "unknown date");
 }

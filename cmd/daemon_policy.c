@@ -56,7 +56,7 @@ static int parse_window(const char *text, int32_t *sink, int32_t *local, struct 
 static int parse_line(char *line, const struct model_info *info, struct attn_head_policy *row,
                       int number, struct err_msg *why)
 {
-    double values[1024];
+    double values[1024] = {0};
     int n = 0;
     char *save = NULL;
     for (char *word = strtok_r(line, " \t,\r\n", &save); word;

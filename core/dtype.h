@@ -15,8 +15,8 @@ static inline size_t dtype_bytes(enum dtype t)
 
 static inline const char *dtype_name(enum dtype t)
 {
-    static const char *const names[] = {"f32", "f16", "bf16"};
-    return names[t];
+    static const char *const text[] = {"f32", "f16", "bf16"};
+    return text[t];
 }
 
 static inline float dtype_bits_f32(uint32_t u)

@@ -33,6 +33,8 @@ static enum MHD_Result reply(struct MHD_Connection *c, unsigned status, const ch
     return ok;
 }
 
+/* The parameters are the library's. */
+// NOLINTNEXTLINE(readability-function-size)
 static enum MHD_Result answer(void *ctx, struct MHD_Connection *c, const char *url,
                               const char *method, const char *version, const char *data,
                               size_t *n_data, void **state)

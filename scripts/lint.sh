@@ -26,7 +26,7 @@ check_tidy() {
     known=$(mktemp)
     sed -n 's/^ *"file": "\(.*\)",\{0,1\}$/\1/p' "$1/compile_commands.json" >"$known"
     printf '%s\n' "${units[@]}" | sed "s|^|$PWD/|" | grep -Fxf "$known" |
-        xargs -P "$jobs" -n 1 clang-tidy -p "$1" --quiet 2>/dev/null
+        xargs -P "$jobs" -n 1 clang-tidy -p "$1" --quiet --extra-arg=-Wno-unknown-warning-option 2>/dev/null
     rm -f "$known"
 }
 
