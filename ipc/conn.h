@@ -87,6 +87,8 @@ void conn_hurry(struct conn *c, int32_t linger_ms);
 void conn_finish(struct conn *c);
 
 /* conn_in.c: one payload of an open or shaking connection. */
+/* Bytes the peer has not taken yet. */
+size_t conn_unsent(const struct conn *c);
 void conn_handle(struct conn *c, const uint8_t *payload, size_t len);
 
 /* conn_out.c */

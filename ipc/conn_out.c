@@ -28,7 +28,7 @@ struct conn *conn_find(const struct ipc_server *s, uint64_t id)
     return c && c->id == id && c->state == CONN_OPEN && !c->doom ? c : NULL;
 }
 
-static size_t unsent(const struct conn *c)
+size_t conn_unsent(const struct conn *c)
 {
     return c->out.len + uv_stream_get_write_queue_size(&c->h.stream) + c->held_bytes;
 }
@@ -146,7 +146,7 @@ static void append(struct conn *c, enum ipc_type type, const void *body)
 
 static bool over_hard(struct conn *c)
 {
-    if (unsent(c) <= (size_t)c->s->cfg.hard_limit)
+    if (conn_unsent(c) <= (size_t)c->s->cfg.hard_limit)
         return false;
     conn_doom(c, ERR_SLOW_CONSUMER);
     return true;
@@ -283,7 +283,7 @@ static void hold(struct conn *c, const struct ipc_tokens *m)
 
 static bool over_soft(struct conn *c)
 {
-    bool over = unsent(c) > (size_t)c->s->cfg.soft_limit;
+    bool over = conn_unsent(c) > (size_t)c->s->cfg.soft_limit;
     c->was_full |= over;
     return over;
 }
@@ -295,7 +295,7 @@ static bool over_soft(struct conn *c)
 static void end_slow(struct conn *c)
 {
     struct err_msg why;
-    int err = err_set(&why, ERR_SLOW_CONSUMER, "%zu bytes wait to be read", unsent(c));
+    int err = err_set(&why, ERR_SLOW_CONSUMER, "%zu bytes wait to be read", conn_unsent(c));
     c->s->stats.slow_consumers++;
     conn_drop_held(c);
     c->out.len = 0;
@@ -313,11 +313,11 @@ static void end_slow(struct conn *c)
 static void release_all(struct conn *c)
 {
     size_t low = (size_t)c->s->cfg.soft_limit / 2;
-    if (!c->was_full || unsent(c) - c->held_bytes > low)
+    if (!c->was_full || conn_unsent(c) - c->held_bytes > low)
         return;
     while (!list_empty(&c->held) && !c->doom)
         held_release(c, LIST_ENTRY(c->held.next, struct held, link));
-    c->was_full = unsent(c) > low;
+    c->was_full = conn_unsent(c) > low;
     if (!c->was_full && c->s->cfg.handlers.writable && c->state == CONN_OPEN)
         c->s->cfg.handlers.writable(c->s->cfg.handlers.ctx, c->id);
 }
@@ -460,5 +460,5 @@ void ipc_send_goaway(struct ipc_server *s, uint64_t conn, const struct ipc_goawa
 bool ipc_conn_writable(const struct ipc_server *s, uint64_t conn)
 {
     const struct conn *c = conn_find(s, conn);
-    return c && unsent(c) <= (size_t)s->cfg.soft_limit;
+    return c && conn_unsent(c) <= (size_t)s->cfg.soft_limit;
 }

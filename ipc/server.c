@@ -322,6 +322,11 @@ void ipc_server_get_stats(const struct ipc_server *s, struct ipc_server_stats *o
 {
     *out = s->stats;
     out->n_connections = s->n_slots_used;
+    out->unsent_bytes = 0;
+    for (int32_t i = 0; i < s->cfg.max_connections; i++) {
+        if (s->slots[i].conn && s->slots[i].conn->state == CONN_OPEN)
+            out->unsent_bytes += conn_unsent(s->slots[i].conn);
+    }
 }
 
 void ipc_server_set_info(struct ipc_server *s, const struct ipc_hello_ok *info)

@@ -66,6 +66,7 @@ struct ipc_server_stats {
     int32_t n_connections;
     uint64_t accepted, refused, protocol_errors, slow_consumers;
     uint64_t frames_in, frames_out, bytes_in, bytes_out;
+    uint64_t unsent_bytes; /* now, over all connections */
 };
 
 MUST_CHECK int ipc_server_create(struct ipc_server **out, uv_loop_t *loop,

@@ -95,6 +95,7 @@ void engine_on_stats(void *ctx, uint64_t conn, uint64_t tag)
         INT("connections", io.n_connections),
         INT("protocol_errors", io.protocol_errors),
         INT("slow_consumers", io.slow_consumers),
+        INT("unsent_bytes", io.unsent_bytes),
         {.name = "prefill_tokens_per_second", .d = e->prefill_rate},
         {.name = "schedule_us_mean",
          .d = s.n_steps ? e->metrics.schedule.sum * 1e6 / (double)s.n_steps : 0},
@@ -158,6 +159,7 @@ static void write_metrics(void *ctx, FILE *to)
     if (e->server)
         ipc_server_get_stats(e->server, &io);
     v.n_clients = io.n_connections;
+    v.outbuf_bytes = io.unsent_bytes;
     metrics_write(&v, to);
 }
 
