@@ -469,7 +469,7 @@ static void see_tiles(void *arg, int layer, int32_t pos, int32_t n_tokens, const
 
 static void test_tiles(void **state)
 {
-    static const int32_t pages[4] = {2, 0, 3, 1};
+    static const int32_t pages[4] = {2, 0, 3, 1}, others[4] = {6, 4, 7, 5};
     int32_t tokens[256];
     struct model_case c;
     struct seen_tiles seen = {0};
@@ -487,6 +487,7 @@ static void test_tiles(void **state)
     assert_int_equal(seen.last_layer, 1);
     assert_int_equal(seen.n_finite, 2 * 4 * 4);
     struct batch_seq two[2] = {s, s};
+    two[1].pages = others; /* no page in two writers */
     assert_int_equal(case_step(&c, two, 2), ERR_INVALID);
     assert_ok(model_probe_tiles(c.model, 128, NULL, NULL));
     assert_ok(case_step(&c, two, 2));
