@@ -1,0 +1,71 @@
+/* What the Hopper prefill kernel reads: plain data on the device, filled by attn_sm90_plan.c.
+ * The tile list belongs to a step and serves all its layers; maps and arguments belong to a layer.
+ */
+#ifndef ATTENTION_ATTN_SM90_H
+#define ATTENTION_ATTN_SM90_H
+
+#include <cuda.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { SM90_GATE_NONE, SM90_GATE_ABS, SM90_GATE_REL };
+enum { SM90_ORDER_DIAG_SINK_R2L, SM90_ORDER_L2R };
+
+/* One query block of one head. */
+struct sm90_tile {
+    int32_t block; /* absolute position / 128 */
+    uint16_t seq, head;
+};
+
+struct sm90_seq {
+    int32_t row, n_rows, pos; /* as in struct attn_seq */
+    int32_t gate_rows;        /* 128 or 64 */
+    const int32_t *pages;     /* device */
+    const float *t;           /* ABS: [n_heads, n_blocks] of this level and layer; NULL: dense */
+    float ln_lambda;          /* REL: <= 0, -inf is dense */
+    int32_t pad;
+};
+
+/* Visit of one head: pages [0, sink) and the `local` pages before the diagonal. local < 0: all. */
+struct sm90_visit {
+    int32_t sink, local;
+};
+
+/* reachable, visited, kept: see struct attn_counts. */
+struct sm90_counts {
+    unsigned long long reachable, visited, kept;
+};
+
+struct sm90_maps {
+    CUtensorMap q, k, v;
+};
+
+struct sm90_args {
+    const struct sm90_tile *tiles;
+    int32_t n_tiles;
+    uint32_t *queue; /* [2] next tile, finished thread blocks: zero before, zero after */
+    const struct sm90_seq *seqs;
+    const struct sm90_visit *visit; /* [n_heads] or NULL */
+    void *out;
+    float *lse; /* or NULL */
+    int64_t out_stride;
+    int32_t n_heads, n_kv_heads;
+    int32_t n_pages;
+    int32_t order;
+    int32_t t_blocks;
+    int64_t t_head_stride;
+    float scale;
+    struct sm90_counts *seq_counts, *head_counts; /* or NULL */
+};
+
+/* dtype: 0 bf16, 1 f16. Returns a cudaError_t as int. */
+int sm90_prefill_launch(const struct sm90_maps *maps, const struct sm90_args *args, int head_dim,
+                        int dtype, int gate, int n_sms, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

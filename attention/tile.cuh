@@ -1,0 +1,140 @@
+/* The tile arithmetic of the attention kernels: shared-memory descriptors, the online softmax on
+ * wgmma accumulators, and the walk over a query block's pages.
+ *
+ * Accumulator of m64nNk16 (PTX ISA 9.7.15.5): thread t of a warpgroup holds, in registers 4i..4i+3,
+ * columns 8i + 2(t % 4) + {0, 1} of row r = 16 (t / 32) + (t % 32) / 4, then the same columns of
+ * row r + 8. "Row 0" and "row 1" of a thread mean these two.
+ * Shared tiles are [half][row][64] of 16-bit elements with the 128-byte swizzle: 16-byte chunk c of
+ * a row lies at chunk c ^ (row % 8); `half` splits the head dimension into parts of 64. */
+#ifndef ATTENTION_TILE_CUH
+#define ATTENTION_TILE_CUH
+
+#include "attention/ptx.cuh"
+
+#define LOG2E 1.4426950408889634f
+#define LN2   0.6931471805599453f
+
+/* ---- descriptors ---- */
+
+/* K-major operand: groups of 8 rows lie 1024 bytes apart. */
+__device__ __forceinline__ uint64_t desc_k_major(uint32_t addr)
+{
+    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 |
+           (uint64_t)1 << 62;
+}
+
+/* MN-major operand: the halves of 64 columns lie half_bytes apart, groups of 8 rows 1024. */
+__device__ __forceinline__ uint64_t desc_mn_major(uint32_t addr, uint32_t half_bytes)
+{
+    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)(half_bytes >> 4) << 16 |
+           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+/* ---- softmax ---- */
+
+struct row_state {
+    float m[2];     /* maximum of the raw scores that exponents refer to */
+    float bound[2]; /* scores above this move it */
+    float l[2];     /* this thread's part of the row sum */
+    float shift[2]; /* m in base-2 units; 0 while m is -inf */
+};
+
+__device__ __forceinline__ float quad_max(float x)
+{
+    x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return max_nan(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x)
+{
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+/* This thread's maxima of one page: 32 accumulators starting at s[FIRST]. */
+template <int FIRST>
+__device__ __forceinline__ void page_max(float (&pm)[2], const float (&s)[64])
+{
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float a = max_nan(s[FIRST + 2 * r], s[FIRST + 2 * r + 1]);
+        float b = max_nan(s[FIRST + 4 + 2 * r], s[FIRST + 4 + 2 * r + 1]);
+#pragma unroll
+        for (int i = 2; i < 8; i += 2) {
+            a = max_nan(a, s[FIRST + 4 * i + 2 * r]);
+            a = max_nan(a, s[FIRST + 4 * i + 2 * r + 1]);
+            b = max_nan(b, s[FIRST + 4 * i + 4 + 2 * r]);
+            b = max_nan(b, s[FIRST + 4 * i + 4 + 2 * r + 1]);
+        }
+        pm[r] = max_nan(a, b);
+    }
+}
+
+/* Columns beyond limit[row] become -inf; col0 is the first column of this thread. */
+__device__ __forceinline__ void mask_columns(float (&s)[64], int col0, int limit0, int limit1)
+{
+#pragma unroll
+    for (int i = 0; i < 64; i++) {
+        int col = 8 * (i / 4) + (i & 1) + col0;
+        if (col > ((i & 2) ? limit1 : limit0))
+            s[i] = -INFINITY;
+    }
+}
+
+/* s = exp2(s * scale - shift) of one page; adds to the row sums, in two chains a row. Sums are
+ * never fused with what precedes them: all kernels must give equal bits. */
+template <int FIRST>
+__device__ __forceinline__ void page_exp(float (&s)[64], float (&l)[2], float scale_log2,
+                                         const float (&shift)[2])
+{
+    float part[4];
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        int r = (i >> 1) & 1;
+        float e = ex2(fmaf(s[FIRST + i], scale_log2, -shift[r]));
+        s[FIRST + i] = e;
+        part[i & 3] = i < 4 ? e : __fadd_rn(part[i & 3], e);
+    }
+    l[0] = __fadd_rn(l[0], __fadd_rn(part[0], part[1]));
+    l[1] = __fadd_rn(l[1], __fadd_rn(part[2], part[3]));
+}
+
+/* The probabilities of one page as A operands of PV. */
+template <int FIRST, int DT>
+__device__ __forceinline__ void page_pack(uint32_t *p, const float (&s)[64])
+{
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+        p[i] = pack2<DT>(s[FIRST + 2 * i], s[FIRST + 2 * i + 1]);
+}
+
+/* ---- the walk ---- */
+
+/* Off-diagonal pages of a query block, in order: with a sink, page 0 first, then the local pages
+ * right to left, then the other sink pages right to left; or all left to right. */
+struct page_walk {
+    int diag;        /* first diagonal page */
+    int sink, local; /* clamped: sink + local <= diag */
+};
+
+__device__ __forceinline__ struct page_walk walk_make(int block, int sink, int local)
+{
+    struct page_walk w;
+    w.diag = 2 * block;
+    w.sink = min(sink, w.diag);
+    w.local = local < 0 ? w.diag - w.sink : min(local, w.diag - w.sink);
+    return w;
+}
+
+__device__ __forceinline__ int walk_page(const struct page_walk &w, int i, bool left_to_right)
+{
+    if (left_to_right)
+        return i < w.sink ? i : w.diag - w.local + i - w.sink;
+    int first = w.sink > 0;
+    if (i < first)
+        return 0;
+    i -= first;
+    return i < w.local ? w.diag - 1 - i : w.sink - 1 - (i - w.local);
+}
+
+#endif

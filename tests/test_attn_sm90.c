@@ -1,0 +1,506 @@
+/* Checks of the Hopper prefill kernel against double precision, on the device.
+ * test_attn_sm90 [quick]: quick is the reduced set for compute-sanitizer. Exit status 77: no
+ * device. */
+#include "tests/attn_sm90_harness.h"
+
+static int failures;
+static void check(int ok, const char *what, const char *detail)
+{
+    printf("%-5s %s %s\n", ok ? "ok" : "FAIL", what, detail);
+    failures += !ok;
+}
+
+/* keep bitmaps of all sequences for the reference, or NULL */
+struct keeps {
+    uint8_t *host[64], *dev[64];
+};
+
+/* Largest errors of the kernel and of the naive same-precision attention, rows of all sequences. */
+static void compare(struct world *w, const struct keeps *keep, const char *what, int row_step)
+{
+    const size_t n = (size_t)w->rows * (size_t)w->shape.n_heads, d = (size_t)w->shape.head_dim;
+    double *ro, *rl, *no, *nl;
+    CK(cudaMalloc((void **)&ro, n * d * 8));
+    CK(cudaMalloc((void **)&rl, n * 8));
+    CK(cudaMalloc((void **)&no, n * d * 8));
+    CK(cudaMalloc((void **)&nl, n * 8));
+    for (int i = 0; i < w->n_seqs; i++) {
+        struct ref_problem p = world_ref(w, i, row_step);
+        p.keep = keep ? keep->dev[i] : NULL;
+        ref_attn_f64(&p, ro, rl);
+        ref_attn_naive(&p, no, nl);
+    }
+    CK(cudaDeviceSynchronize());
+    double *ho = malloc(n * d * 8), *hn = malloc(n * d * 8), *hl = malloc(n * 8);
+    uint16_t *out = malloc(n * d * 2);
+    float *lse = malloc(n * 4);
+    CK(cudaMemcpy(ho, ro, n * d * 8, cudaMemcpyDeviceToHost));
+    CK(cudaMemcpy(hn, no, n * d * 8, cudaMemcpyDeviceToHost));
+    CK(cudaMemcpy(hl, rl, n * 8, cudaMemcpyDeviceToHost));
+    CK(cudaMemcpy(out, w->out, n * d * 2, cudaMemcpyDeviceToHost));
+    CK(cudaMemcpy(lse, w->lse, n * 4, cudaMemcpyDeviceToHost));
+    double eo = 0, en = 0, el = 0, so = 0, sn = 0, sr = 0;
+    long bad_nan = 0;
+    for (int i = 0; i < w->n_seqs; i++)
+        for (int r = 0; r < w->seqs[i].n_rows; r += row_step)
+            for (int h = 0; h < w->shape.n_heads; h++) {
+                size_t at = (size_t)(w->seqs[i].row + r) * (size_t)w->shape.n_heads + (size_t)h;
+                if (!isnan(hl[at]))
+                    el = fmax(el, fabs((double)lse[at] - hl[at]) / fmax(1, fabs(hl[at])));
+                else
+                    bad_nan += !isnan(lse[at]);
+                for (size_t j = 0; j < d; j++) {
+                    double x = ho[at * d + j], y = (double)of16(out[at * d + j], w->shape.dtype);
+                    if (isnan(x) || isnan(y)) {
+                        bad_nan += isnan(x) != isnan(y);
+                        continue;
+                    }
+                    eo = fmax(eo, fabs(y - x)), en = fmax(en, fabs(hn[at * d + j] - x));
+                    so += (y - x) * (y - x), sn += (hn[at * d + j] - x) * (hn[at * d + j] - x),
+                        sr += x * x;
+                }
+            }
+    char text[160];
+    snprintf(text, sizeof text,
+             "max %.2e naive %.2e | rel %.2e naive %.2e | lse %.1e nan-mismatch %ld", eo, en,
+             sqrt(so / sr), sqrt(sn / sr), el, bad_nan);
+    check(eo <= 2 * en + 1e-6 && so <= 4 * sn + 1e-12 && el < 1e-4 && bad_nan == 0, what, text);
+    cudaFree(ro), cudaFree(rl), cudaFree(no), cudaFree(nl);
+    free(ho), free(hn), free(hl), free(out), free(lse);
+}
+
+static void run(struct world *w, int gate, const char *what)
+{
+    CK(cudaMemset(w->out, 0xff,
+                  (size_t)w->rows * (size_t)(w->shape.n_heads * w->shape.head_dim) * 2));
+    CK(cudaMemset(w->lse, 0xff, (size_t)w->rows * (size_t)w->shape.n_heads * 4));
+    int e = world_run(w, gate);
+    cudaError_t s = cudaDeviceSynchronize();
+    if (e || s) {
+        printf("FAIL %s: launch %d sync %s\n", what, e, cudaGetErrorString(s));
+        exit(1);
+    }
+}
+
+static void *grab(struct world *w)
+{
+    size_t n = (size_t)w->rows * (size_t)(w->shape.n_heads * w->shape.head_dim) * 2;
+    void *h = malloc(n);
+    CK(cudaMemcpy(h, w->out, n, cudaMemcpyDeviceToHost));
+    return h;
+}
+static int same(struct world *w, const void *a, const void *b)
+{
+    return memcmp(a, b, (size_t)w->rows * (size_t)(w->shape.n_heads * w->shape.head_dim) * 2) == 0;
+}
+
+static void keeps_free(struct keeps *k)
+{
+    for (int i = 0; i < 64; i++)
+        free(k->host[i]), k->host[i] ? cudaFree(k->dev[i]) : 0;
+}
+
+/* Page maxima of sequence i on the host: [2, heads, blocks, pages]. */
+static float *maxima(struct world *w, int i)
+{
+    struct ref_problem p = world_ref(w, i, 1);
+    size_t n = 2 * (size_t)p.n_heads * (size_t)p.n_blocks * (size_t)p.n_pages;
+    float *d, *h = malloc(n * 4);
+    CK(cudaMalloc((void **)&d, n * 4));
+    CK(cudaMemset(d, 0, n * 4));
+    ref_page_max(&p, d);
+    CK(cudaMemcpy(h, d, n * 4, cudaMemcpyDeviceToHost));
+    cudaFree(d);
+    return h;
+}
+
+static int desc(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+static float rule(const float *m, int n, int k) /* calibration rule of the paper */
+{
+    if (n <= k)
+        return -INFINITY;
+    float *s = malloc((size_t)n * 4);
+    memcpy(s, m, (size_t)n * 4);
+    qsort(s, (size_t)n, 4, desc);
+    float t = 0.5f * (s[k - 1] + s[k]);
+    free(s);
+    return t;
+}
+
+/* ABS: thresholds of level k from seq 0's own maxima (whole prompt at pos 0), the keep bitmap, the
+ * count. */
+static float *make_abs(struct world *w, int k, int rows64, struct keeps *keep, uint64_t *kept)
+{
+    struct ref_problem p = world_ref(w, 0, 1);
+    float *m = maxima(w, 0);
+    size_t hb = (size_t)p.n_heads * (size_t)p.n_blocks, np = (size_t)p.n_pages;
+    float *t = malloc(hb * 4), *d;
+    keep->host[0] = calloc(2 * hb, np);
+    *kept = 0;
+    for (size_t x = 0; x < hb; x++) {
+        int block = (int)(x % (size_t)p.n_blocks);
+        float *m0 = m + x * np, *m1 = m + (hb + x) * np, u[4096];
+        for (int j = 0; j < 2 * block; j++)
+            u[j] = fmaxf(m0[j], m1[j]);
+        t[x] = rule(u, 2 * block, k);
+        for (int j = 0; j < 2 * block; j++) {
+            int k0 = !((rows64 ? m0[j] : u[j]) < t[x]), k1 = !((rows64 ? m1[j] : u[j]) < t[x]);
+            keep->host[0][x * np + (size_t)j] = (uint8_t)k0;
+            keep->host[0][(hb + x) * np + (size_t)j] = (uint8_t)k1;
+            int two = rows64 && p.n_rows - block * 128 > 64;
+            *kept += (uint64_t)(two ? k0 + k1 : k0);
+        }
+        int rows = p.n_rows - block * 128;
+        *kept += (uint64_t)(rows64 && rows > 64 ? 3 : rows > 64 ? 2 : 1);
+    }
+    CK(cudaMalloc((void **)&keep->dev[0], 2 * hb * np));
+    CK(cudaMemcpy(keep->dev[0], keep->host[0], 2 * hb * np, cudaMemcpyHostToDevice));
+    CK(cudaMalloc((void **)&d, hb * 4));
+    CK(cudaMemcpy(d, t, hb * 4, cudaMemcpyHostToDevice));
+    free(t), free(m);
+    w->args.t_head_stride = w->args.t_blocks = p.n_blocks;
+    return d;
+}
+
+static void test_dense(int d, int dtype)
+{
+    char name[80];
+    struct world w;
+    const int one[1][2] = {{0, 1000}};
+    world_make(&w, 8, 2, d, dtype, 1, one, 7);
+    world_plan(&w);
+    run(&w, SM90_GATE_NONE, "dense");
+    snprintf(name, sizeof name, "dense d%d t%d 1000 ", d, dtype);
+    compare(&w, NULL, name, 1);
+    void *a = grab(&w);
+    w.args.order = SM90_ORDER_L2R;
+    run(&w, SM90_GATE_NONE, "l2r");
+    compare(&w, NULL, "  left to right ", 1);
+    w.args.order = 0;
+    for (int i = 0; i < 5; i++) {
+        run(&w, SM90_GATE_NONE, "again");
+        void *b = grab(&w);
+        if (!same(&w, a, b))
+            check(0, "  repeat ", "differs");
+        free(b);
+    }
+    free(a);
+    world_free(&w);
+    const int many[8][2] = {{0, 300}, {128, 512}, {77, 200},   {1000, 1},
+                            {0, 64},  {0, 65},    {2048, 777}, {63, 2}};
+    world_make(&w, 12, 4, d, dtype, 8, many, 11);
+    world_plan(&w);
+    run(&w, SM90_GATE_NONE, "batch");
+    compare(&w, NULL, "  batch of 8 chunks ", 1);
+    ref_fill_normal(w.q, (int64_t)w.rows * 12 * d, 5, dtype ? 100.0f : 1000.0f, dtype);
+    run(&w, SM90_GATE_NONE, "extreme");
+    compare(&w, NULL, "  extreme scores ", 1);
+    CK(cudaMemset(w.q, 0, (size_t)w.rows * (size_t)(12 * d) * 2));
+    run(&w, SM90_GATE_NONE, "equal");
+    compare(&w, NULL, "  equal scores ", 1);
+    ref_fill_normal(w.q, (int64_t)w.rows * 12 * d, 5, 1.0f, dtype);
+    CK(cudaMemset((char *)w.q + (size_t)(400 * 12 * d) * 2, 0xff, 2)); /* NaN in one row */
+    run(&w, SM90_GATE_NONE, "nan");
+    compare(&w, NULL, "  NaN in one q row ", 1);
+    world_free(&w);
+}
+
+static void test_chunks(int d, int dtype, int gate)
+{
+    enum { N = 4096 + 37 };
+    struct world w;
+    const int one[1][2] = {{0, N}};
+    world_make(&w, 4, 2, d, dtype, 1, one, 21);
+    struct keeps keep = {0};
+    uint64_t kept;
+    float *t = gate == SM90_GATE_ABS ? make_abs(&w, 6, 0, &keep, &kept) : NULL;
+    w.seqs[0].t = t;
+    w.seqs[0].ln_lambda = -4.0f;
+    world_plan(&w);
+    run(&w, gate, "whole");
+    void *whole = grab(&w);
+    const int sizes[4] = {128, 512, 2048, 1024};
+    for (int i = 0; i < 4; i++) {
+        CK(cudaMemset(w.out, 0xff, (size_t)w.rows * (size_t)(4 * d) * 2));
+        for (int pos = 0; pos < N; pos += sizes[i]) {
+            w.seqs[0].row = w.seqs[0].pos = pos;
+            w.seqs[0].n_rows = N - pos < sizes[i] ? N - pos : sizes[i];
+            world_plan(&w);
+            if (world_run(&w, gate))
+                check(0, "chunk", "launch");
+            CK(cudaDeviceSynchronize());
+        }
+        void *b = grab(&w);
+        char name[80];
+        snprintf(name, sizeof name, "chunks of %d equal whole, gate %d", sizes[i], gate);
+        check(same(&w, whole, b), name, "");
+        free(b);
+    }
+    free(whole), keeps_free(&keep), cudaFree(t);
+    world_free(&w);
+}
+
+static void counts_of(struct world *w, struct sm90_counts *sum)
+{
+    struct sm90_counts c[64];
+    CK(cudaMemcpy(c, w->counts, (size_t)w->shape.n_heads * sizeof *c, cudaMemcpyDeviceToHost));
+    memset(sum, 0, sizeof *sum);
+    for (int h = 0; h < w->shape.n_heads; h++)
+        sum->reachable += c[h].reachable, sum->visited += c[h].visited, sum->kept += c[h].kept;
+}
+
+static void test_abs(int d, int dtype)
+{
+    struct world w;
+    const int one[1][2] = {{0, 3000}};
+    char text[160];
+    world_make(&w, 8, 2, d, dtype, 1, one, 31);
+    world_plan(&w);
+    run(&w, SM90_GATE_NONE, "none");
+    void *none = grab(&w);
+    run(&w, SM90_GATE_ABS, "-inf");
+    void *b = grab(&w);
+    snprintf(text, sizeof text, "d%d t%d T=-inf bit-equal to the kernel without a gate", d, dtype);
+    check(same(&w, none, b), text, "");
+    free(b);
+    run(&w, SM90_GATE_REL, "rel -inf");
+    compare(&w, NULL, "  REL with lambda 0 ", 1);
+    free(none);
+    const int ks[4] = {0, 3, 10, 30};
+    w.args.head_counts = w.counts;
+    for (int rows64 = 0; rows64 < 2; rows64++)
+        for (int i = 0; i < 4; i++) {
+            struct keeps keep = {0};
+            uint64_t kept;
+            float *t = make_abs(&w, ks[i] ? ks[i] : 1, rows64, &keep, &kept);
+            struct ref_problem p = world_ref(&w, 0, 1);
+            if (ks[i] == 0) { /* +inf: diagonal only */
+                size_t n = (size_t)(p.n_heads * p.n_blocks);
+                float *inf = malloc(n * 4);
+                for (size_t x = 0; x < n; x++)
+                    inf[x] = INFINITY;
+                CK(cudaMemcpy(t, inf, n * 4, cudaMemcpyHostToDevice));
+                CK(cudaMemset(keep.dev[0], 0, 2 * n * (size_t)p.n_pages));
+                free(inf);
+            }
+            w.seqs[0].t = t;
+            w.seqs[0].gate_rows = rows64 ? 64 : 128;
+            world_plan(&w);
+            CK(cudaMemset(w.counts, 0, 8 * sizeof *w.counts));
+            run(&w, SM90_GATE_ABS, "abs");
+            struct sm90_counts c;
+            counts_of(&w, &c);
+            snprintf(text, sizeof text,
+                     "  ABS k=%d rows %d: reachable %llu visited %llu kept %llu want %llu", ks[i],
+                     rows64 ? 64 : 128, c.reachable, c.visited, c.kept, (unsigned long long)kept);
+            compare(&w, &keep, text, 1);
+            if (ks[i])
+                check(c.kept == kept && c.visited == c.reachable, "    counters", "");
+            void *x = grab(&w);
+            run(&w, SM90_GATE_ABS, "abs again");
+            void *y = grab(&w);
+            check(same(&w, x, y), "    repeat equal", "");
+            free(y);
+            if (i == 1) {
+                w.args.order = SM90_ORDER_L2R;
+                run(&w, SM90_GATE_ABS, "abs l2r");
+                compare(&w, &keep, "    left to right ", 1);
+                w.args.order = 0;
+            }
+            free(x), keeps_free(&keep), cudaFree(t);
+        }
+    world_free(&w);
+}
+
+/* A prompt of the REL test, its tensors in single precision on the host. */
+enum { REL_N = 1500, REL_HEADS = 4, REL_BLOCKS = (REL_N + 127) / 128, REL_PAGES = 2 * REL_BLOCKS };
+
+struct rel_case {
+    float *q, *k, *score; /* score: maxima [128 rows, REL_PAGES] of one query block */
+    int table[REL_PAGES];
+    int d, rows64;
+    float scale, ln_lambda;
+};
+
+static float *to_floats(const uint16_t *dev, size_t n, int dtype)
+{
+    uint16_t *raw = malloc(n * 2);
+    float *f = malloc(n * 4);
+    CK(cudaMemcpy(raw, dev, n * 2, cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < n; i++)
+        f[i] = of16(raw[i], dtype);
+    free(raw);
+    return f;
+}
+
+static float rel_dot(const struct rel_case *c, int head, int row, int key)
+{
+    double a = 0;
+    const size_t d = (size_t)c->d, page = (size_t)c->table[key / 64];
+    const float *x = c->q + ((size_t)row * REL_HEADS + (size_t)head) * d;
+    const float *y = c->k + ((page * 2 + (size_t)(head / 2)) * 64 + (size_t)(key % 64)) * d;
+    for (size_t i = 0; i < d; i++)
+        a += (double)(x[i] * y[i]);
+    return (float)(a * (double)c->scale);
+}
+
+/* Page maxima of a block's rows; returns in m the maxima over the diagonal. */
+static void rel_scores(struct rel_case *c, int head, int block, int rows, float *m)
+{
+    for (int r = 0; r < rows; r++) {
+        float *score = c->score + r * REL_PAGES;
+        m[r] = -INFINITY;
+        for (int j = 0; j <= block * 128 + r; j++) {
+            float s = rel_dot(c, head, block * 128 + r, j);
+            if (j >= block * 128)
+                m[r] = fmaxf(m[r], s);
+            else
+                score[j / 64] = j % 64 ? fmaxf(score[j / 64], s) : s;
+        }
+    }
+}
+
+/* The gate over one query block, page by page in the default order; returns (page, group) kept. */
+static uint64_t rel_block(struct rel_case *c, int head, int block, uint8_t *keep)
+{
+    const int rows = REL_N - block * 128 < 128 ? REL_N - block * 128 : 128;
+    const int two = c->rows64 && rows > 64;
+    uint64_t kept = two ? 3 : rows > 64 ? 2 : 1;
+    float m[128];
+    rel_scores(c, head, block, rows, m);
+    for (int i = 0; i < 2 * block; i++) {
+        int page = i == 0 ? 0 : 2 * block - i;
+        int yes[2] = {0, 0};
+        for (int r = 0; r < rows; r++)
+            yes[r / 64] |= !(c->score[r * REL_PAGES + page] < m[r] + c->ln_lambda);
+        if (!c->rows64)
+            yes[0] = yes[1] = yes[0] | yes[1];
+        for (int r = 0; r < rows; r++)
+            if (yes[r / 64])
+                m[r] = fmaxf(m[r], c->score[r * REL_PAGES + page]);
+        for (int g = 0; g < 2; g++)
+            keep[((g * REL_HEADS + head) * REL_BLOCKS + block) * REL_PAGES + page] =
+                (uint8_t)yes[g];
+        kept += (uint64_t)(two ? yes[0] + yes[1] : yes[0]);
+    }
+    return kept;
+}
+
+/* REL against a sequential simulation on the host. */
+static void test_rel(int d, int dtype, int rows64, float ln_lambda)
+{
+    struct world w;
+    const int one[1][2] = {{0, REL_N}};
+    world_make(&w, REL_HEADS, 2, d, dtype, 1, one, 41);
+    w.seqs[0].ln_lambda = ln_lambda;
+    w.seqs[0].gate_rows = rows64 ? 64 : 128;
+    w.args.head_counts = w.counts;
+    world_plan(&w);
+    CK(cudaMemset(w.counts, 0, REL_HEADS * sizeof *w.counts));
+    run(&w, SM90_GATE_REL, "rel");
+    struct rel_case c = {.d = d, .rows64 = rows64, .scale = w.args.scale, .ln_lambda = ln_lambda};
+    c.q = to_floats(w.q, (size_t)REL_N * (size_t)(REL_HEADS * d), dtype);
+    c.k = to_floats(w.k, (size_t)w.pool_pages * (size_t)(2 * 64 * d), dtype);
+    c.score = malloc(sizeof(float) * 128 * REL_PAGES);
+    CK(cudaMemcpy(c.table, w.table[0], (REL_N + 63) / 64 * 4, cudaMemcpyDeviceToHost));
+    const size_t bytes = (size_t)2 * REL_HEADS * REL_BLOCKS * REL_PAGES;
+    struct keeps keep = {0};
+    keep.host[0] = calloc(bytes, 1);
+    uint64_t kept = 0;
+    for (int h = 0; h < REL_HEADS; h++)
+        for (int b = 0; b < REL_BLOCKS; b++)
+            kept += rel_block(&c, h, b, keep.host[0]);
+    CK(cudaMalloc((void **)&keep.dev[0], bytes));
+    CK(cudaMemcpy(keep.dev[0], keep.host[0], bytes, cudaMemcpyHostToDevice));
+    struct sm90_counts got;
+    counts_of(&w, &got);
+    char text[160];
+    snprintf(text, sizeof text, "REL d%d t%d rows %d ln %.1f: reachable %llu kept %llu want %llu",
+             d, dtype, rows64 ? 64 : 128, (double)ln_lambda, got.reachable, got.kept,
+             (unsigned long long)kept);
+    compare(&w, &keep, text, 1);
+    check(got.kept == kept, "    counter", "");
+    free(c.q), free(c.k), free(c.score), keeps_free(&keep);
+    world_free(&w);
+}
+
+static void test_visit(int d, int dtype)
+{
+    struct world w;
+    const int one[1][2] = {{0, 2500}};
+    world_make(&w, 4, 2, d, dtype, 1, one, 51);
+    const struct sm90_visit visits[4] = {{1, 4}, {0, 3}, {2, 5}, {1, -1}};
+    struct sm90_visit *dv;
+    CK(cudaMalloc((void **)&dv, sizeof visits));
+    CK(cudaMemcpy(dv, visits, sizeof visits, cudaMemcpyHostToDevice));
+    w.args.visit = dv;
+    struct ref_problem p = world_ref(&w, 0, 1);
+    size_t n = 2 * 4 * (size_t)p.n_blocks * (size_t)p.n_pages;
+    struct keeps keep = {0};
+    keep.host[0] = calloc(n, 1);
+    for (int g = 0; g < 2; g++)
+        for (int h = 0; h < 4; h++)
+            for (int b = 0; b < p.n_blocks; b++)
+                for (int j = 0; j < 2 * b; j++)
+                    keep.host[0][((size_t)((g * 4 + h) * p.n_blocks + b)) * (size_t)p.n_pages +
+                                 (size_t)j] =
+                        visits[h].local < 0 || j < visits[h].sink || j >= 2 * b - visits[h].local;
+    CK(cudaMalloc((void **)&keep.dev[0], n));
+    CK(cudaMemcpy(keep.dev[0], keep.host[0], n, cudaMemcpyHostToDevice));
+    world_plan(&w);
+    for (int order = 0; order < 2; order++)
+        for (int gate = 0; gate < 3; gate++) {
+            char text[80];
+            snprintf(text, sizeof text, "SINK_LOCAL d%d t%d order %d gate kernel %d ", d, dtype,
+                     order, gate);
+            w.args.order = order;
+            run(&w, gate, "visit");
+            compare(&w, &keep, text, 1);
+        }
+    keeps_free(&keep), cudaFree(dv);
+    world_free(&w);
+}
+
+/* The kernels are compiled for compute capability 9.0 alone. */
+static int have_hopper(void)
+{
+    int n = 0, major = 0;
+    return cudaGetDeviceCount(&n) == cudaSuccess && n > 0 &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess &&
+           major == 9;
+}
+
+static void test_all(int d, int dtype)
+{
+    test_dense(d, dtype);
+    test_visit(d, dtype);
+    for (int gate = 0; gate < 3; gate++)
+        test_chunks(d, dtype, gate);
+    test_abs(d, dtype);
+    for (int rows64 = 0; rows64 < 2; rows64++) {
+        test_rel(d, dtype, rows64, -1.5f);
+        test_rel(d, dtype, rows64, -4.0f);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    if (!have_hopper())
+        return 77;
+    if (argc > 1 && !strcmp(argv[1], "quick")) {
+        test_dense(128, 0);
+        test_abs(128, 0);
+        test_rel(128, 0, 0, -4.0f);
+    } else {
+        for (int dtype = 0; dtype < 2; dtype++) {
+            test_all(128, dtype);
+            test_all(64, dtype);
+        }
+    }
+    printf("%d failures\n", failures);
+    return failures != 0;
+}
