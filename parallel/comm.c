@@ -36,3 +36,25 @@ void comm_abort(struct comm *c)
 {
     c->ops->abort(c);
 }
+
+int comm_all_reduce_dev(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream)
+{
+    return c->ops->all_reduce_dev ? c->ops->all_reduce_dev(c, buf, n, dt, stream) : ERR_UNSUPPORTED;
+}
+
+int comm_all_gather_dev(struct comm *c, void *out, const void *in, size_t n, enum dtype dt,
+                        void *stream)
+{
+    return c->ops->all_gather_dev ? c->ops->all_gather_dev(c, out, in, n, dt, stream)
+                                  : ERR_UNSUPPORTED;
+}
+
+int comm_poll(struct comm *c)
+{
+    return c->ops->poll ? c->ops->poll(c) : 0;
+}
+
+int comm_wait_stream(struct comm *c, void *stream, int64_t timeout_ms)
+{
+    return c->ops->wait_stream ? c->ops->wait_stream(c, stream, timeout_ms) : ERR_UNSUPPORTED;
+}

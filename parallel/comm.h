@@ -5,6 +5,7 @@
 #ifndef PARALLEL_COMM_H
 #define PARALLEL_COMM_H
 
+#include "core/dtype.h"
 #include "core/err.h"
 
 #include <stdbool.h>
@@ -27,6 +28,13 @@ struct comm_ops {
     int (*wait)(struct comm *c, void *buf, size_t cap, size_t *len);
     void (*abort)(
         struct comm *c); /* wakes every waiter on every rank with ERR_PEER; async-signal-unsafe */
+    /* The collectives of device memory; NULL where ranks have no device. stream is a cudaStream_t:
+     * they are enqueued, not awaited, and may be captured in a graph. */
+    int (*all_reduce_dev)(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream);
+    int (*all_gather_dev)(struct comm *c, void *out, const void *in, size_t n, enum dtype dt,
+                          void *stream);
+    int (*poll)(struct comm *c);
+    int (*wait_stream)(struct comm *c, void *stream, int64_t timeout_ms);
 };
 
 /* Common head of every communicator. */
@@ -35,7 +43,8 @@ struct comm {
     int rank, n_ranks;
 };
 
-/* One rank: every collective is the identity. */
+/* One rank: every collective is the identity, also those of device memory (all_gather_dev in place
+ * only: nothing here can copy on a device). */
 MUST_CHECK int comm_self_create(struct comm **out);
 
 struct comm_shm_config {
@@ -67,5 +76,23 @@ MUST_CHECK int comm_barrier(struct comm *c);
 MUST_CHECK int comm_post(struct comm *c, const void *msg, size_t len);
 MUST_CHECK int comm_wait(struct comm *c, void *buf, size_t cap, size_t *len);
 void comm_abort(struct comm *c);
+
+/* Collectives on device memory, in the order of the stream. ERR_UNSUPPORTED where the communicator
+ * has no device. 0 means enqueued: a peer that fails later is found by comm_poll or
+ * comm_wait_stream. Sums run over the ranks in an order that depends on n, dt and n_ranks only; all
+ * ranks get the same bits.
+ *   all_reduce_dev   buf[n] = sum of the ranks' buf[n], in place
+ *   all_gather_dev   out[n_ranks, n] from in[n]; in may be out + rank * n */
+MUST_CHECK int comm_all_reduce_dev(struct comm *c, void *buf, size_t n, enum dtype dt,
+                                   void *stream);
+MUST_CHECK int comm_all_gather_dev(struct comm *c, void *out, const void *in, size_t n,
+                                   enum dtype dt, void *stream);
+/* Have the peers or the device's collectives failed? 0, ERR_PEER or ERR_NCCL; never blocks. For the
+ * thread that runs the collectives. A peer that has left is a failure here. */
+MUST_CHECK int comm_poll(struct comm *c);
+/* Waits until the stream has done what it holds, watching the peers meanwhile: ERR_PEER when one
+ * dies, or when the stream is not done in timeout_ms (0: the communicator's own timeout). After an
+ * error the stream may never end: leave the process by _exit. ERR_UNSUPPORTED without a device. */
+MUST_CHECK int comm_wait_stream(struct comm *c, void *stream, int64_t timeout_ms);
 
 #endif

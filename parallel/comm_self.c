@@ -65,6 +65,23 @@ static void self_abort(struct comm *c)
     atomic_store(&s->aborted, true);
 }
 
+static int self_all_reduce_dev(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream)
+{
+    (void)buf;
+    (void)n;
+    (void)dt;
+    (void)stream;
+    return self_check(c);
+}
+
+static int self_all_gather_dev(struct comm *c, void *out, const void *in, size_t n, enum dtype dt,
+                               void *stream)
+{
+    (void)dt;
+    (void)stream;
+    return n && out != in ? ERR_UNSUPPORTED : self_check(c);
+}
+
 static const struct comm_ops comm_self_ops = {
     .name = "self",
     .close = self_close,
@@ -74,6 +91,9 @@ static const struct comm_ops comm_self_ops = {
     .post = self_post,
     .wait = self_wait,
     .abort = self_abort,
+    .all_reduce_dev = self_all_reduce_dev,
+    .all_gather_dev = self_all_gather_dev,
+    .poll = self_check,
 };
 
 int comm_self_create(struct comm **out)

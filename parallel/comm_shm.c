@@ -265,6 +265,19 @@ static void shm_abort(struct comm *c)
     shm_area_fail(&self(c)->area);
 }
 
+static int shm_poll(struct comm *c)
+{
+    struct comm_shm *s = self(c);
+    if (shm_area_failed(&s->area))
+        return ERR_PEER;
+    int dead = dead_rank(s);
+    if (dead < 0)
+        return 0;
+    log_error("rank=%d peer=%d the peer's process is gone", c->rank, dead);
+    shm_area_fail(&s->area);
+    return ERR_PEER;
+}
+
 static const struct comm_ops comm_shm_ops = {
     .name = "shm",
     .close = shm_close,
@@ -274,6 +287,7 @@ static const struct comm_ops comm_shm_ops = {
     .post = shm_post,
     .wait = shm_wait,
     .abort = shm_abort,
+    .poll = shm_poll,
 };
 
 int comm_shm_create(struct comm **out, const struct comm_shm_config *cfg, struct err_msg *why)

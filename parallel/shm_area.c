@@ -166,7 +166,7 @@ void shm_area_fail(struct shm_area *a)
 }
 
 /* Asked on entry to every call: a failed communicator starts nothing new. */
-static bool has_failed(const struct shm_area *a)
+bool shm_area_failed(const struct shm_area *a)
 {
     return atomic_load(&a->head->ranks[a->rank].arrived.value) & WORD_FAILED;
 }
@@ -263,7 +263,7 @@ static int exchange(struct shm_area *a, uint64_t tag, const float *in, size_t n,
 {
     struct shm_rank *me = &a->head->ranks[a->rank];
 
-    if (has_failed(a))
+    if (shm_area_failed(a))
         return ERR_PEER;
     *half = a->n_exchanges++ & 1;
     if (n)
@@ -338,7 +338,7 @@ int shm_area_post(struct shm_area *a, const void *msg, size_t len)
         return ERR_INVALID;
     for (int r = 1; r < a->n_ranks; r++)
         TRY(await_rank(a, &a->head->ranks[r].taken, a->n_posted, r, "take the last message"));
-    if (has_failed(a))
+    if (shm_area_failed(a))
         return ERR_PEER;
     memcpy(a->msg, msg, len);
     a->head->msg_len = len;
@@ -351,7 +351,7 @@ int shm_area_wait(struct shm_area *a, void *buf, size_t cap, size_t *len)
 {
     if (a->rank == 0)
         return ERR_INVALID;
-    if (has_failed(a))
+    if (shm_area_failed(a))
         return ERR_PEER;
     int err = word_await(a, &a->head->posted, a->n_posted + 1, -1);
     if (err < 0) {

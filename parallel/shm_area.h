@@ -82,5 +82,6 @@ MUST_CHECK int shm_area_post(struct shm_area *a, const void *msg, size_t len);
 MUST_CHECK int shm_area_wait(struct shm_area *a, void *buf, size_t cap, size_t *len);
 /* Fails the communicator for everybody and wakes them. Any thread; idempotent. */
 void shm_area_fail(struct shm_area *a);
+bool shm_area_failed(const struct shm_area *a);
 
 #endif
