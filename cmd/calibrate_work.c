@@ -114,7 +114,7 @@ static int measure_sample(struct calibrate_work *w, int32_t level, int32_t i, st
 int calibrate_measure(struct calibrate_work *w, struct err_msg *why)
 {
     const struct samples_split *split = &w->split;
-    model_set_policy(w->model, &w->policy);
+    TRY(model_set_policy(w->model, &w->policy, why));
     w->held_out = mem_zalloc((size_t)split->n_held_out, sizeof *w->held_out);
     calibrate_progress_begin(&w->progress, "held-out runs:",
                              samples_tokens(&w->samples, split->held_out, split->n_held_out) *

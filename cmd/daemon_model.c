@@ -121,10 +121,9 @@ static int open_parts(struct daemon_model *d, const struct daemon_options *o, co
     cfg.dev = d->dev;
     cfg.comm = d->comm;
     TRY(model_open(&d->model, &cfg, why));
-    TRY(size_pages(d, o, why));
     TRY(daemon_policy_load(&d->policy, o, model_info(d->model), why));
-    model_set_policy(d->model, &d->policy.attn);
-    return 0;
+    TRY(model_set_policy(d->model, &d->policy.attn, why));
+    return size_pages(d, o, why);
 }
 
 int daemon_model_open(struct daemon_model *d, const struct daemon_options *o, const char *shm,

@@ -78,9 +78,11 @@ struct batch_counts {
 };
 
 struct batch_result {
-    struct batch_token *tokens;              /* [max_seqs] */
-    struct batch_counts *counts;             /* [max_seqs] */
-    int64_t total_us, attention_us, gemm_us; /* device time of the step */
+    struct batch_token *tokens;  /* [max_seqs] */
+    struct batch_counts *counts; /* [max_seqs] */
+    /* The step, and within it attention and GEMMs (0 where the step is one captured graph); host_us
+     * of it the host planned, packed and launched while the device may have worked already. */
+    int64_t total_us, attention_us, gemm_us, host_us;
 };
 
 #endif

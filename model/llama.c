@@ -1,322 +1,44 @@
+/* Which implementation of the graph a device gets. */
 #include "model/llama.h"
 
-#include "core/clock.h"
-#include "core/mem.h"
-#include "core/pool.h"
-#include "kvcache/kv_store.h"
-#include "model/gemm.h"
-#include "model/nn.h"
-#include "model/rope.h"
-
-#include <errno.h>
-#include <math.h>
-#include <stdio.h>
-
-enum { KV_SPAN = 64 /* tokens whose K and V one task writes */ };
-
-/* Consecutive rows of one sequence. */
-struct kv_span {
-    int32_t row, pos, n;
-    const int32_t *pages;
-};
-
-/* Activations, all f32; n is max_tokens, rounded up for the last GEMM tile. */
-struct activations {
-    float *residual; /* [n, hidden] */
-    float *hidden;   /* [n, hidden] normed input of a block, then its output */
-    float *qkv;      /* [n, qkv_width] */
-    float *attn;     /* [n, n_heads * head_dim] */
-    float *gate_up;  /* [n, 2 n_inter] */
-    float *act;      /* [n, n_inter] */
-    float *last;     /* [max_outputs, hidden] */
-    float *logits;   /* [max_outputs, vocab] */
-};
-
-struct llama {
-    struct dev *dev;
-    struct comm *comm;
-    const struct llama_config *c;
-    const struct llama_shard *shard;
-    const struct llama_weights *w;
-    struct gemm *gemm;
-    struct gemm_plan qkv_plan, o_plan, gate_up_plan, down_plan, head_plan;
-    int32_t max_tokens, max_outputs;
-    int32_t q_width, kv_width, qkv_width; /* of this rank */
-    struct activations a;
-    void *memory; /* behind the activations */
-    size_t memory_bytes;
-    void *cos_sin; /* rope.h */
-    size_t cos_sin_bytes;
-    const struct kv_view *kv;
-    void *workspace;
-    size_t workspace_bytes;
-    struct kv_span *spans; /* of the step */
-    int32_t n_spans;
-};
-
-static int make_plans(struct llama *m, struct err_msg *why)
+static const struct llama_ops *ops_of(const struct dev *d)
 {
-    const int32_t hidden = m->c->hidden_size, n_inter = m->shard->n_inter;
-    TRY(gemm_open(&m->gemm, m->dev));
-    TRY(gemm_plan(m->gemm, &m->qkv_plan, m->qkv_width, hidden, why));
-    TRY(gemm_plan(m->gemm, &m->o_plan, hidden, m->q_width, why));
-    TRY(gemm_plan(m->gemm, &m->gate_up_plan, 2 * n_inter, hidden, why));
-    TRY(gemm_plan(m->gemm, &m->down_plan, hidden, n_inter, why));
-    if (m->shard->rank == 0)
-        TRY(gemm_plan(m->gemm, &m->head_plan, m->c->vocab_size, hidden, why));
-    return 0;
-}
-
-static int32_t padded_tokens(const struct llama *m)
-{
-    const struct gemm_plan *plans[] = {&m->qkv_plan, &m->o_plan, &m->gate_up_plan, &m->down_plan};
-    int32_t most = 0;
-    for (size_t i = 0; i < sizeof plans / sizeof *plans; i++) {
-        int32_t rows = gemm_padded_rows(plans[i], m->max_tokens);
-        most = rows > most ? rows : most;
-    }
-    return most;
-}
-
-/* Hands out [rows, width] from base, or only counts while base is NULL. */
-static float *carve(float *base, size_t *used, int32_t rows, int32_t width)
-{
-    float *p = base ? base + *used : NULL;
-    *used += ((size_t)rows * (size_t)width + 15) & ~(size_t)15;
-    return p;
-}
-
-static size_t lay_out(struct llama *m, float *base)
-{
-    struct activations *a = &m->a;
-    const int32_t rows = padded_tokens(m), hidden = m->c->hidden_size;
-    size_t used = 0;
-
-    a->residual = carve(base, &used, rows, hidden);
-    a->hidden = carve(base, &used, rows, hidden);
-    a->qkv = carve(base, &used, rows, m->qkv_width);
-    a->attn = carve(base, &used, rows, m->q_width);
-    a->gate_up = carve(base, &used, rows, 2 * m->shard->n_inter);
-    a->act = carve(base, &used, rows, m->shard->n_inter);
-    if (m->shard->rank == 0) {
-        const int32_t outputs = gemm_padded_rows(&m->head_plan, m->max_outputs);
-        a->last = carve(base, &used, outputs, hidden);
-        a->logits = carve(base, &used, outputs, m->c->vocab_size);
-    }
-    return used * sizeof(float);
-}
-
-/* dev_alloc whose error says what the memory was for. */
-static int take(struct llama *m, void **out, size_t bytes, const char *what, struct err_msg *why)
-{
-    struct err_msg inner = {{0}};
-    int err = dev_alloc(m->dev, out, bytes, &inner);
-    return err < 0 ? err_set(why, err, "%s: %.300s", what, err_why(&inner, err)) : 0;
-}
-
-static int take_memory(struct llama *m, int64_t max_position, struct err_msg *why)
-{
-    char what[96];
-    m->memory_bytes = lay_out(m, NULL);
-    (void)snprintf(what, sizeof what, "activations of %d tokens, logits of %d sequences",
-                   m->max_tokens, m->max_outputs);
-    TRY(take(m, &m->memory, m->memory_bytes, what, why));
-    (void)lay_out(m, m->memory);
-    m->cos_sin_bytes = (size_t)max_position * (size_t)m->c->head_dim * sizeof(float);
-    (void)snprintf(what, sizeof what, "rotary table of %lld positions", (long long)max_position);
-    TRY(take(m, &m->cos_sin, m->cos_sin_bytes, what, why));
-    rope_fill(m->cos_sin, &m->c->rope, m->c->head_dim, max_position);
-    return 0;
+    (void)d;
+    return &llama_cpu;
 }
 
 int llama_create(struct llama **out, const struct llama_setup *setup, struct err_msg *why)
 {
-    struct llama *m = mem_zalloc(1, sizeof *m);
-    m->dev = setup->dev;
-    m->comm = setup->comm;
-    m->c = setup->config;
-    m->shard = setup->shard;
-    m->w = setup->weights;
-    m->max_tokens = setup->max_tokens;
-    m->max_outputs = setup->max_outputs;
-    m->q_width = m->shard->n_heads * m->c->head_dim;
-    m->kv_width = m->shard->n_kv_heads * m->c->head_dim;
-    m->qkv_width = m->q_width + 2 * m->kv_width;
-    m->spans = mem_zalloc((size_t)m->max_tokens, sizeof *m->spans);
-    int err = make_plans(m, why);
-    if (err == 0)
-        err = take_memory(m, setup->max_position, why);
-    if (err < 0) {
-        llama_destroy(m);
-        return err;
-    }
-    *out = m;
-    return 0;
+    return ops_of(setup->dev)->create(out, setup, why);
 }
 
 void llama_destroy(struct llama *m)
 {
-    if (!m)
-        return;
-    gemm_close(m->gemm);
-    dev_release(m->dev, m->memory, m->memory_bytes);
-    dev_release(m->dev, m->cos_sin, m->cos_sin_bytes);
-    dev_release(m->dev, m->workspace, m->workspace_bytes);
-    mem_free(m->spans);
-    mem_free(m);
+    if (m)
+        m->ops->destroy(m);
 }
 
 int llama_bind_cache(struct llama *m, const struct kv_view *kv, struct err_msg *why)
 {
-    const int32_t n_heads = m->shard->n_heads;
-    if (attn_cpu.supports(n_heads, kv) < 0)
-        return err_set(why, ERR_UNSUPPORTED, "attention: %d heads, %d KV heads, head_dim %d",
-                       n_heads, kv->n_kv_heads, kv->head_dim);
-    m->kv = kv;
-    m->workspace_bytes = attn_cpu.workspace_bytes(n_heads, kv, m->dev);
-    if (m->workspace_bytes == 0)
-        return 0;
-    return take(m, &m->workspace, m->workspace_bytes, "attention workspace", why);
+    return m->ops->bind_cache(m, kv, why);
 }
 
-/* One matrix product, timed. */
-static void product(const struct llama *m, const struct gemm_plan *plan, float *y, const float *x,
-                    const float *w, int32_t rows, struct llama_times *times)
+int llama_set_policy(struct llama *m, const struct attn_policy *policy, struct err_msg *why)
 {
-    int64_t start = clock_monotonic_us(NULL);
-    gemm_run(m->gemm, plan, y, x, w, rows);
-    times->gemm_us += clock_monotonic_us(NULL) - start;
+    return m->ops->set_policy(m, policy, why);
 }
 
-/* Adds up the ranks' shares of a block's output. */
-static int reduce(const struct llama *m, float *x, int32_t rows)
+int llama_run(struct llama *m, const struct llama_input *in, struct llama_times *times)
 {
-    if (m->shard->n_ranks == 1)
-        return 0;
-    return comm_all_reduce(m->comm, x, (size_t)rows * (size_t)m->c->hidden_size);
+    return m->ops->run(m, in, times);
 }
 
-static void plan_spans(struct llama *m, const struct llama_input *in)
+const float *llama_logits(struct llama *m, int32_t i)
 {
-    m->n_spans = 0;
-    for (int32_t i = 0; i < in->n_seqs; i++) {
-        const struct attn_seq *s = &in->seqs[i];
-        for (int32_t at = 0; at < s->n_rows; at += KV_SPAN) {
-            int32_t n = s->n_rows - at < KV_SPAN ? s->n_rows - at : KV_SPAN;
-            m->spans[m->n_spans++] = (struct kv_span){s->row + at, s->pos + at, n, s->pages};
-        }
-    }
+    return m->ops->logits(m, i);
 }
 
-struct kv_job {
-    const struct llama *m;
-    int layer;
-};
-
-static void write_span(void *arg, int task, int worker)
+int llama_head_counts(struct llama *m, struct attn_counts *out, int64_t stride)
 {
-    const struct kv_job *j = arg;
-    const struct llama *m = j->m;
-    const struct kv_span *s = &m->spans[task];
-    const float *k = m->a.qkv + (size_t)s->row * (size_t)m->qkv_width + m->q_width;
-    (void)worker;
-    kv_store_write_cpu(m->kv, j->layer, s->pages, s->pos, s->n, k, k + m->kv_width,
-                       (size_t)m->qkv_width);
-}
-
-static int attend(struct llama *m, const struct llama_input *in, int layer,
-                  const struct attn_policy *policy, struct llama_times *times)
-{
-    const struct attn_problem p = {
-        .layer = layer,
-        .n_heads = m->shard->n_heads,
-        .scale = 1.0f / sqrtf((float)m->c->head_dim),
-        .q = m->a.qkv,
-        .out = m->a.attn,
-        .q_stride = m->qkv_width,
-        .out_stride = m->q_width,
-        .seqs = in->seqs,
-        .n_seqs = in->n_seqs,
-        .seq_counts = in->seq_counts,
-        .head_counts = in->head_counts ? in->head_counts + layer * in->head_stride : NULL,
-        .tile_max = in->tile_max,
-        .workspace = m->workspace,
-    };
-    int64_t start = clock_monotonic_us(NULL);
-    TRY(attn_cpu.run(&p, m->kv, policy, m->dev));
-    times->attention_us += clock_monotonic_us(NULL) - start;
-    if (in->tile_max)
-        in->on_tiles(in->on_tiles_arg, layer);
-    return 0;
-}
-
-/* residual += o(attention(norm(residual))) */
-static int attention_block(struct llama *m, const struct llama_input *in, int layer,
-                           const struct attn_policy *policy, struct llama_times *times)
-{
-    const struct llama_layer *w = &m->w->layers[layer];
-    const struct activations *a = &m->a;
-    const int32_t n = in->n_rows, hidden = m->c->hidden_size;
-    const struct nn_rope rope = {.cos_sin = m->cos_sin,
-                                 .n_heads = m->shard->n_heads + m->shard->n_kv_heads,
-                                 .head_dim = m->c->head_dim,
-                                 .stride = m->qkv_width};
-    struct kv_job job = {m, layer};
-
-    nn_rms_norm(m->dev, a->hidden, a->residual, w->attn_norm, n, hidden, (float)m->c->rms_eps);
-    product(m, &m->qkv_plan, a->qkv, a->hidden, w->qkv, n, times);
-    if (w->qkv_bias)
-        nn_add_bias(m->dev, a->qkv, w->qkv_bias, n, m->qkv_width);
-    nn_rope(m->dev, a->qkv, &rope, in->positions, n);
-    pool_run(m->dev->pool, write_span, &job, m->n_spans);
-    TRY(attend(m, in, layer, policy, times));
-    product(m, &m->o_plan, a->hidden, a->attn, w->o, n, times);
-    TRY(reduce(m, a->hidden, n));
-    nn_residual(m->dev, a->residual, a->hidden, w->o_bias, n, hidden);
-    return 0;
-}
-
-/* residual += down(silu(gate(x)) * up(x)) with x = norm(residual) */
-static int mlp_block(struct llama *m, const struct llama_input *in, int layer,
-                     struct llama_times *times)
-{
-    const struct llama_layer *w = &m->w->layers[layer];
-    const struct activations *a = &m->a;
-    const int32_t n = in->n_rows, hidden = m->c->hidden_size, n_inter = m->shard->n_inter;
-
-    nn_rms_norm(m->dev, a->hidden, a->residual, w->mlp_norm, n, hidden, (float)m->c->rms_eps);
-    product(m, &m->gate_up_plan, a->gate_up, a->hidden, w->gate_up, n, times);
-    if (w->gate_up_bias)
-        nn_add_bias(m->dev, a->gate_up, w->gate_up_bias, n, 2 * n_inter);
-    nn_swiglu(m->dev, a->act, a->gate_up, n, n_inter);
-    product(m, &m->down_plan, a->hidden, a->act, w->down, n, times);
-    TRY(reduce(m, a->hidden, n));
-    nn_residual(m->dev, a->residual, a->hidden, w->down_bias, n, hidden);
-    return 0;
-}
-
-int llama_forward(struct llama *m, const struct llama_input *in, const struct attn_policy *policy,
-                  struct llama_times *times)
-{
-    const struct activations *a = &m->a;
-    const int32_t hidden = m->c->hidden_size;
-
-    ASSERT(m->kv && in->n_rows <= m->max_tokens && in->n_outputs <= m->max_outputs);
-    plan_spans(m, in);
-    nn_gather(m->dev, a->residual, m->w->embed, in->ids, in->n_rows, hidden);
-    for (int layer = 0; layer < m->c->n_layers; layer++) {
-        TRY(attention_block(m, in, layer, policy, times));
-        TRY(mlp_block(m, in, layer, times));
-    }
-    if (m->shard->rank != 0 || in->n_outputs == 0)
-        return 0;
-    nn_gather(m->dev, a->last, a->residual, in->outputs, in->n_outputs, hidden);
-    nn_rms_norm(m->dev, a->last, a->last, m->w->norm, in->n_outputs, hidden, (float)m->c->rms_eps);
-    product(m, &m->head_plan, a->logits, a->last, m->w->lm_head, in->n_outputs, times);
-    return 0;
-}
-
-const float *llama_logits(const struct llama *m, int32_t i)
-{
-    return m->a.logits + (size_t)i * (size_t)m->c->vocab_size;
+    return m->ops->head_counts(m, out, stride);
 }

@@ -8,11 +8,17 @@
 
 #include "attention/attention.h"
 #include "core/dev.h"
+#include "model/batch.h"
 #include "model/config.h"
 #include "model/weights.h"
 #include "parallel/comm.h"
 
-struct llama;
+struct llama_ops;
+
+/* Common head of every implementation, which embeds it first. */
+struct llama {
+    const struct llama_ops *ops;
+};
 
 struct llama_setup {
     struct dev *dev;
@@ -31,28 +37,54 @@ struct llama_input {
     const struct attn_seq *seqs;
     const int32_t *outputs; /* [n_outputs] rows whose logits are wanted; rank 0 only */
     int32_t n_outputs;
-    struct attn_counts *seq_counts;  /* [n_seqs], added to */
-    struct attn_counts *head_counts; /* layer l's n_heads start at l * head_stride; added to */
-    int64_t head_stride;
+    /* Tokens to draw, rank 0 only; NULL: none. output_of [n_seqs] is an index into outputs or -1,
+     * which gives token -1. */
+    const struct batch_seq *draws;
+    const int32_t *output_of;
+    struct batch_token *tokens;     /* [n_seqs] */
+    struct attn_counts *seq_counts; /* [n_seqs], written */
     struct attn_tile_max *tile_max; /* NULL: none */
     /* After each layer's attention where tile_max is set. */
     void (*on_tiles)(void *arg, int layer);
     void *on_tiles_arg;
 };
 
+/* attention_us and gemm_us are 0 where a step is one captured graph. */
 struct llama_times {
     int64_t attention_us, gemm_us;
+    int64_t wait_us; /* the host computed or waited for the device */
 };
 
-/* What the setup points to must outlive the graph, but for the setup itself. */
+/* One table per kind of device; the functions below say what each does. */
+struct llama_ops {
+    const char *name;
+    int (*create)(struct llama **out, const struct llama_setup *setup, struct err_msg *why);
+    void (*destroy)(struct llama *m);
+    int (*bind_cache)(struct llama *m, const struct kv_view *kv, struct err_msg *why);
+    int (*set_policy)(struct llama *m, const struct attn_policy *policy, struct err_msg *why);
+    int (*run)(struct llama *m, const struct llama_input *in, struct llama_times *times);
+    const float *(*logits)(struct llama *m, int32_t i);
+    int (*head_counts)(struct llama *m, struct attn_counts *out, int64_t stride);
+};
+
+extern const struct llama_ops llama_cpu;
+
+/* By the setup's device. What the setup points to must outlive the graph, but for the setup itself.
+ */
 MUST_CHECK int llama_create(struct llama **out, const struct llama_setup *setup,
                             struct err_msg *why);
 void llama_destroy(struct llama *m); /* accepts NULL */
 /* Before the first forward: the cache, and the memory attention needs for it. */
 MUST_CHECK int llama_bind_cache(struct llama *m, const struct kv_view *kv, struct err_msg *why);
-MUST_CHECK int llama_forward(struct llama *m, const struct llama_input *in,
-                             const struct attn_policy *policy, struct llama_times *times);
-/* [vocab_size] of output i of the last forward. */
-const float *llama_logits(const struct llama *m, int32_t i);
+/* This rank's slice of the policy, copied shallowly; a device takes memory for the thresholds.
+ * Between steps only. Without a call every head visits all pages. */
+MUST_CHECK int llama_set_policy(struct llama *m, const struct attn_policy *policy,
+                                struct err_msg *why);
+/* A whole step. Tokens and counters are there when it returns. */
+MUST_CHECK int llama_run(struct llama *m, const struct llama_input *in, struct llama_times *times);
+/* [vocab_size] of output i of the last step, on the host until the next call. */
+const float *llama_logits(struct llama *m, int32_t i);
+/* Counters since creation: layer l's n_heads go to out + l * stride. */
+MUST_CHECK int llama_head_counts(struct llama *m, struct attn_counts *out, int64_t stride);
 
 #endif

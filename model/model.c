@@ -4,13 +4,10 @@
 #include "core/clock.h"
 #include "core/log.h"
 #include "core/mem.h"
-#include "core/pool.h"
 #include "kvcache/kv_store.h"
 #include "model/config.h"
 #include "model/fingerprint.h"
-#include "model/gemm.h"
 #include "model/llama.h"
-#include "model/sampler.h"
 #include "model/step_plan.h"
 #include "parallel/comm.h"
 
@@ -39,10 +36,8 @@ struct model {
     struct dev *dev;
     struct comm *comm; /* NULL: this rank is the only one */
     struct llama *llama;
-    struct sampler *sampler;
     enum dtype kv_dtype;
     struct kv_store *store;
-    struct attn_policy policy;
     struct attn_head_policy *head_policy; /* this rank's slice; NULL: all pages */
     struct step_plan plan;
     void *message;
@@ -50,6 +45,8 @@ struct model {
     int32_t *outputs;   /* [max_seqs] rows whose logits are wanted */
     int32_t *output_of; /* [max_seqs] index into outputs, -1: none */
     int32_t n_outputs;
+    const struct batch *batch;       /* rank 0: of the step */
+    struct batch_token *tokens;      /* rank 0: of its result */
     struct attn_counts *seq_counts;  /* [max_seqs] of the step */
     struct attn_counts *head_counts; /* [n_layers, n_heads] since open */
     float *limbs;                    /* counters on their way through an all-reduce */
@@ -129,11 +126,7 @@ static int take_scratch(struct model *m, const struct model_config *cfg, struct 
         if (!m->message)
             return err_set(why, -ENOMEM, "no memory for the plan of a step");
     }
-    if (m->shard.rank != 0)
-        return 0;
-    int err = sampler_create(&m->sampler, m->config.vocab_size, pool_size(m->dev->pool),
-                             m->config.eos_ids, m->config.n_eos);
-    return err < 0 ? err_set(why, err, "no memory for sampling") : 0;
+    return 0;
 }
 
 int model_open(struct model **out, const struct model_config *cfg, struct err_msg *why)
@@ -167,7 +160,6 @@ void model_close(struct model *m)
         return;
     llama_destroy(m->llama);
     kv_store_destroy(m->store);
-    sampler_destroy(m->sampler);
     weights_release(&m->weights);
     step_plan_deinit(&m->plan);
     mem_free(m->message);
@@ -216,14 +208,14 @@ int model_take_pages(struct model *m, int32_t n_pages, struct err_msg *why)
 }
 
 /* The rank's heads of a policy that covers the model's. */
-void model_set_policy(struct model *m, const struct attn_policy *policy)
+int model_set_policy(struct model *m, const struct attn_policy *policy, struct err_msg *why)
 {
     const struct llama_shard *s = &m->shard;
     const size_t n_layers = (size_t)m->config.n_layers, n = (size_t)s->n_heads;
+    struct attn_policy mine = *policy;
 
     mem_free(m->head_policy);
     m->head_policy = NULL;
-    m->policy = *policy;
     if (policy->heads) {
         m->head_policy = mem_zalloc(n_layers * n, sizeof *m->head_policy);
         for (size_t l = 0; l < n_layers; l++)
@@ -231,15 +223,16 @@ void model_set_policy(struct model *m, const struct attn_policy *policy)
                    policy->heads + l * (size_t)m->config.n_heads + (size_t)s->head,
                    n * sizeof *m->head_policy);
     }
-    m->policy.heads = m->head_policy;
+    mine.heads = m->head_policy;
     m->plan.limits.n_levels = 0;
     if (policy->abs.t) {
         ASSERT(policy->abs.n_layers == m->config.n_layers &&
                policy->abs.n_heads == m->config.n_heads);
-        m->policy.abs.t += s->head * policy->abs.head_stride;
-        m->policy.abs.n_heads = s->n_heads;
+        mine.abs.t += s->head * policy->abs.head_stride;
+        mine.abs.n_heads = s->n_heads;
         m->plan.limits.n_levels = policy->abs.n_levels;
     }
+    return llama_set_policy(m->llama, &mine, why);
 }
 
 static void clear_tiles(struct probe *p, size_t n)
@@ -303,9 +296,10 @@ static int run_plan(struct model *m, struct llama_times *times)
         .seqs = m->plan.seqs,
         .outputs = m->outputs,
         .n_outputs = m->n_outputs,
+        .output_of = m->output_of,
+        .tokens = m->tokens,
+        .draws = m->batch ? m->batch->seqs : NULL,
         .seq_counts = m->seq_counts,
-        .head_counts = m->head_counts + m->shard.head,
-        .head_stride = m->config.n_heads,
     };
     if (!m->store)
         return ERR_INVALID;
@@ -315,8 +309,7 @@ static int run_plan(struct model *m, struct llama_times *times)
         in.on_tiles = report_tiles;
         in.on_tiles_arg = &m->probe;
     }
-    memset(m->seq_counts, 0, (size_t)m->plan.n_seqs * sizeof *m->seq_counts);
-    return llama_forward(m->llama, &in, &m->policy, times);
+    return llama_run(m->llama, &in, times);
 }
 
 /* Sums the sequences' counters over the ranks. They travel as 16-bit limbs, whose sums floats hold
@@ -350,24 +343,6 @@ static void plan_outputs(struct model *m, const struct batch *b)
     }
 }
 
-struct draw_job {
-    struct model *m;
-    const struct batch *b;
-    struct batch_result *r;
-};
-
-static void draw_one(void *arg, int task, int worker)
-{
-    const struct draw_job *j = arg;
-    const int32_t output = j->m->output_of[task];
-    struct batch_token *out = &j->r->tokens[task];
-    if (output < 0)
-        *out = (struct batch_token){.token = -1};
-    else
-        sampler_draw(j->m->sampler, worker, out, llama_logits(j->m->llama, output),
-                     &j->b->seqs[task]);
-}
-
 int model_step(struct model *m, const struct batch *b, struct batch_result *r)
 {
     struct err_msg why = {{0}};
@@ -380,12 +355,12 @@ int model_step(struct model *m, const struct batch *b, struct batch_result *r)
         return err;
     }
     plan_outputs(m, b);
+    m->batch = b;
+    m->tokens = r->tokens;
     if (m->shard.n_ranks > 1)
         TRY(comm_post(m->comm, m->message, step_plan_encode(&m->plan, m->message)));
     TRY(run_plan(m, &times));
     TRY(sum_counts(m));
-    struct draw_job job = {m, b, r};
-    pool_run(m->dev->pool, draw_one, &job, b->n_seqs);
     for (int32_t i = 0; i < b->n_seqs; i++)
         r->counts[i] = (struct batch_counts){.reachable = m->seq_counts[i].reachable,
                                              .visited = m->seq_counts[i].visited,
@@ -393,6 +368,7 @@ int model_step(struct model *m, const struct batch *b, struct batch_result *r)
     r->attention_us = times.attention_us;
     r->gemm_us = times.gemm_us;
     r->total_us = clock_monotonic_us(NULL) - start;
+    r->host_us = r->total_us - times.wait_us;
     return 0;
 }
 
@@ -421,8 +397,10 @@ void model_stop_followers(struct model *m)
         log_warn("cannot tell the followers to stop: %s", err_str(err));
 }
 
-const struct attn_counts *model_head_counts(const struct model *m)
+const struct attn_counts *model_head_counts(struct model *m)
 {
+    if (llama_head_counts(m->llama, m->head_counts + m->shard.head, m->config.n_heads) < 0)
+        log_warn("cannot read the counters of the heads");
     return m->head_counts;
 }
 

@@ -54,8 +54,10 @@ size_t model_page_bytes(const struct model *m);
 MUST_CHECK int model_take_pages(struct model *m, int32_t n_pages, struct err_msg *why);
 /* The policy all sequences share; thresholds cover all heads of the model, the rank takes its
  * slice. Copied shallowly: what it points to must outlive the model. Without a call every head
- * visits all pages and only DENSE and REL can be chosen. */
-void model_set_policy(struct model *m, const struct attn_policy *policy);
+ * visits all pages and only DENSE and REL can be chosen. On a device it takes memory for the
+ * thresholds: call it before the pages are sized. */
+MUST_CHECK int model_set_policy(struct model *m, const struct attn_policy *policy,
+                                struct err_msg *why);
 
 /* Runs one step: with ranks, rank 0 first sends the batch to the followers. Nothing allocates. On
  * failure no token of the batch counts; ERR_PEER is final for the process. */
@@ -73,7 +75,7 @@ typedef void (*model_tile_fn)(void *arg, int layer, int32_t pos, int32_t n_token
                               int32_t n_groups, int32_t n_pages);
 MUST_CHECK int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void *arg);
 /* Counters per [n_layers, n_heads], summed since open; 0 for heads of other ranks. */
-const struct attn_counts *model_head_counts(const struct model *m);
+const struct attn_counts *model_head_counts(struct model *m);
 /* Logits [vocab_size] f32 of sequence i of the last step (where sample was set); for tests and
  * tools. */
 const float *model_last_logits(const struct model *m, int32_t i);

@@ -85,6 +85,7 @@ static void collect(struct engine *e)
         metrics_observe(&e->metrics.iteration_tokens, n_tokens);
         e->metrics.attention_us += done.result->attention_us;
         e->metrics.gemm_us += done.result->gemm_us;
+        e->metrics.host_us += done.result->host_us;
         e->metrics.step_us += done.result->total_us;
         if (done.result->total_us > 0 && n_tokens >= KV_BLOCK_TOKENS) {
             double rate = n_tokens * 1e6 / (double)done.result->total_us;

@@ -78,6 +78,7 @@ void engine_on_stats(void *ctx, uint64_t conn, uint64_t tag)
         INT("step_us", e->metrics.step_us),
         INT("attention_us", e->metrics.attention_us),
         INT("gemm_us", e->metrics.gemm_us),
+        INT("host_us", e->metrics.host_us),
         INT("prompt_tokens", s.prompt_tokens),
         INT("cached_tokens", s.cached_tokens),
         INT("generated_tokens", s.generated_tokens),

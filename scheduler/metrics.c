@@ -201,6 +201,8 @@ static void write_counters(const struct writer *w, const struct metrics_view *v)
            (double)v->m->attention_us * 1e-6);
     scalar(w, "sluice_gemm_seconds_total", "counter", "Device time in matrix products.",
            (double)v->m->gemm_us * 1e-6);
+    scalar(w, "sluice_host_seconds_total", "counter",
+           "Host time of steps: planning, packing, launching.", (double)v->m->host_us * 1e-6);
     scalar(w, "sluice_sparse_blocks_total", "counter",
            "Pages causally reachable, over layers, heads and row groups.",
            (double)s->counts.reachable);

@@ -32,7 +32,7 @@ struct metrics {
     struct metrics_error errors[METRICS_MAX_ERRORS];
     int n_errors;
     uint64_t n_failed; /* sum over errors */
-    int64_t attention_us, gemm_us, step_us;
+    int64_t attention_us, gemm_us, host_us, step_us;
 };
 
 void metrics_init(struct metrics *m);

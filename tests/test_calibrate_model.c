@@ -87,7 +87,7 @@ static void keeps_k_in_layer_0(void **state)
     const int32_t n_heads = model_info(f.model)->n_heads;
     float *t = calibrate(&f, 128);
     struct attn_policy policy = policy_of(&f, t);
-    model_set_policy(f.model, &policy);
+    assert_ok(model_set_policy(f.model, &policy, NULL));
     for (int32_t level = 0; level < LEVELS; level++) {
         struct batch_policy choice = {.gate = BATCH_ABS, .gate_rows = 128, .level = (int16_t)level};
         struct batch_counts counts;

@@ -115,7 +115,7 @@ static void world_open(struct world *w)
         fail_msg("%s", why.text);
     assert_ok(model_take_pages(w->model, 512, &why));
     make_thresholds(w);
-    model_set_policy(w->model, &w->policy);
+    assert_ok(model_set_policy(w->model, &w->policy, NULL));
     w->result.tokens = mem_zalloc(N_REQS, sizeof *w->result.tokens);
     w->result.counts = mem_zalloc(N_REQS, sizeof *w->result.counts);
 }

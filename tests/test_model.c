@@ -519,7 +519,7 @@ static void test_policy(void **state)
                                                .layer_stride = 4,
                                                .head_stride = 1}};
     open_case(&c, GQA_DIR);
-    model_set_policy(c.model, &policy);
+    assert_ok(model_set_policy(c.model, &policy, NULL));
     struct batch_seq s = case_seq(tokens, 0, 256, 256, pages, 4);
     s.policy.gate = BATCH_ABS;
     assert_ok(case_step(&c, &s, 1));

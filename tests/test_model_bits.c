@@ -47,7 +47,7 @@ static void open_case(struct world *w, struct model_case *c, int n_threads)
 {
     model_case_open(c, w->dir, n_threads, N_SEQS * MAX_LEN, MAX_LEN, N_SEQS * PAGES_PER_SEQ,
                     w->kv_dtype);
-    model_set_policy(c->model, &w->policy);
+    assert_ok(model_set_policy(c->model, &w->policy, NULL));
 }
 
 static struct batch_seq make_seq(const struct sequence *s, int32_t start, int32_t n)
