@@ -27,10 +27,12 @@ struct dev_ops {
 /* Common head of every device; an implementation embeds it first. */
 struct dev {
     const struct dev_ops *ops;
-    struct pool *pool; /* CPU workers; NULL where kernels run elsewhere */
+    struct pool *pool; /* CPU workers; beside a GPU, for what a step leaves to the host */
 };
 
 extern const struct dev_ops dev_cpu;
+/* Built with SLUICE_CUDA, which defines WITH_CUDA; see dev_cuda.h. */
+extern const struct dev_ops dev_cuda;
 
 /* index: which device of that kind. n_threads: CPU workers, 0 = one per processor. */
 MUST_CHECK int dev_open(struct dev **out, const struct dev_ops *ops, int index, int n_threads,
@@ -38,9 +40,11 @@ MUST_CHECK int dev_open(struct dev **out, const struct dev_ops *ops, int index, 
 void dev_close(struct dev *d); /* accepts NULL */
 /* Bytes a new allocation could get now, and bytes in all. */
 MUST_CHECK int dev_mem_info(struct dev *d, size_t *free_bytes, size_t *total_bytes);
-/* Zeroed, page-aligned. why tells the arithmetic when there is not enough. */
+/* Zeroed, aligned for every kernel (a page on the CPU, 256 bytes on a GPU). why tells the
+ * arithmetic when there is not enough. */
 MUST_CHECK int dev_alloc(struct dev *d, void **out, size_t bytes, struct err_msg *why);
 void dev_release(struct dev *d, void *p, size_t bytes); /* accepts NULL */
+/* Ordered after everything given to the device before; done with src, or dst, on return. */
 MUST_CHECK int dev_upload(struct dev *d, void *dst, const void *src, size_t bytes);
 MUST_CHECK int dev_download(struct dev *d, void *dst, const void *src, size_t bytes);
 MUST_CHECK int dev_sync(struct dev *d);

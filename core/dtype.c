@@ -1,7 +1,5 @@
 #include "core/dtype.h"
 
-#include "core/err.h"
-
 void dtype_to_f32(float *dst, const void *src, enum dtype t, size_t n)
 {
     const uint16_t *h = src;
@@ -20,12 +18,16 @@ void dtype_to_f32(float *dst, const void *src, enum dtype t, size_t n)
 
 void dtype_from_f32(void *dst, enum dtype t, const float *src, size_t n)
 {
-    ASSERT(t != DTYPE_F16);
-    if (t == DTYPE_F32) {
-        memcpy(dst, src, n * sizeof *src);
-        return;
-    }
     uint16_t *h = dst;
-    for (size_t i = 0; i < n; i++)
-        h[i] = dtype_f32_bf16(src[i]);
+    switch (t) {
+    case DTYPE_F32: memcpy(dst, src, n * sizeof *src); break;
+    case DTYPE_F16:
+        for (size_t i = 0; i < n; i++)
+            h[i] = dtype_f32_f16(src[i]);
+        break;
+    case DTYPE_BF16:
+        for (size_t i = 0; i < n; i++)
+            h[i] = dtype_f32_bf16(src[i]);
+        break;
+    }
 }

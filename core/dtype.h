@@ -61,9 +61,25 @@ static inline float dtype_f16_f32(uint16_t h)
     return dtype_bits_f32(sign | ((exp + 112u) << 23) | (man << 13));
 }
 
+/* Round to nearest even; over 65504 becomes infinite, NaN stays NaN. */
+static inline uint16_t dtype_f32_f16(float f)
+{
+    const uint32_t u = dtype_f32_bits(f), sign = (u >> 16) & 0x8000u, mag = u & 0x7fffffffu;
+    if (mag > 0x7f800000u)
+        return (uint16_t)(sign | 0x7e00u);
+    if (mag >= 0x47800000u) /* 65536 and more */
+        return (uint16_t)(sign | 0x7c00u);
+    if (mag < 0x38800000u) { /* subnormal: adding 0.5 leaves multiples of 2^-24 in the low bits */
+        const float half = dtype_bits_f32(mag) + 0.5f;
+        return (uint16_t)(sign | (dtype_f32_bits(half) - 0x3f000000u));
+    }
+    /* a mantissa that rounds up carries into the exponent, at the top into infinity */
+    return (uint16_t)(sign | ((mag - 0x38000000u + 0xfffu + ((mag >> 13) & 1u)) >> 13));
+}
+
 /* Any format to f32; src holds n values of type t. */
 void dtype_to_f32(float *dst, const void *src, enum dtype t, size_t n);
-/* f32 to f32 or bf16 (the cache formats). */
+/* f32 to any format. */
 void dtype_from_f32(void *dst, enum dtype t, const float *src, size_t n);
 
 #endif

@@ -20,11 +20,12 @@ size_t kv_store_page_bytes(const struct kv_store_config *cfg)
            (size_t)cfg->head_dim * dtype_bytes(cfg->dtype);
 }
 
-static int check_config(const struct kv_store_config *c, struct err_msg *why)
+static int check_config(const struct dev *d, const struct kv_store_config *c, struct err_msg *why)
 {
-    if (c->dtype != DTYPE_F32 && c->dtype != DTYPE_BF16) {
-        return err_set(why, ERR_UNSUPPORTED, "cache dtype %s: only f32 and bf16 are",
-                       dtype_name(c->dtype));
+    const enum dtype other = d->ops == &dev_cpu ? DTYPE_F32 : DTYPE_F16;
+    if (c->dtype != DTYPE_BF16 && c->dtype != other) {
+        return err_set(why, ERR_UNSUPPORTED, "cache dtype %s: only %s and bf16 are, on this device",
+                       dtype_name(c->dtype), dtype_name(other));
     }
     if (c->n_layers < 1 || c->n_layers > MAX_LAYERS || c->n_kv_heads < 1 ||
         c->n_kv_heads > MAX_HEADS || c->head_dim < 1 || c->head_dim > MAX_HEAD_DIM) {
@@ -44,7 +45,7 @@ int kv_store_create(struct kv_store **out, struct dev *d, const struct kv_store_
     struct err_msg cause = {""};
     size_t page, bytes;
     void *memory = NULL;
-    TRY(check_config(cfg, why));
+    TRY(check_config(d, cfg, why));
     page = kv_store_page_bytes(cfg);
     if (__builtin_mul_overflow(page, (size_t)cfg->n_pages, &bytes))
         return err_set(why, -ENOMEM, "cache: %d pages of %zu bytes overflow", cfg->n_pages, page);

@@ -20,7 +20,7 @@ enum {
 };
 
 struct kv_view {
-    enum dtype dtype; /* DTYPE_F32 or DTYPE_BF16 */
+    enum dtype dtype; /* DTYPE_BF16; DTYPE_F32 on the CPU, DTYPE_F16 on a GPU */
     int32_t n_layers;
     int32_t n_pages;
     int32_t n_kv_heads; /* of this rank */

@@ -132,6 +132,24 @@ static void dtype_round(void **state)
     }
 }
 
+/* Every f16 comes back, and what lies halfway goes to the even neighbour. */
+static void dtype_half(void **state)
+{
+    (void)state;
+    for (uint32_t h = 0; h < 0x7c00; h++) {
+        const float f = dtype_f16_f32((uint16_t)h), next = dtype_f16_f32((uint16_t)(h + 1));
+        const float half = h == 0x7bff ? 65520.0f : 0.5f * (f + next);
+        assert_int_equal(dtype_f32_f16(f), h);
+        assert_int_equal(dtype_f32_f16(-f), h | 0x8000u);
+        assert_int_equal(dtype_f32_f16(half), h + (h & 1));
+        assert_int_equal(dtype_f32_f16(nextafterf(half, 0.0f)), h);
+        assert_int_equal(dtype_f32_f16(nextafterf(half, INFINITY)), h + 1);
+    }
+    assert_int_equal(dtype_f32_f16(-INFINITY), 0xfc00);
+    assert_int_equal(dtype_f32_f16(3e38f), 0x7c00);
+    assert_true(isnan((double)dtype_f16_f32(dtype_f32_f16((float)NAN))));
+}
+
 static void mark(void *arg, int task, int worker)
 {
     int *seen = arg;
@@ -207,9 +225,11 @@ static void hashes(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(err_texts),   cmocka_unit_test(conf_sources),  cmocka_unit_test(conf_bad),
-        cmocka_unit_test(dtype_round), cmocka_unit_test(pool_all_once), cmocka_unit_test(list_ops),
-        cmocka_unit_test(dev_memory),  cmocka_unit_test(hashes),
+        cmocka_unit_test(err_texts),  cmocka_unit_test(conf_sources),
+        cmocka_unit_test(conf_bad),   cmocka_unit_test(dtype_round),
+        cmocka_unit_test(dtype_half), cmocka_unit_test(pool_all_once),
+        cmocka_unit_test(list_ops),   cmocka_unit_test(dev_memory),
+        cmocka_unit_test(hashes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
