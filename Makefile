@@ -7,6 +7,7 @@ JOBS ?= $(shell nproc)
 SECONDS ?= 30
 CMAKE_ARGS ?=
 CTEST_ARGS ?=
+DEVICE ?= auto
 
 # $(call build,PRESET,CMAKE ARGUMENTS): configure and build. A new folder gets Ninja; one that exists keeps its generator.
 build = cmake --preset $(1) $(if $(wildcard build/$(1)/CMakeCache.txt),,-G Ninja) $(2) $(CMAKE_ARGS) >build/$(1).log || \
@@ -21,8 +22,8 @@ all: | build ## release build into build/release/bin (the default)
 	@scripts/setup.sh build
 	$(call build,release,-DSLUICE_TESTS=OFF)
 
-demo: all ## build, then serve eight users with the model that ships
-	build/release/bin/sluice-demo
+demo: all ## build, then serve eight users with the model that ships (DEVICE=auto, cpu or cuda)
+	build/release/bin/sluice-demo --device $(DEVICE)
 
 test: | build ## build and run all tests
 	@scripts/setup.sh build test

@@ -1,6 +1,7 @@
 #include "cmd/calibrate_options.h"
 
 #include "calibration/thresholds.h"
+#include "cmd/device.h"
 #include "kvcache/kv_view.h"
 
 #include <errno.h>
@@ -119,15 +120,20 @@ static const struct conf_opt options[] = {
      {0},
      "N",
      "tokens a step, a multiple of 128; any gives the same thresholds"},
-    {"kv-dtype",
-     CONF_ENUM,
-     AT(kv_dtype),
-     "f32",
+    {"device", CONF_TEXT, AT(device), "cpu", 0, 0, {0}, "DEVICE", DEVICE_HELP},
+    {"dtype", CONF_ENUM, AT(dtype), "auto", 0, 0, DEVICE_DTYPES, NULL,
+     "number format of weights and activations; auto is f32 on the CPU"},
+    {"kv-dtype", CONF_ENUM, AT(kv_dtype), "auto", 0, 0, DEVICE_DTYPES, NULL,
+     "number format of cache pages; auto is f32 on the CPU"},
+    {"random-weights",
+     CONF_BOOL,
+     AT(random_weights),
+     "false",
      0,
      0,
-     {"f32", "bf16"},
+     {0},
      NULL,
-     "number format of cache pages"},
+     "read config.json only and draw the weights, for benches"},
     {"auto-k",
      CONF_INT,
      AT(auto_k),
@@ -161,6 +167,7 @@ int calibrate_options_check(const struct calibrate_options *o, struct err_msg *w
         return err_set(why, ERR_CONFIG, "--model is required (see --help)");
     if (!o->samples)
         return err_set(why, ERR_CONFIG, "--samples is required (see --help)");
+    TRY(device_check(o->device, why));
     if (o->k && o->density)
         return err_set(why, ERR_CONFIG, "--k and --density exclude each other");
     if (o->chunk % KV_BLOCK_TOKENS) {

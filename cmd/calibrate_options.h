@@ -7,11 +7,11 @@
 enum { CALIBRATE_MAX_LEVELS = 64 };
 
 struct calibrate_options {
-    char *model, *samples, *task, *out, *k, *density;
+    char *model, *samples, *task, *out, *k, *density, *device;
     int64_t holdout, limit, max_len, threads, chunk, auto_k, auto_min;
-    int gate_rows; /* index into the choices 128, 64 */
-    int kv_dtype;  /* index into the choices f32, bf16 */
-    bool json;
+    int gate_rows;       /* index into the choices 128, 64 */
+    int dtype, kv_dtype; /* index into DEVICE_DTYPES */
+    bool random_weights, json;
 };
 
 extern const struct conf_program calibrate_program;

@@ -1,5 +1,6 @@
 #include "cmd/calibrate_work.h"
 
+#include "cmd/device.h"
 #include "core/mem.h"
 
 void calibrate_work_free(struct calibrate_work *w)
@@ -40,10 +41,12 @@ int calibrate_open(struct calibrate_work *w, struct err_msg *why)
     int32_t longest = samples_longest(&w->samples, w->split.calibrate, w->split.n_calibrate);
     int32_t other = samples_longest(&w->samples, w->split.held_out, w->split.n_held_out);
     longest = other > longest ? other : longest;
-    TRY(dev_open(&w->dev, &dev_cpu, 0, (int)o->threads, why));
+    TRY(device_open(&w->dev, o->device, 0, (int)o->threads, why));
     struct model_config cfg = {.dir = o->model,
                                .dev = w->dev,
-                               .kv_dtype = o->kv_dtype ? DTYPE_BF16 : DTYPE_F32,
+                               .random_weights = o->random_weights,
+                               .dtype = device_dtype(o->dtype),
+                               .kv_dtype = device_dtype(o->kv_dtype),
                                .max_seqs = 1,
                                .max_tokens = (int32_t)o->chunk,
                                .max_position = longest};

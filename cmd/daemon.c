@@ -141,7 +141,7 @@ static void fill_ipc(const struct daemon *d, struct ipc_server_config *c)
     (void)snprintf(c->info.instance_id, sizeof c->info.instance_id, "%ld-%" PRIx64, (long)getpid(),
                    uv_hrtime());
     (void)snprintf(c->info.model, sizeof c->info.model, "%s", info->name);
-    (void)snprintf(c->info.kv_dtype, sizeof c->info.kv_dtype, "%s", dtype_name(d->model.kv_dtype));
+    (void)snprintf(c->info.kv_dtype, sizeof c->info.kv_dtype, "%s", dtype_name(info->kv_dtype));
     (void)snprintf(c->info.device, sizeof c->info.device, "%s", d->model.dev->ops->name);
 }
 
@@ -224,7 +224,8 @@ static int serve(struct daemon *d, struct err_msg *why)
         log_info("ready model=%s device=%s tp=%" PRId64 " pages=%" PRId32
                  " kv=%s max_model_len=%" PRId32,
                  model_info(d->model.model)->name, d->model.dev->ops->name, d->opt.tp,
-                 d->model.n_pages, dtype_name(d->model.kv_dtype), d->model.max_model_len);
+                 d->model.n_pages, dtype_name(model_info(d->model.model)->kv_dtype),
+                 d->model.max_model_len);
     (void)uv_run(&d->loop, UV_RUN_DEFAULT);
     return err < 0 ? err : d->status;
 }

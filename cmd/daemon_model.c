@@ -1,6 +1,7 @@
 #define LOG_MODULE "model"
 #include "cmd/daemon_model.h"
 
+#include "cmd/device.h"
 #include "core/clock.h"
 #include "core/log.h"
 #include "model/config.h"
@@ -61,8 +62,16 @@ static int threads_per_rank(const struct daemon_options *o)
     return n < 1 ? 1 : (int)n;
 }
 
-/* Pages for this rank: as told, else half of the free memory shared between the ranks, never more
- * than useful. */
+/* What the pages may take of the free memory: a GPU is this rank's own. */
+static size_t page_memory(const struct daemon_model *d, const struct daemon_options *o,
+                          size_t free_bytes)
+{
+    if (d->dev->ops != &dev_cpu)
+        return free_bytes / 10 * 9;
+    return free_bytes / 2 / (size_t)o->tp;
+}
+
+/* Pages for this rank: as told, else a share of the free memory, never more than useful. */
 static int size_pages(struct daemon_model *d, const struct daemon_options *o, struct err_msg *why)
 {
     size_t page = model_page_bytes(d->model);
@@ -76,7 +85,7 @@ static int size_pages(struct daemon_model *d, const struct daemon_options *o, st
         if (err < 0)
             return err_set(why, err, "cannot read the free memory: %s; set --kv-memory",
                            err_str(err));
-        n = (int64_t)(free_bytes / 2 / (size_t)o->tp / page);
+        n = (int64_t)(page_memory(d, o, free_bytes) / page);
         n = n < useful ? n : useful;
     }
     int64_t least = kv_pages_for(KV_BLOCK_TOKENS) + 1;
@@ -105,7 +114,9 @@ static int open_parts(struct daemon_model *d, const struct daemon_options *o, co
     struct load_progress progress = {.terminal = o->rank == 0 && isatty(STDERR_FILENO) == 1};
     struct model_config cfg = {
         .dir = o->model,
-        .kv_dtype = d->kv_dtype,
+        .random_weights = o->random_weights,
+        .dtype = device_dtype(o->dtype),
+        .kv_dtype = device_dtype(o->kv_dtype),
         .max_seqs = (int32_t)o->max_running,
         .max_tokens = (int32_t)o->token_budget,
         .max_position = o->max_model_len,
@@ -116,7 +127,7 @@ static int open_parts(struct daemon_model *d, const struct daemon_options *o, co
     TRY(llama_config_load(&file, o->model, why));
     d->max_model_len = (int32_t)(o->max_model_len ? o->max_model_len : file.max_position);
     cfg.max_position = d->max_model_len;
-    TRY(dev_open(&d->dev, &dev_cpu, 0, threads_per_rank(o), why));
+    TRY(device_open(&d->dev, o->device, (int)o->rank, threads_per_rank(o), why));
     TRY(open_comm(d, o, shm, ranks, why));
     cfg.dev = d->dev;
     cfg.comm = d->comm;
@@ -130,7 +141,6 @@ int daemon_model_open(struct daemon_model *d, const struct daemon_options *o, co
                       struct ranks *ranks, struct err_msg *why)
 {
     memset(d, 0, sizeof *d);
-    d->kv_dtype = o->kv_dtype == KV_DTYPE_BF16 ? DTYPE_BF16 : DTYPE_F32;
     int err = open_parts(d, o, shm, ranks, why);
     if (err < 0)
         daemon_model_close(d);

@@ -15,7 +15,6 @@ struct daemon_model {
     struct daemon_policy policy;
     int32_t max_model_len;
     int32_t n_pages;
-    enum dtype kv_dtype;
 };
 
 struct ranks;

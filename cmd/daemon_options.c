@@ -1,5 +1,7 @@
 #include "cmd/daemon_options.h"
 
+#include "cmd/device.h"
+
 #define AT(f)   offsetof(struct daemon_options, f)
 #define ONE_TIB 1099511627776.0
 
@@ -23,19 +25,24 @@ static const struct conf_opt options[] = {
      "(default: all)"},
     {"page-order", CONF_ENUM, AT(page_order), "diag-sink-r2l", 0, 0, {"diag-sink-r2l", "l2r"}, NULL,
      "order in which a query block walks its pages; REL gates depend on it"},
-    {"device", CONF_ENUM, AT(device), "auto", 0, 0, {"auto", "cpu", "cuda"}, NULL,
-     "where the model runs"},
+    {"random-weights", CONF_BOOL, AT(random_weights), "false", 0, 0, {0}, NULL,
+     "read config.json only and draw the weights, for benches"},
+    {"device", CONF_TEXT, AT(device), "auto", 0, 0, {0}, "DEVICE",
+     DEVICE_HELP},
+    {"dtype", CONF_ENUM, AT(dtype), "auto", 0, 0, DEVICE_DTYPES, NULL,
+     "number format of weights and activations; auto is f32 on the CPU, on a GPU f16 where the "
+     "files are, else bf16"},
     {"tp", CONF_INT, AT(tp), "1", 1, 64, {0}, "N",
      "ranks the model is split over, one process each"},
     {"threads", CONF_INT, AT(threads), "0", 0, 1024, {0}, "N",
      "worker threads of all ranks together on the CPU; 0 is one per processor"},
     {"kv-memory", CONF_BYTES, AT(kv_memory), "0", 0, ONE_TIB, {0}, "BYTES",
-     "memory for cache pages, a rank; 0 is half of what is free, at most what max-running "
-     "full-length requests need"},
+     "memory for cache pages, a rank; 0 is 0.9 of what is free on a GPU, half of it on the CPU, at "
+     "most what max-running full-length requests need"},
     {"kv-pages", CONF_INT, AT(kv_pages), "0", 0, 2147483646, {0}, "N",
      "cache pages of 64 tokens; overrides kv-memory"},
-    {"kv-dtype", CONF_ENUM, AT(kv_dtype), "auto", 0, 0, {"auto", "f32", "bf16"}, NULL,
-     "number format of the cache; auto is f32 on the CPU"},
+    {"kv-dtype", CONF_ENUM, AT(kv_dtype), "auto", 0, 0, DEVICE_DTYPES, NULL,
+     "number format of the cache; auto is f32 on the CPU, on a GPU that of the model"},
     {"max-model-len", CONF_INT, AT(max_model_len), "0", 0, 16777216, {0}, "TOKENS",
      "longest prompt plus output; 0 is the model's max_position_embeddings"},
     {"max-running", CONF_INT, AT(max_running), "64", 1, 4096, {0}, "N",
@@ -99,8 +106,7 @@ int daemon_options_check(const struct daemon_options *o, struct err_msg *why)
 {
     if (!o->model)
         return err_set(why, ERR_CONFIG, "--model DIR is required");
-    if (o->device == DEVICE_CUDA)
-        return err_set(why, ERR_UNSUPPORTED, "--device: this build has no CUDA device");
+    TRY(device_check(o->device, why));
     if (o->token_budget < o->max_running + 128)
         return err_set(why, ERR_CONFIG,
                        "--token-budget: %lld is less than max-running + 128 = %lld",

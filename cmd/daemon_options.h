@@ -4,13 +4,11 @@
 
 #include "core/conf.h"
 
-enum daemon_device { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA };
-enum daemon_kv_dtype { KV_DTYPE_AUTO, KV_DTYPE_F32, KV_DTYPE_BF16 };
-
 struct daemon_options {
-    char *model, *thresholds, *listen, *auth_token_file, *metrics, *window, *window_heads, *shm;
-    bool force_thresholds, prefix_cache, share_generated;
-    int device, kv_dtype, page_order, log_level;
+    char *model, *thresholds, *listen, *auth_token_file, *metrics, *window, *window_heads, *shm,
+        *device;
+    bool random_weights, force_thresholds, prefix_cache, share_generated;
+    int dtype, kv_dtype, page_order, log_level;
     int64_t tp, rank, threads;
     int64_t kv_memory, kv_pages, max_model_len;
     int64_t max_running, token_budget, max_partial_prefills, max_long_partial, long_prefill_tokens;

@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 struct demo_options {
-    char *model, *thresholds, *prompts, *daemon, *json;
+    char *model, *thresholds, *prompts, *daemon, *device, *json;
     int64_t threads, stall_ms;
     double density, lambda;
 };
@@ -32,6 +32,8 @@ static const struct conf_opt options[] = {
              "the users' prompts (default: prompts.jsonl in the model's folder)"),
     CLI_TEXT(O, daemon, "daemon", NULL, "PROGRAM",
              "sluiced (default: the one beside this program)"),
+    CLI_TEXT(O, device, "device", "auto", "DEVICE",
+             "passed on to sluiced: auto, cpu, cuda or cuda:N"),
     CLI_OPT(O, density, "density", CONF_FLOAT, "0.35", 0, 1, "SHARE",
             "the ABS level is the one predicted closest to this density"),
     CLI_OPT(O, lambda, "lambda", CONF_FLOAT, "0.999", 0, 1, "L", "of the REL gate"),
@@ -196,7 +198,7 @@ static int run(struct demo *d, const struct demo_options *o)
     char *prompts = path_or(o->prompts, o->model, "prompts.jsonl");
     char *thresholds = path_or(o->thresholds, o->model, "thresholds.safetensors");
     char *daemon = beside_me(o->daemon, "sluiced");
-    struct demo_daemon_config cfg = {daemon, o->model, thresholds, o->threads};
+    struct demo_daemon_config cfg = {daemon, o->model, thresholds, o->device, o->threads};
     int code = CLI_USAGE;
 
     if (demo_prompts_load(d->prompts, prompts, &why) < 0) {

@@ -46,9 +46,9 @@ int demo_daemon_start(struct demo_daemon *d, const struct demo_daemon_config *cf
     (void)snprintf(d->address, sizeof d->address, "unix:%s/sluice.sock", d->folder);
     (void)snprintf(d->log, sizeof d->log, "%s/sluiced.log", d->folder);
     (void)snprintf(threads, sizeof threads, "%" PRId64, cfg->threads);
-    const char *const args[] = {cfg->program,    "--model",  cfg->model, "--thresholds",
-                                cfg->thresholds, "--listen", d->address, "--threads",
-                                threads,         NULL};
+    const char *const args[] = {cfg->program,    "--model",  cfg->model,  "--thresholds",
+                                cfg->thresholds, "--listen", d->address,  "--threads",
+                                threads,         "--device", cfg->device, NULL};
     if (access(cfg->program, X_OK) < 0)
         return err_set(why, -errno, "cannot run %s: %s", cfg->program, err_str(-errno));
     pid_t parent = getpid();

@@ -17,6 +17,7 @@ struct demo_daemon {
 
 struct demo_daemon_config {
     const char *program, *model, *thresholds;
+    const char *device;
     int64_t threads; /* 0: the daemon's default */
 };
 

@@ -13,6 +13,7 @@
 
 #include <stdint.h>
 
+/* st NULL: random weights (weights.h). */
 uint64_t model_fingerprint(const struct llama_config *c, const struct safetensors *st);
 
 #endif

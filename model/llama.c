@@ -1,7 +1,7 @@
 /* Which implementation of the graph a device gets. */
 #include "model/llama.h"
 
-static const struct llama_ops *ops_of(const struct dev *d)
+const struct llama_ops *llama_ops_of(const struct dev *d)
 {
     (void)d;
     return &llama_cpu;
@@ -9,7 +9,7 @@ static const struct llama_ops *ops_of(const struct dev *d)
 
 int llama_create(struct llama **out, const struct llama_setup *setup, struct err_msg *why)
 {
-    return ops_of(setup->dev)->create(out, setup, why);
+    return llama_ops_of(setup->dev)->create(out, setup, why);
 }
 
 void llama_destroy(struct llama *m)

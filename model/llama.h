@@ -58,6 +58,8 @@ struct llama_times {
 /* One table per kind of device; the functions below say what each does. */
 struct llama_ops {
     const char *name;
+    bool half;                             /* computes in bf16 or f16, else in f32 */
+    const struct weights_stage_ops *stage; /* how weights reach its memory; NULL: directly */
     int (*create)(struct llama **out, const struct llama_setup *setup, struct err_msg *why);
     void (*destroy)(struct llama *m);
     int (*bind_cache)(struct llama *m, const struct kv_view *kv, struct err_msg *why);
@@ -69,6 +71,7 @@ struct llama_ops {
 
 extern const struct llama_ops llama_cpu;
 
+const struct llama_ops *llama_ops_of(const struct dev *d);
 /* By the setup's device. What the setup points to must outlive the graph, but for the setup itself.
  */
 MUST_CHECK int llama_create(struct llama **out, const struct llama_setup *setup,

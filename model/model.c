@@ -36,7 +36,6 @@ struct model {
     struct dev *dev;
     struct comm *comm; /* NULL: this rank is the only one */
     struct llama *llama;
-    enum dtype kv_dtype;
     struct kv_store *store;
     struct attn_head_policy *head_policy; /* this rank's slice; NULL: all pages */
     struct step_plan plan;
@@ -81,11 +80,47 @@ static void fill_info(struct model_info *i, const struct llama_config *c)
     llama_rope_text(i->rope, sizeof i->rope, &c->rope);
 }
 
+/* The number formats: what was asked for, where the device can. st NULL: random weights. */
+static int choose_dtypes(struct model *m, const struct model_config *cfg,
+                         const struct safetensors *st, struct err_msg *why)
+{
+    const bool half = llama_ops_of(m->dev)->half;
+    enum dtype own = half ? (st ? weights_dtype16(st) : DTYPE_BF16) : DTYPE_F32;
+
+    m->info.dtype = cfg->dtype == MODEL_DTYPE_AUTO ? own : (enum dtype)cfg->dtype;
+    if (half == (m->info.dtype == DTYPE_F32))
+        return err_set(why, ERR_UNSUPPORTED, "device %s computes in %s, not in %s",
+                       m->dev->ops->name, half ? "bf16 and f16" : "f32", dtype_name(m->info.dtype));
+    m->info.kv_dtype =
+        cfg->kv_dtype == MODEL_DTYPE_AUTO ? m->info.dtype : (enum dtype)cfg->kv_dtype;
+    if (half && m->info.kv_dtype != m->info.dtype)
+        return err_set(why, ERR_UNSUPPORTED,
+                       "device %s: a model in %s has a cache in %s, not in %s", m->dev->ops->name,
+                       dtype_name(m->info.dtype), dtype_name(m->info.dtype),
+                       dtype_name(m->info.kv_dtype));
+    return 0;
+}
+
+/* This rank's weights; st NULL: random ones. */
+static int load_weights(struct model *m, const struct model_config *cfg,
+                        const struct safetensors *st, struct err_msg *why)
+{
+    m->info.fingerprint = model_fingerprint(&m->config, st);
+    TRY(choose_dtypes(m, cfg, st, why));
+    const struct weights_config weights = {.dev = m->dev,
+                                           .dtype = m->info.dtype,
+                                           .stage = llama_ops_of(m->dev)->stage,
+                                           .st = st,
+                                           .config = &m->config,
+                                           .shard = &m->shard,
+                                           .progress = {cfg->progress, cfg->progress_arg}};
+    return weights_load(&m->weights, &weights, why);
+}
+
 /* Reads the folder: configuration, identity, this rank's weights. */
 static int load(struct model *m, const struct model_config *cfg, struct err_msg *why)
 {
     struct safetensors *st = NULL;
-    const struct weights_progress progress = {cfg->progress, cfg->progress_arg};
     const int rank = m->comm ? m->comm->rank : 0, n_ranks = m->comm ? m->comm->n_ranks : 1;
 
     TRY(llama_config_load(&m->config, cfg->dir, why));
@@ -94,9 +129,9 @@ static int load(struct model *m, const struct model_config *cfg, struct err_msg 
     if (err < 0)
         return err_set(why, err, "%s: %s", cfg->dir, err_str(err));
     fill_info(&m->info, &m->config);
-    TRY(safetensors_open_dir(&st, cfg->dir, why));
-    m->info.fingerprint = model_fingerprint(&m->config, st);
-    err = weights_load(&m->weights, m->dev, st, &m->config, &m->shard, &progress, why);
+    if (!cfg->random_weights)
+        TRY(safetensors_open_dir(&st, cfg->dir, why));
+    err = load_weights(m, cfg, st, why);
     safetensors_close(st);
     return err;
 }
@@ -135,7 +170,6 @@ int model_open(struct model **out, const struct model_config *cfg, struct err_ms
     struct model *m = mem_zalloc(1, sizeof *m);
     m->dev = cfg->dev;
     m->comm = cfg->comm;
-    m->kv_dtype = cfg->kv_dtype;
     int err = load(m, cfg, why);
     if (err < 0)
         goto fail;
@@ -185,7 +219,7 @@ const struct model_info *model_info(const struct model *m)
 
 static struct kv_store_config store_config(const struct model *m, int32_t n_pages)
 {
-    return (struct kv_store_config){.dtype = m->kv_dtype,
+    return (struct kv_store_config){.dtype = m->info.kv_dtype,
                                     .n_layers = m->config.n_layers,
                                     .n_pages = n_pages,
                                     .n_kv_heads = m->shard.n_kv_heads,

@@ -14,11 +14,16 @@
 struct comm;
 struct model;
 
+/* For model_config.dtype and kv_dtype: f32 on the CPU; on a GPU the weights' own 16-bit format and
+ * the same for the cache. */
+enum { MODEL_DTYPE_AUTO = -1 };
+
 struct model_info {
     int32_t vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, intermediate_size;
     int32_t max_position;
     float rms_eps;
     float softmax_scale;
+    enum dtype dtype, kv_dtype; /* of weights and activations; of the cache */
     uint64_t fingerprint; /* config and weights; the same for every rank count, device and dtype of
                              the cache */
     int32_t n_eos;
@@ -33,7 +38,8 @@ struct model_config {
     const char *dir; /* HF folder: config.json and safetensors */
     struct dev *dev;
     struct comm *comm;    /* ranks; NULL: this process is the only one */
-    enum dtype kv_dtype;  /* DTYPE_F32 or DTYPE_BF16 */
+    bool random_weights;  /* config.json alone is read */
+    int dtype, kv_dtype;  /* enum dtype or MODEL_DTYPE_AUTO */
     int32_t max_seqs;     /* largest batch */
     int32_t max_tokens;   /* largest sum of n_tokens in a batch */
     int64_t max_position; /* longest sequence served; sizes the rotary table */

@@ -1,14 +1,13 @@
 #include "model/weights.h"
 
-#include "core/dtype.h"
+#include "core/hash.h"
 #include "core/mem.h"
-#include "core/pool.h"
 
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
 
-enum { NAME_MAX_LEN = 96, ROWS_PER_TASK = 64, CHUNK = 1024 };
+enum { NAME_MAX_LEN = 96, ALIGN_BYTES = 256 /* what cuBLAS likes best */ };
 
 int llama_shard_make(struct llama_shard *s, const struct llama_config *c, int rank, int n_ranks,
                      struct err_msg *why)
@@ -33,55 +32,26 @@ int llama_shard_make(struct llama_shard *s, const struct llama_config *c, int ra
     return 0;
 }
 
-/* Rows [row, row + n_rows) and columns [col, col + n_cols) of a tensor of shape [*, width], to a
- * dense f32 matrix. A bias is one row. */
-struct slice {
-    float *dst;
-    const unsigned char *src;
-    enum dtype dtype;
-    int64_t row, n_rows, col, n_cols, width;
-};
-
-static void convert(float *dst, const unsigned char *src, enum dtype t, size_t n)
-{
-    uint32_t chunk[CHUNK];
-    const size_t size = dtype_bytes(t);
-
-    if ((uintptr_t)src % size == 0) {
-        dtype_to_f32(dst, src, t, n);
-        return;
-    }
-    for (size_t at = 0; at < n; at += CHUNK) { /* a file may place tensors at any byte */
-        size_t m = n - at < CHUNK ? n - at : CHUNK;
-        memcpy(chunk, src + at * size, m * size);
-        dtype_to_f32(dst + at, chunk, t, m);
-    }
-}
-
-static void convert_rows(void *arg, int task, int worker)
-{
-    const struct slice *s = arg;
-    int64_t end = (int64_t)(task + 1) * ROWS_PER_TASK;
-    (void)worker;
-    for (int64_t r = (int64_t)task * ROWS_PER_TASK; r < end && r < s->n_rows; r++) {
-        size_t at = (size_t)((s->row + r) * s->width + s->col);
-        convert(s->dst + r * s->n_cols, s->src + at * dtype_bytes(s->dtype), s->dtype,
-                (size_t)s->n_cols);
-    }
-}
-
 /* The loading in progress. In the first pass memory is NULL and only `used` advances. */
 struct loader {
-    struct dev *dev;
-    const struct safetensors *st;
+    const struct safetensors *st; /* NULL: drawn */
     const struct llama_config *c;
     const struct llama_shard *shard;
-    float *memory;
-    size_t used; /* floats */
+    struct weights_sink sink;
+    char *memory;
+    size_t used; /* bytes */
     const struct weights_progress *progress;
     uint64_t done, total;
     struct err_msg *why;
 };
+
+static void advance(void *arg, uint64_t bytes)
+{
+    struct loader *l = arg;
+    l->done += bytes;
+    if (l->progress->fn)
+        l->progress->fn(l->progress->arg, l->done, l->total);
+}
 
 static int storage_dtype(const struct st_tensor *t, enum dtype *out, struct err_msg *why)
 {
@@ -116,26 +86,35 @@ static int find_tensor(const struct loader *l, const char *name, int64_t rows, i
     return 0;
 }
 
-/* Loads a part of a tensor to the next free place. `s` says which part; rows of the whole tensor
- * come as `rows` (0: a vector). */
-static int load_slice(struct loader *l, const char *name, int64_t rows, struct slice s)
+/* Where a slice's elements come from. */
+static int find_source(const struct loader *l, const char *name, int64_t rows,
+                       struct weights_slice *s)
 {
     const struct st_tensor *t = NULL;
-    TRY(find_tensor(l, name, rows, s.width, &t));
-    TRY(storage_dtype(t, &s.dtype, l->why));
-    const size_t n = (size_t)(s.n_rows * s.n_cols);
-    if (l->memory) {
-        s.dst = l->memory + l->used;
-        s.src = t->data;
-        pool_run(l->dev->pool, convert_rows, &s,
-                 (int)((s.n_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK));
-        l->done += n * dtype_bytes(s.dtype);
-        if (l->progress && l->progress->fn)
-            l->progress->fn(l->progress->arg, l->done, l->total);
-    } else {
-        l->total += n * dtype_bytes(s.dtype);
+    if (!l->st) {
+        bool norm = strstr(name, "norm") != NULL;
+        s->dtype = l->sink.dtype;
+        s->seed = hash_bytes(name, strlen(name), 0);
+        s->mean = norm ? 1.0f : 0.0f;
+        s->std = norm ? 0.0f : 0.02f;
+        return 0;
     }
-    l->used += n;
+    TRY(find_tensor(l, name, rows, s->width, &t));
+    s->src = t->data;
+    return storage_dtype(t, &s->dtype, l->why);
+}
+
+/* Loads a part of a tensor to the next free place. `s` says which part; rows of the whole tensor
+ * come as `rows` (0: a vector). */
+static int load_slice(struct loader *l, const char *name, int64_t rows, struct weights_slice s)
+{
+    TRY(find_source(l, name, rows, &s));
+    const size_t n = (size_t)(s.n_rows * s.n_cols);
+    if (l->memory)
+        TRY(weights_fill(&l->sink, l->memory + l->used, &s));
+    else
+        l->total += n * dtype_bytes(s.dtype);
+    l->used += n * dtype_bytes(l->sink.dtype);
     return 0;
 }
 
@@ -144,32 +123,33 @@ static int load_rows(struct loader *l, const char *name, int64_t rows, int64_t w
 {
     return load_slice(
         l, name, rows,
-        (struct slice){.row = row, .n_rows = n_rows, .n_cols = width, .width = width});
+        (struct weights_slice){.row = row, .n_rows = n_rows, .n_cols = width, .width = width});
 }
 
 static int load_cols(struct loader *l, const char *name, int64_t rows, int64_t width, int64_t col,
                      int64_t n_cols)
 {
-    return load_slice(l, name, rows,
-                      (struct slice){.n_rows = rows, .col = col, .n_cols = n_cols, .width = width});
+    return load_slice(
+        l, name, rows,
+        (struct weights_slice){.n_rows = rows, .col = col, .n_cols = n_cols, .width = width});
 }
 
 /* Elements [at, at + n) of a vector. */
 static int load_vector(struct loader *l, const char *name, int64_t width, int64_t at, int64_t n)
 {
     return load_slice(l, name, 0,
-                      (struct slice){.n_rows = 1, .col = at, .n_cols = n, .width = width});
+                      (struct weights_slice){.n_rows = 1, .col = at, .n_cols = n, .width = width});
 }
 
-static const float *here(const struct loader *l)
+static const void *here(const struct loader *l)
 {
     return l->memory ? l->memory + l->used : NULL;
 }
 
-/* Matrices start on 64 bytes. */
+/* Where every matrix and vector starts. */
 static void align(struct loader *l)
 {
-    l->used = (l->used + 15) & ~(size_t)15;
+    l->used = (l->used + ALIGN_BYTES - 1) & ~(size_t)(ALIGN_BYTES - 1);
 }
 
 static const char *layer_name(char *name, int32_t layer, const char *rest)
@@ -346,33 +326,49 @@ static int check_strangers(const struct safetensors *st, const struct llama_conf
     return 0;
 }
 
-int weights_load(struct llama_weights *out, struct dev *d, const struct safetensors *st,
-                 const struct llama_config *c, const struct llama_shard *shard,
-                 const struct weights_progress *progress, struct err_msg *why)
+enum dtype weights_dtype16(const struct safetensors *st)
 {
-    void *memory = NULL;
-    struct loader l = {
-        .dev = d, .st = st, .c = c, .shard = shard, .progress = progress, .why = why};
+    const struct st_tensor *t = safetensors_find(st, "model.embed_tokens.weight");
+    return t && t->dtype == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
+}
 
-    *out = (struct llama_weights){.dev = d};
-    TRY(check_strangers(st, c, why));
-    out->layers = mem_zalloc((size_t)c->n_layers, sizeof *out->layers);
-    int err = load_all(&l, out);
-    if (err < 0)
-        goto fail;
-    out->bytes = l.used * sizeof *out->memory;
+/* Sizes everything, takes the memory, fills it. */
+static int load_twice(struct loader *l, struct llama_weights *out)
+{
     struct err_msg inner = {{0}};
-    err = dev_alloc(d, &memory, out->bytes, &inner);
-    if (err < 0) {
-        (void)err_set(why, err, "weights: %.300s", err_why(&inner, err));
-        goto fail;
-    }
-    out->memory = l.memory = memory;
-    l.used = 0;
-    TRY_GOTO(err, load_all(&l, out), fail);
-    return 0;
-fail:
-    weights_release(out);
+    TRY(load_all(l, out));
+    out->bytes = l->used;
+    int err = dev_alloc(out->dev, &out->memory, out->bytes, &inner);
+    if (err < 0)
+        return err_set(l->why, err, "weights: %.300s", err_why(&inner, err));
+    l->memory = out->memory;
+    l->used = 0;
+    TRY(weights_sink_open(&l->sink, l->why));
+    err = load_all(l, out);
+    int closed = weights_sink_close(&l->sink);
+    return err < 0 ? err : closed;
+}
+
+int weights_load(struct llama_weights *out, const struct weights_config *cfg, struct err_msg *why)
+{
+    struct loader l = {.st = cfg->st,
+                       .c = cfg->config,
+                       .shard = cfg->shard,
+                       .progress = &cfg->progress,
+                       .why = why,
+                       .sink = {.dev = cfg->dev,
+                                .dtype = cfg->dtype,
+                                .ops = cfg->stage,
+                                .done = advance,
+                                .done_arg = &l}};
+
+    *out = (struct llama_weights){.dev = cfg->dev, .dtype = cfg->dtype};
+    if (cfg->st)
+        TRY(check_strangers(cfg->st, cfg->config, why));
+    out->layers = mem_zalloc((size_t)cfg->config->n_layers, sizeof *out->layers);
+    int err = load_twice(&l, out);
+    if (err < 0)
+        weights_release(out);
     return err;
 }
 

@@ -1,8 +1,9 @@
-/* The parameters of a LlamaForCausalLM as the layer graph wants them: f32, this rank's share, q/k/v
- * and gate/up joined into one matrix each. Tensor parallelism (Megatron-LM, arXiv 1909.08053): q,
- * k, v, gate and up are split by rows, o and down by columns, so that a layer needs two
- * all-reduces; with more ranks than KV heads several ranks hold the same KV head. The embedding is
- * whole on every rank; the output projection is on rank 0 alone, which is the one that samples.
+/* The parameters of a LlamaForCausalLM as the layer graph wants them: in its dtype, this rank's
+ * share, in the device's memory, q/k/v and gate/up joined into one matrix each. Tensor parallelism
+ * (Megatron-LM, arXiv 1909.08053): q, k, v, gate and up are split by rows, o and down by columns,
+ * so that a layer needs two all-reduces; with more ranks than KV heads several ranks hold the same
+ * KV head. The embedding is whole on every rank; the output projection is on rank 0 alone, which is
+ * the one that samples.
  *
  * Every tensor of the files must be one that the configuration calls for, and the other way round:
  * an ignored bias would be a silently different model. */
@@ -10,8 +11,10 @@
 #define MODEL_WEIGHTS_H
 
 #include "core/dev.h"
+#include "core/dtype.h"
 #include "model/config.h"
 #include "model/safetensors.h"
+#include "model/weights_fill.h"
 
 #include <stdint.h>
 
@@ -29,21 +32,22 @@ MUST_CHECK int llama_shard_make(struct llama_shard *s, const struct llama_config
 
 /* Biases are NULL where the model has none. Those of o and down are added after the all-reduce. */
 struct llama_layer {
-    const float *attn_norm;              /* [hidden] */
-    const float *qkv, *qkv_bias;         /* [(n_heads + 2 n_kv_heads) * head_dim, hidden] */
-    const float *o, *o_bias;             /* [hidden, n_heads * head_dim] */
-    const float *mlp_norm;               /* [hidden] */
-    const float *gate_up, *gate_up_bias; /* [2 n_inter, hidden]: gate, then up */
-    const float *down, *down_bias;       /* [hidden, n_inter] */
+    const void *attn_norm;              /* [hidden] */
+    const void *qkv, *qkv_bias;         /* [(n_heads + 2 n_kv_heads) * head_dim, hidden] */
+    const void *o, *o_bias;             /* [hidden, n_heads * head_dim] */
+    const void *mlp_norm;               /* [hidden] */
+    const void *gate_up, *gate_up_bias; /* [2 n_inter, hidden]: gate, then up */
+    const void *down, *down_bias;       /* [hidden, n_inter] */
 };
 
 struct llama_weights {
     struct llama_layer *layers;
-    const float *embed;   /* [vocab, hidden] */
-    const float *norm;    /* [hidden] */
-    const float *lm_head; /* [vocab, hidden]; embed where tied; NULL on followers */
+    const void *embed;   /* [vocab, hidden] */
+    const void *norm;    /* [hidden] */
+    const void *lm_head; /* [vocab, hidden]; embed where tied; NULL on followers */
+    enum dtype dtype;    /* of all of them */
     struct dev *dev;
-    float *memory; /* all of the above */
+    void *memory; /* all of the above */
     size_t bytes;
 };
 
@@ -52,9 +56,20 @@ struct weights_progress {
     void *arg;
 };
 
-MUST_CHECK int weights_load(struct llama_weights *out, struct dev *d, const struct safetensors *st,
-                            const struct llama_config *c, const struct llama_shard *shard,
-                            const struct weights_progress *progress, struct err_msg *why);
+struct weights_config {
+    struct dev *dev;
+    enum dtype dtype;
+    const struct weights_stage_ops *stage; /* of the device; NULL: the host writes its memory */
+    const struct safetensors *st; /* NULL: norms are 1, the rest is drawn from N(0, 0.02) */
+    const struct llama_config *config;
+    const struct llama_shard *shard;
+    struct weights_progress progress;
+};
+
+MUST_CHECK int weights_load(struct llama_weights *out, const struct weights_config *cfg,
+                            struct err_msg *why);
+/* The 16-bit dtype nearest to the files': f16 where the embedding is, else bf16. */
+enum dtype weights_dtype16(const struct safetensors *st);
 void weights_release(struct llama_weights *w); /* accepts a zeroed struct */
 
 #endif

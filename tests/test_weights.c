@@ -154,13 +154,16 @@ static int load(struct llama_weights *w, const struct built *b, const struct lla
 {
     struct llama_shard shard;
     assert_ok(llama_shard_make(&shard, c, rank, n_ranks, why));
-    return weights_load(w, d, b->st, c, &shard, NULL, why);
+    const struct weights_config cfg = {
+        .dev = d, .dtype = DTYPE_F32, .st = b->st, .config = c, .shard = &shard};
+    return weights_load(w, &cfg, why);
 }
 
 /* Matrix `got` [n_rows, n_cols] is the named tensor's part from (row, col). */
-static void check_part(const float *got, const struct built *b, const char *name, int64_t row,
+static void check_part(const void *memory, const struct built *b, const char *name, int64_t row,
                        int64_t n_rows, int64_t col, int64_t n_cols)
 {
+    const float *got = memory;
     const int t = find(b, name);
     const int64_t width = b->shape[t][1] ? b->shape[t][1] : 1;
     for (int64_t r = 0; r < n_rows; r++) {
@@ -175,6 +178,11 @@ static void check_part(const float *got, const struct built *b, const char *name
     }
 }
 
+static const void *after(const void *matrix, int64_t n)
+{
+    return (const float *)matrix + n;
+}
+
 /* Layer 1 of a rank, by hand from the rules of weights.h. */
 static void check_rank(const struct built *b, const struct llama_config *c,
                        const struct llama_weights *w, int rank, int n_ranks)
@@ -186,18 +194,20 @@ static void check_rank(const struct built *b, const struct llama_config *c,
     const int64_t kv0 = rank * c->n_kv_heads / n_ranks * d;
 
     check_part(l->qkv, b, "model.layers.1.self_attn.q_proj.weight", rank * nq, nq, 0, h);
-    check_part(l->qkv + nq * h, b, "model.layers.1.self_attn.k_proj.weight", kv0, nkv, 0, h);
-    check_part(l->qkv + (nq + nkv) * h, b, "model.layers.1.self_attn.v_proj.weight", kv0, nkv, 0,
-               h);
+    check_part(after(l->qkv, nq * h), b, "model.layers.1.self_attn.k_proj.weight", kv0, nkv, 0, h);
+    check_part(after(l->qkv, (nq + nkv) * h), b, "model.layers.1.self_attn.v_proj.weight", kv0, nkv,
+               0, h);
     check_part(l->o, b, "model.layers.1.self_attn.o_proj.weight", 0, h, rank * nq, nq);
     check_part(l->gate_up, b, "model.layers.1.mlp.gate_proj.weight", rank * ni, ni, 0, h);
-    check_part(l->gate_up + ni * h, b, "model.layers.1.mlp.up_proj.weight", rank * ni, ni, 0, h);
+    check_part(after(l->gate_up, ni * h), b, "model.layers.1.mlp.up_proj.weight", rank * ni, ni, 0,
+               h);
     check_part(l->down, b, "model.layers.1.mlp.down_proj.weight", 0, h, rank * ni, ni);
     check_part(l->attn_norm, b, "model.layers.1.input_layernorm.weight", 0, h, 0, 1);
     check_part(l->mlp_norm, b, "model.layers.1.post_attention_layernorm.weight", 0, h, 0, 1);
     if (c->attention_bias) {
         check_part(l->qkv_bias, b, "model.layers.1.self_attn.q_proj.bias", rank * nq, nq, 0, 1);
-        check_part(l->qkv_bias + nq, b, "model.layers.1.self_attn.k_proj.bias", kv0, nkv, 0, 1);
+        check_part(after(l->qkv_bias, nq), b, "model.layers.1.self_attn.k_proj.bias", kv0, nkv, 0,
+                   1);
         check_part(l->o_bias, b, "model.layers.1.self_attn.o_proj.bias", 0, h, 0, 1);
     }
     check_part(w->embed, b, "model.embed_tokens.weight", 0, c->vocab_size, 0, h);
@@ -324,7 +334,6 @@ static void test_progress(void **state)
     struct llama_weights w;
     struct llama_shard shard;
     uint64_t last[2] = {0};
-    const struct weights_progress progress = {note_progress, last};
     size_t bytes = 0;
     (void)state;
     describe(&b, &config);
@@ -333,11 +342,61 @@ static void test_progress(void **state)
         bytes += elements(&b, t) * 4;
     assert_ok(dev_open(&d, &dev_cpu, 0, 1, NULL));
     assert_ok(llama_shard_make(&shard, &config, 0, 1, NULL));
-    assert_ok(weights_load(&w, d, b.st, &config, &shard, &progress, NULL));
+    const struct weights_config cfg = {.dev = d,
+                                       .dtype = DTYPE_F32,
+                                       .st = b.st,
+                                       .config = &config,
+                                       .shard = &shard,
+                                       .progress = {note_progress, last}};
+    assert_ok(weights_load(&w, &cfg, NULL));
     assert_int_equal(last[0], bytes);
     assert_int_equal(last[1], bytes);
     weights_release(&w);
     drop(&b);
+    dev_close(d);
+}
+
+/* Norms of 1, the rest drawn: the same matrix however it is cut over ranks, in any dtype. */
+static void test_random(void **state)
+{
+    struct dev *d;
+    struct llama_weights whole, part, half;
+    struct llama_shard shard;
+    double sum = 0, squares = 0;
+    struct weights_config cfg = {.dtype = DTYPE_F32, .config = &config, .shard = &shard};
+    const int64_t h = config.hidden_size, ni = config.intermediate_size / 2;
+    (void)state;
+    assert_ok(dev_open(&d, &dev_cpu, 0, 2, NULL));
+    cfg.dev = d;
+    assert_ok(llama_shard_make(&shard, &config, 0, 1, NULL));
+    assert_ok(weights_load(&whole, &cfg, NULL));
+    cfg.dtype = DTYPE_BF16;
+    assert_ok(weights_load(&half, &cfg, NULL));
+    cfg.dtype = DTYPE_F32;
+    assert_ok(llama_shard_make(&shard, &config, 1, 2, NULL));
+    assert_ok(weights_load(&part, &cfg, NULL));
+
+    const float *down = whole.layers[1].down, *mine = part.layers[1].down;
+    const uint16_t *rounded = half.layers[1].down;
+    for (int64_t r = 0; r < h; r++) {
+        for (int64_t c = 0; c < 2 * ni; c++) {
+            float v = down[r * 2 * ni + c];
+            sum += (double)v;
+            squares += (double)v * (double)v;
+            assert_int_equal(rounded[r * 2 * ni + c], dtype_f32_bf16(v));
+            if (c >= ni)
+                assert_true(mine[r * ni + c - ni] == v);
+        }
+    }
+    const double n = (double)(h * 2 * ni), deviation = sqrt(squares / n);
+    assert_true(fabs(sum / n) < 0.02 * 5 / sqrt(n));
+    assert_true(fabs(deviation / 0.02 - 1) < 5 / sqrt(n));
+    for (int64_t i = 0; i < h; i++)
+        assert_true(((const float *)whole.norm)[i] == 1.0f);
+    assert_memory_not_equal(whole.layers[0].down, down, (size_t)(h * 2 * ni) * sizeof *down);
+    weights_release(&whole);
+    weights_release(&half);
+    weights_release(&part);
     dev_close(d);
 }
 
@@ -394,9 +453,13 @@ static void test_fingerprint_sample(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shares),      cmocka_unit_test(test_shard_refusals),
-        cmocka_unit_test(test_mismatches),  cmocka_unit_test(test_progress),
-        cmocka_unit_test(test_fingerprint), cmocka_unit_test(test_fingerprint_sample),
+        cmocka_unit_test(test_shares),
+        cmocka_unit_test(test_shard_refusals),
+        cmocka_unit_test(test_mismatches),
+        cmocka_unit_test(test_progress),
+        cmocka_unit_test(test_random),
+        cmocka_unit_test(test_fingerprint),
+        cmocka_unit_test(test_fingerprint_sample),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

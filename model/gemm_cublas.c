@@ -1,0 +1,313 @@
+#define LOG_MODULE "gemm"
+#include "model/gemm_cublas.h"
+
+#include "core/log.h"
+#include "core/mem.h"
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+
+enum {
+    WORKSPACE_BYTES = 32 << 20, /* what cuBLAS itself takes on Hopper */
+    N_CANDIDATES = 6,           /* algorithms looked at when tuning */
+    TUNE_RUNS = 12
+};
+
+/* What we call of the library, by name. */
+#define CUBLAS_FUNCTIONS(XX)                                                                       \
+    XX(cublasLtCreate)                                                                             \
+    XX(cublasLtDestroy)                                                                            \
+    XX(cublasLtGetVersion)                                                                         \
+    XX(cublasLtMatmul)                                                                             \
+    XX(cublasLtMatmulAlgoGetHeuristic)                                                             \
+    XX(cublasLtMatmulDescInit_internal)                                                            \
+    XX(cublasLtMatmulDescSetAttribute)                                                             \
+    XX(cublasLtMatmulPreferenceInit_internal)                                                      \
+    XX(cublasLtMatmulPreferenceSetAttribute)                                                       \
+    XX(cublasLtMatrixLayoutInit_internal)
+
+struct library {
+    void *handle;
+#define XX(name) __typeof__(&name) name;
+    CUBLAS_FUNCTIONS(XX)
+#undef XX
+};
+
+struct gemm_cublas {
+    struct dev *dev;
+    struct library lib;
+    cublasLtHandle_t lt;
+    cudaStream_t stream;
+    cudaDataType_t type;
+    void *workspace;
+};
+
+struct gemm_cublas_plan {
+    int32_t n, k, n_buckets;
+    cudaDataType_t y_type;
+    cublasLtMatmulDescOpaque_t op;
+    cublasLtMatmulAlgo_t *algos; /* [n_buckets] */
+};
+
+/* Few rows are decode batches, each bucket a graph; many rows are chunks of prompts, where the
+ * tiles of 128 rows matter, and then not even these. */
+static const int32_t small[] = {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256};
+enum { N_SMALL = sizeof small / sizeof *small, FINE_END = 2048, COARSE_END = 8192 };
+
+static int32_t bucket_index(int32_t rows)
+{
+    int32_t i = 0;
+    if (rows > COARSE_END) {
+        i = N_SMALL + (FINE_END - 256) / 128 + (COARSE_END - FINE_END) / 512;
+        return i + (rows - COARSE_END + 2047) / 2048 - 1;
+    }
+    if (rows > FINE_END)
+        return N_SMALL + (FINE_END - 256) / 128 + (rows - FINE_END + 511) / 512 - 1;
+    if (rows > 256)
+        return N_SMALL + (rows - 256 + 127) / 128 - 1;
+    while (small[i] < rows)
+        i++;
+    return i;
+}
+
+int32_t gemm_cublas_bucket(int32_t rows)
+{
+    if (rows > COARSE_END)
+        return (rows + 2047) / 2048 * 2048;
+    if (rows > FINE_END)
+        return (rows + 511) / 512 * 512;
+    if (rows > 256)
+        return (rows + 127) / 128 * 128;
+    return small[bucket_index(rows)];
+}
+
+static int failed(const char *what, cublasStatus_t s)
+{
+    log_error("%s failed: cuBLAS status %d", what, (int)s);
+    return ERR_CUBLAS;
+}
+
+static int load_library(struct library *lib, struct err_msg *why)
+{
+    static const char *const names[] = {"libcublasLt.so.13",
+                                        SLUICE_CUDA_LIBRARIES "/libcublasLt.so.13"};
+    for (size_t i = 0; !lib->handle && i < sizeof names / sizeof *names; i++)
+        lib->handle = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+    if (!lib->handle)
+        return err_set(why, ERR_CUBLAS, "%s: cuBLASLt of CUDA 13 is needed on a CUDA device",
+                       dlerror());
+#define XX(name)                                                                                   \
+    {                                                                                              \
+        void *symbol = dlsym(lib->handle, #name);                                                  \
+        if (!symbol)                                                                               \
+            return err_set(why, ERR_CUBLAS, "libcublasLt has no " #name);                          \
+        memcpy(&lib->name, &symbol, sizeof symbol);                                                \
+    }
+    CUBLAS_FUNCTIONS(XX)
+#undef XX
+    return 0;
+}
+
+int gemm_cublas_open(struct gemm_cublas **out, struct dev *d, enum dtype dtype, void *stream,
+                     struct err_msg *why)
+{
+    struct err_msg inner = {{0}};
+    struct gemm_cublas *g = mem_zalloc(1, sizeof *g);
+    g->dev = d;
+    g->stream = stream;
+    g->type = dtype == DTYPE_F16 ? CUDA_R_16F : CUDA_R_16BF;
+    int err = load_library(&g->lib, why);
+    if (err < 0)
+        goto fail;
+    cublasStatus_t s = g->lib.cublasLtCreate(&g->lt);
+    if (s != CUBLAS_STATUS_SUCCESS) {
+        g->lt = NULL;
+        err = err_set(why, ERR_CUBLAS, "cublasLtCreate: status %d", (int)s);
+        goto fail;
+    }
+    err = dev_alloc(d, &g->workspace, WORKSPACE_BYTES, &inner);
+    if (err < 0) {
+        (void)err_set(why, err, "workspace of cuBLAS: %.300s", err_why(&inner, err));
+        goto fail;
+    }
+    log_debug("cublasLt version=%zu", g->lib.cublasLtGetVersion());
+    *out = g;
+    return 0;
+fail:
+    gemm_cublas_close(g);
+    return err;
+}
+
+void gemm_cublas_close(struct gemm_cublas *g)
+{
+    if (!g)
+        return;
+    dev_release(g->dev, g->workspace, WORKSPACE_BYTES);
+    if (g->lt)
+        (void)g->lib.cublasLtDestroy(g->lt);
+    if (g->lib.handle)
+        (void)dlclose(g->lib.handle);
+    mem_free(g);
+}
+
+struct layouts {
+    cublasLtMatrixLayoutOpaque_t w, x, y;
+};
+
+/* cuBLAS is column-major: it computes y^T [n, rows] = w x^T, where w is stored as [k, n]. */
+static cublasStatus_t make_layouts(const struct gemm_cublas *g, const struct gemm_cublas_plan *p,
+                                   int32_t rows, struct layouts *l)
+{
+    const struct library *lib = &g->lib;
+    const uint64_t n = (uint64_t)p->n, k = (uint64_t)p->k, m = (uint64_t)rows;
+    cublasStatus_t s =
+        lib->cublasLtMatrixLayoutInit_internal(&l->w, sizeof l->w, g->type, k, n, p->k);
+    if (s == CUBLAS_STATUS_SUCCESS)
+        s = lib->cublasLtMatrixLayoutInit_internal(&l->x, sizeof l->x, g->type, k, m, p->k);
+    if (s == CUBLAS_STATUS_SUCCESS)
+        s = lib->cublasLtMatrixLayoutInit_internal(&l->y, sizeof l->y, p->y_type, n, m, p->n);
+    return s;
+}
+
+static int find_algos(const struct gemm_cublas *g, struct gemm_cublas_plan *p, int32_t rows,
+                      cublasLtMatmulHeuristicResult_t *found, int wanted, int *n)
+{
+    const size_t workspace = WORKSPACE_BYTES;
+    cublasLtMatmulPreferenceOpaque_t pref;
+    struct layouts l;
+    cublasStatus_t s = make_layouts(g, p, rows, &l);
+    if (s == CUBLAS_STATUS_SUCCESS)
+        s = g->lib.cublasLtMatmulPreferenceInit_internal(&pref, sizeof pref);
+    if (s == CUBLAS_STATUS_SUCCESS)
+        s = g->lib.cublasLtMatmulPreferenceSetAttribute(
+            &pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
+    if (s == CUBLAS_STATUS_SUCCESS)
+        s = g->lib.cublasLtMatmulAlgoGetHeuristic(g->lt, &p->op, &l.w, &l.x, &l.y, &l.y, &pref,
+                                                  wanted, found, n);
+    if (s != CUBLAS_STATUS_SUCCESS)
+        return failed("cublasLtMatmulAlgoGetHeuristic", s);
+    return *n > 0 ? 0 : ERR_CUBLAS;
+}
+
+int gemm_cublas_plan(struct gemm_cublas *g, struct gemm_cublas_plan **out, int32_t n, int32_t k,
+                     int32_t max_rows, enum dtype y_dtype, struct err_msg *why)
+{
+    const cublasOperation_t transpose = CUBLAS_OP_T;
+    if (n % 8 || k % 8)
+        return err_set(why, ERR_UNSUPPORTED,
+                       "a matrix of %d x %d: on a CUDA device both are multiples of 8", n, k);
+    struct gemm_cublas_plan *p = mem_zalloc(1, sizeof *p);
+    p->n = n;
+    p->k = k;
+    p->y_type = y_dtype == DTYPE_F32 ? CUDA_R_32F : g->type;
+    p->n_buckets = bucket_index(max_rows) + 1;
+    p->algos = mem_zalloc((size_t)p->n_buckets, sizeof *p->algos);
+    cublasStatus_t s = g->lib.cublasLtMatmulDescInit_internal(&p->op, sizeof p->op,
+                                                              CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    if (s == CUBLAS_STATUS_SUCCESS)
+        s = g->lib.cublasLtMatmulDescSetAttribute(&p->op, CUBLASLT_MATMUL_DESC_TRANSA, &transpose,
+                                                  sizeof transpose);
+    int err = s == CUBLAS_STATUS_SUCCESS ? 0 : failed("cublasLtMatmulDescInit", s);
+    for (int32_t rows = 1; err == 0 && rows <= gemm_cublas_bucket(max_rows);
+         rows = gemm_cublas_bucket(rows) + 1) {
+        const int32_t bucket = gemm_cublas_bucket(rows);
+        cublasLtMatmulHeuristicResult_t best;
+        int found = 0;
+        err = find_algos(g, p, bucket, &best, 1, &found);
+        p->algos[bucket_index(bucket)] = best.algo;
+    }
+    if (err < 0) {
+        gemm_cublas_plan_free(p);
+        return err_set(why, err, "cuBLAS has no algorithm for a matrix of %d x %d", n, k);
+    }
+    *out = p;
+    return 0;
+}
+
+void gemm_cublas_plan_free(struct gemm_cublas_plan *p)
+{
+    if (!p)
+        return;
+    mem_free(p->algos);
+    mem_free(p);
+}
+
+static cublasStatus_t multiply(const struct gemm_cublas *g, const struct gemm_cublas_plan *p,
+                               const cublasLtMatmulAlgo_t *algo, void *y, const void *x,
+                               const void *w, int32_t rows)
+{
+    const float one = 1.0f, zero = 0.0f;
+    struct layouts l;
+    cublasStatus_t s = make_layouts(g, p, rows, &l);
+    if (s != CUBLAS_STATUS_SUCCESS)
+        return s;
+    cublasLtMatmulDescOpaque_t op = p->op;
+    return g->lib.cublasLtMatmul(g->lt, &op, &one, w, &l.w, x, &l.x, &zero, y, &l.y, y, &l.y, algo,
+                                 g->workspace, WORKSPACE_BYTES, g->stream);
+}
+
+int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y, const void *x,
+                    const void *w, int32_t rows)
+{
+    const int32_t bucket = bucket_index(rows);
+    ASSERT(rows > 0 && bucket < p->n_buckets);
+    cublasStatus_t s = multiply(g, p, &p->algos[bucket], y, x, w, rows);
+    return s == CUBLAS_STATUS_SUCCESS ? 0 : failed("cublasLtMatmul", s);
+}
+
+/* Microseconds of one product, the least of a few; negative: the algorithm does not run. */
+static float time_algo(const struct gemm_cublas *g, const struct gemm_cublas_plan *p,
+                       const cublasLtMatmulAlgo_t *algo, void *y, const void *x, const void *w,
+                       int32_t rows, cudaEvent_t *events)
+{
+    float best = -1.0f;
+    for (int i = 0; i < TUNE_RUNS; i++) {
+        float ms = 0.0f;
+        (void)cudaEventRecord(events[0], g->stream);
+        if (multiply(g, p, algo, y, x, w, rows) != CUBLAS_STATUS_SUCCESS)
+            return -1.0f;
+        (void)cudaEventRecord(events[1], g->stream);
+        if (cudaEventSynchronize(events[1]) != cudaSuccess ||
+            cudaEventElapsedTime(&ms, events[0], events[1]) != cudaSuccess)
+            return -1.0f;
+        if (i > 0 && (best < 0.0f || ms < best))
+            best = ms;
+    }
+    return best;
+}
+
+static int tune_bucket(const struct gemm_cublas *g, struct gemm_cublas_plan *p, void *y,
+                       const void *x, const void *w, int32_t rows, cudaEvent_t *events)
+{
+    cublasLtMatmulHeuristicResult_t found[N_CANDIDATES];
+    float best = -1.0f;
+    int n = 0;
+    TRY(find_algos(g, p, rows, found, N_CANDIDATES, &n));
+    for (int i = 0; i < n; i++) {
+        float ms = time_algo(g, p, &found[i].algo, y, x, w, rows, events);
+        if (ms >= 0.0f && (best < 0.0f || ms < best)) {
+            best = ms;
+            p->algos[bucket_index(rows)] = found[i].algo;
+        }
+    }
+    return best < 0.0f ? ERR_CUBLAS : 0;
+}
+
+int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *y, const void *x,
+                     const void *w, int32_t max_rows)
+{
+    cudaEvent_t events[2] = {NULL, NULL};
+    int err = 0;
+    if (cudaEventCreate(&events[0]) != cudaSuccess || cudaEventCreate(&events[1]) != cudaSuccess)
+        err = ERR_CUDA;
+    for (int32_t rows = 1; err == 0 && rows <= max_rows; rows = gemm_cublas_bucket(rows) + 1)
+        err = tune_bucket(g, p, y, x, w, gemm_cublas_bucket(rows), events);
+    for (int i = 0; i < 2; i++) {
+        if (events[i])
+            (void)cudaEventDestroy(events[i]);
+    }
+    return err;
+}

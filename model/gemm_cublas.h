@@ -1,0 +1,42 @@
+/* y = x w^T on tensor cores through cuBLASLt: 16-bit x and w, f32 accumulation, y in 16 bits or
+ * f32. The library is loaded when a CUDA device is opened, not when the program starts: a machine
+ * without it still runs on the CPU.
+ *
+ * The algorithm is chosen once, at start, for every shape of w and every bucket of row counts; a
+ * step only looks it up. A row's last bits may therefore depend on the bucket that the step fell
+ * in, unlike gemm.h's. The workspace is taken at start; nothing allocates in a step, and a product
+ * may be captured in a graph. */
+#ifndef MODEL_GEMM_CUBLAS_H
+#define MODEL_GEMM_CUBLAS_H
+
+#include "core/dev.h"
+#include "core/dtype.h"
+#include "core/err.h"
+
+#include <stdint.h>
+
+struct gemm_cublas;
+struct gemm_cublas_plan;
+
+/* dtype of x and w: DTYPE_BF16 or DTYPE_F16. stream is a cudaStream_t. */
+MUST_CHECK int gemm_cublas_open(struct gemm_cublas **out, struct dev *d, enum dtype dtype,
+                                void *stream, struct err_msg *why);
+void gemm_cublas_close(struct gemm_cublas *g); /* accepts NULL */
+
+/* For w [n, k] and up to max_rows rows. k and n are multiples of 8; x, w and y are aligned to 256
+ * bytes. y_dtype: DTYPE_F32 or the dtype of x. */
+MUST_CHECK int gemm_cublas_plan(struct gemm_cublas *g, struct gemm_cublas_plan **out, int32_t n,
+                                int32_t k, int32_t max_rows, enum dtype y_dtype,
+                                struct err_msg *why);
+void gemm_cublas_plan_free(struct gemm_cublas_plan *p); /* accepts NULL */
+/* Times the best few algorithms of the buckets up to max_rows on real memory and keeps the fastest.
+ * y is overwritten. */
+MUST_CHECK int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *y,
+                                const void *x, const void *w, int32_t max_rows);
+/* y [rows, n] = x [rows, k] w [n, k]^T, dense row-major. Enqueued on the stream. */
+MUST_CHECK int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
+                               const void *x, const void *w, int32_t rows);
+/* The row count that stands for `rows`: the smallest bucket that holds it. */
+int32_t gemm_cublas_bucket(int32_t rows);
+
+#endif
