@@ -1,0 +1,82 @@
+/* The work plan of a decode step: plain C on plain data, shared by the host and the Hopper kernel.
+ *
+ * A task is 16 packed rows (query heads of one KV head times query tokens) of one sequence and the
+ * pages they visit, newest first. The planner lays all tasks end to end and cuts them into n_shares
+ * contiguous shares of equal cost (stream-K): one thread block of a grid of fixed size takes one
+ * share. A share is a list of pieces; a piece is a task or a part of one. A task that is cut is
+ * merged by the thread block that finishes last, in the order of its parts.
+ *
+ * Everything lives in buffers of fixed capacity, so that a captured graph replays with new plans.
+ */
+#ifndef ATTENTION_ATTN_DECODE_PLAN_H
+#define ATTENTION_ATTN_DECODE_PLAN_H
+
+#include "attention/policy.h"
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    DEC_ROWS = 16,      /* packed rows of a task */
+    DEC_MAX_TOKENS = 8, /* query tokens of a sequence */
+    DEC_PIECE_COST = 2, /* what a piece costs beside its pages, in pages */
+    DEC_MIN_PAGES = 4   /* smallest part of a task that is cut */
+};
+
+/* One sequence: rows [row, row + n_rows) of q are its tokens at positions pos.. */
+struct dec_seq {
+    int32_t row;
+    int32_t n_rows; /* 1 to DEC_MAX_TOKENS */
+    int32_t pos;
+    float ln_lambda;      /* REL: <= 0, -inf is dense */
+    const int32_t *pages; /* device, covering pos + n_rows tokens */
+    const float *t;       /* ABS: device [n_heads], natural scaled-logit units; NULL: dense */
+};
+
+/* Walk position i of a task is page last - i for i < n_run, then sink - 1 - (i - n_run). */
+struct dec_piece {
+    const int32_t *pages;
+    int32_t seq;
+    uint16_t kv_head, tile; /* packed rows [16 tile, 16 tile + 16) */
+    int32_t begin, end;     /* walk positions */
+    int32_t last, n_run, sink;
+    int32_t slot;       /* in the workspace: 2 share, + 1 if not the share's first piece */
+    int32_t first_slot; /* of the task's first part; its part p > 0 is in 2 (first_slot / 2 + p) */
+    int32_t n_parts;    /* 1: the piece is a whole task and no slot is used */
+};
+
+struct dec_shape {
+    int32_t n_heads, n_kv_heads, head_dim;
+    int dtype;        /* 0 bf16, 1 f16 */
+    int32_t n_shares; /* thread blocks of the grid */
+};
+
+struct dec_plan {
+    struct dec_piece *pieces; /* [dec_plan_max_pieces] */
+    int32_t *first;           /* [n_shares + 1]: share s is pieces [first[s], first[s + 1]) */
+};
+
+/* Packed row r of a sequence is query token r / group of query head kv_head * group + r % group. */
+static inline int32_t dec_group(const struct dec_shape *s)
+{
+    return s->n_heads / s->n_kv_heads;
+}
+
+/* Pieces a plan can need for n_seqs sequences of at most n_rows query tokens. */
+size_t dec_plan_max_pieces(const struct dec_shape *shape, int32_t n_seqs, int32_t n_rows);
+/* Bytes of device memory for the parts of cut tasks; its contents do not matter. */
+size_t dec_workspace_bytes(const struct dec_shape *shape);
+/* Fills the plan and returns the number of pieces. heads: [n_heads] of the layers planned for, or
+ * NULL: all pages. A generated row at position t sees the pages of block t / 128 as its diagonal.
+ * Allocates nothing. */
+int32_t dec_plan_make(struct dec_plan *plan, const struct dec_shape *shape,
+                      const struct dec_seq *seqs, int32_t n_seqs,
+                      const struct attn_head_policy *heads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

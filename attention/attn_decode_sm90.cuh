@@ -1,0 +1,178 @@
+/* What the steps of the Hopper decode kernel share: the three PTX instructions it alone uses, the
+ * shared-memory layout, the rows of a piece, and the feed of pages. See attn_decode_sm90.cu. */
+#ifndef ATTENTION_ATTN_DECODE_SM90_CUH
+#define ATTENTION_ATTN_DECODE_SM90_CUH
+
+#include "attention/attn_decode_sm90.h"
+#include "attention/ptx.cuh"
+
+#define DEC_LOG2E 1.4426950408889634f
+#define DEC_LN2   0.6931471805599453f
+#define DEC_ALL   0xffffffffu
+
+enum { DEC_PAGE = 64, DEC_THREADS = 32 * DEC_WARPS };
+
+/* ---- instructions ---- */
+
+/* Four 8x8 matrices of 16-bit elements, one row address a lane. */
+__device__ __forceinline__ void ldsm_x4(uint32_t (&r)[4], uint32_t from)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from));
+}
+
+__device__ __forceinline__ void ldsm_trans_x4(uint32_t (&r)[4], uint32_t from)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from));
+}
+
+/* D[16, 8] += A[16, 16] B[16, 8]. Lane 4 g + t holds rows g and g + 8, columns 2 t and 2 t + 1 of
+ * D; of A and B the same pairs along the inner dimension, and those 8 further. */
+template <int DT>
+__device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t *a, uint32_t b0,
+                                          uint32_t b1)
+{
+    if (DT == DT_BF16) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
+/* ---- shared memory ---- */
+
+/* Every warp has rings of its own; the accumulators of a piece are merged through the V rings. */
+template <int D>
+struct dec_layout {
+    static constexpr int slots = D == 128 ? 1 : 2; /* of K and of V, a warp */
+    static constexpr int tile_bytes = DEC_PAGE * D * 2;
+    static constexpr int half_bytes = DEC_PAGE * 128;
+    static constexpr int o_stride = D + 8; /* floats; the 8 keep rows off each other's banks */
+    static constexpr int k = 0;
+    static constexpr int v = k + DEC_WARPS * slots * tile_bytes;
+    static constexpr int state = v + DEC_WARPS * slots * tile_bytes; /* float2 [warp][row] */
+    static constexpr int k_full = state + DEC_WARPS * DEC_ROWS * 8;
+    static constexpr int v_full = k_full + 8 * DEC_WARPS * slots;
+    static constexpr int last = v_full + 8 * DEC_WARPS * slots;
+    static constexpr int bytes = last + 8;
+};
+static_assert(dec_layout<128>::o_stride * 4 * DEC_ROWS <= dec_layout<128>::tile_bytes, "");
+static_assert(dec_layout<64>::o_stride * 4 * DEC_ROWS <= dec_layout<64>::tile_bytes, "");
+static_assert(DEC_BLOCKS * (dec_layout<128>::bytes + 1024) <= 228 * 1024, "");
+
+/* Position in a ring of N slots and the parity of its present round. */
+template <int N>
+struct dec_ring {
+    uint32_t slot, parity;
+    __device__ __forceinline__ void next(void)
+    {
+        slot = slot + 1 == N ? 0 : slot + 1;
+        parity ^= slot == 0;
+    }
+};
+
+/* ---- pages ---- */
+
+__device__ __forceinline__ int dec_page(int i, int last, int n_run, int sink)
+{
+    return i < n_run ? last - i : sink - 1 - (i - n_run);
+}
+
+/* The pages of a warp over all pieces of the share, in order: runs ahead of the computation.
+ * Each lane holds one of the next 32 page ids. */
+struct dec_feed {
+    const struct dec_piece *next, *end;
+    const int32_t *pages;
+    int kv_head, last, n_run, sink;
+    int at, stop; /* walk positions */
+    int ids, used;
+};
+
+__device__ __forceinline__ void feed_refill(struct dec_feed &f, int lane)
+{
+    int i = f.at + lane * DEC_WARPS;
+    f.ids = i < f.stop ? f.pages[dec_page(i, f.last, f.n_run, f.sink)] : 0;
+    f.used = 0;
+}
+
+/* The next (page, head) tile of the pool, or -1 after the last. */
+__device__ __forceinline__ int feed_tile(struct dec_feed &f, int n_kv_heads, int warp, int lane)
+{
+    while (f.at >= f.stop) {
+        if (f.next == f.end)
+            return -1;
+        const struct dec_piece p = *f.next++;
+        f.pages = p.pages;
+        f.kv_head = p.kv_head;
+        f.last = p.last, f.n_run = p.n_run, f.sink = p.sink;
+        f.at = p.begin + warp, f.stop = p.end;
+        f.used = 32;
+    }
+    if (f.used == 32)
+        feed_refill(f, lane);
+    int id = __shfl_sync(DEC_ALL, f.ids, f.used++);
+    f.at += DEC_WARPS;
+    return id * n_kv_heads + f.kv_head;
+}
+
+/* ---- rows ---- */
+
+/* What a lane knows about its rows g and g + 8 of a piece. */
+struct dec_rows {
+    int n;         /* rows of the piece */
+    int first_pos; /* of the oldest and newest token */
+    int last_pos;
+    int q_row[2], head[2];
+    int limit[2];     /* absolute position of the row's token; -1: no such row */
+    int sink[2];      /* visits pages [0, sink) */
+    int near[2];      /* and [near, ...) */
+    float gate[2];    /* ABS: T; REL: ln(lambda) */
+    unsigned seen[2]; /* pages visited and kept, for the counters */
+    unsigned kept[2];
+};
+
+__device__ __forceinline__ bool row_visits(const struct dec_rows &r, int i, int page)
+{
+    return page * DEC_PAGE <= r.limit[i] && (page < r.sink[i] || page >= r.near[i]);
+}
+
+template <int GATE>
+__device__ __forceinline__ struct dec_rows rows_make(const struct dec_args &a,
+                                                     const struct dec_piece &p, int lane)
+{
+    struct dec_rows r;
+    const struct dec_seq s = a.seqs[p.seq];
+    const int group = a.n_heads / a.n_kv_heads, first = p.tile * DEC_ROWS;
+    r.n = min((int)DEC_ROWS, s.n_rows * group - first);
+    r.first_pos = s.pos + first / group;
+    r.last_pos = s.pos + (first + r.n - 1) / group;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int row = lane / 4 + 8 * i, token = (first + row) / group;
+        const bool valid = row < r.n;
+        r.head[i] = p.kv_head * group + (first + row) % group;
+        r.q_row[i] = s.row + token;
+        r.limit[i] = valid ? s.pos + token : -1;
+        r.sink[i] = r.near[i] = 0;
+        if (a.visit && valid && a.visit[r.head[i]].local >= 0) {
+            r.sink[i] = a.visit[r.head[i]].sink;
+            r.near[i] = max(0, (s.pos + token) / 128 * 2 - a.visit[r.head[i]].local);
+        }
+        r.gate[i] = GATE == SM90_GATE_REL                   ? s.ln_lambda
+                    : GATE == SM90_GATE_ABS && s.t && valid ? s.t[r.head[i]]
+                                                            : -INFINITY;
+        r.seen[i] = r.kept[i] = 0;
+    }
+    return r;
+}
+
+#endif

@@ -1,0 +1,74 @@
+/* The Hopper decode kernel: 1 to 8 query tokens a sequence over the paged cache, split-KV after a
+ * plan (attn_decode_plan.h), gated or not.
+ *
+ *   q, out  [rows, n_heads, head_dim] in the model dtype, row strides q_stride and out_stride
+ *   lse     f32 [rows, n_heads], natural log over the kept keys, or NULL
+ *   pools   [n_pages, n_kv_heads, 64, head_dim] behind maps->k and maps->v (sm90_maps_make);
+ *           maps->q is not used
+ *
+ * The row of a token at position t sees keys 0..t. Visit is that of attention.h with block t / 128.
+ * Gates decide for the rows of a piece together (16 packed rows at most):
+ *   ABS  a page is kept iff in a row that visits it the largest scaled score is >= T[head]
+ *   REL  a page is kept iff in a row that visits it the largest scaled score is >= the row's
+ * running maximum + ln_lambda. Each of the DEC_WARPS warps of a piece walks every DEC_WARPS-th of
+ * its pages, newest first, with a running maximum of its own: its first page is always kept. NaN
+ * keeps; pages from the one that holds the piece's oldest token on are always kept; V of a skipped
+ * page is not read. T = -inf and lambda = 0 are the dense kernel bit for bit.
+ *
+ * Counters are added to, in (page, row) units, a row being one query head of one token: reachable,
+ * all pages of positions 0..t; visited, those its head visits; kept, visited ones whose piece kept
+ * them.
+ *
+ * A NaN stays in its sequence. Inside it, a NaN in V of a page reaches every row of a piece that
+ * keeps the page and whose own keys include it or precede it in that page; K only rows that see it.
+ * Equal inputs and plan give equal bits. No host synchronisation, no allocation: fit for capture.
+ */
+#ifndef ATTENTION_ATTN_DECODE_SM90_H
+#define ATTENTION_ATTN_DECODE_SM90_H
+
+#include "attention/attn_decode_plan.h"
+#include "attention/attn_sm90.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Thread blocks a multiprocessor, and warps a thread block. */
+#ifndef DEC_BLOCKS
+#    define DEC_BLOCKS 2
+#endif
+#ifndef DEC_WARPS
+#    define DEC_WARPS 3
+#endif
+
+struct dec_args {
+    const struct dec_piece *pieces; /* device copy of the plan */
+    const int32_t *first;
+    const struct dec_seq *seqs;
+    const struct sm90_visit *visit; /* [n_heads], what the plan was made for, or NULL */
+    const void *q;
+    void *out;
+    float *lse;
+    int64_t q_stride, out_stride; /* elements between rows */
+    int32_t n_heads, n_kv_heads;
+    int32_t n_shares;                             /* of the plan: the grid */
+    float scale;                                  /* > 0 */
+    float *workspace;                             /* dec_workspace_bytes */
+    uint32_t *arrived;                            /* [n_shares]: zero before, zero after */
+    struct sm90_counts *seq_counts, *head_counts; /* or NULL */
+};
+
+/* Shares that fill the device. */
+static inline int32_t dec_shares(int32_t n_sms)
+{
+    return n_sms * DEC_BLOCKS;
+}
+
+/* dtype: 0 bf16, 1 f16; gate: SM90_GATE_*. Returns a cudaError_t as int. */
+int decode_sm90_launch(const struct sm90_maps *maps, const struct dec_args *args, int head_dim,
+                       int dtype, int gate, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,31 @@
+/* Slow and simple decode attention that the tests and the bench compare with, a read of memory that
+ * does nothing else, and their launchers. */
+#ifndef TESTS_ATTN_DECODE_REF_H
+#define TESTS_ATTN_DECODE_REF_H
+#include <stddef.h>
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+struct dec_ref {
+    const void *q, *k, *v; /* q [rows, heads, d]; pools of pages */
+    int dtype, head_dim, n_heads, n_kv_heads;
+    int row, n_rows, pos; /* one sequence */
+    int n_pages;          /* of `pages` */
+    const int32_t *pages; /* device */
+    const uint8_t *keep;  /* device [n_rows, n_heads, n_pages] or NULL */
+    float scale;
+    double *scratch; /* device [n_rows, n_heads, n_pages * 64] */
+};
+/* out [rows, heads, d], lse [rows, heads] in double */
+void dec_ref_f64(const struct dec_ref *p, double *out, double *lse);
+/* the same in single precision with rounded probabilities and output */
+void dec_ref_naive(const struct dec_ref *p, double *out, double *lse);
+/* largest scaled score a row sees in a page, -inf if none: max [n_rows, n_heads, n_pages] */
+void dec_ref_page_max(const struct dec_ref *p, float *max);
+/* Reads n bytes (a multiple of 16) and does nothing but add them up; sum [1]. */
+void dec_read(const void *p, size_t n, int n_sms, unsigned *sum);
+#ifdef __cplusplus
+}
+#endif
+#endif
