@@ -258,56 +258,65 @@ int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, voi
     return s == CUBLAS_STATUS_SUCCESS ? 0 : failed("cublasLtMatmul", s);
 }
 
-/* Microseconds of one product, the least of a few; negative: the algorithm does not run. */
-static float time_algo(const struct gemm_cublas *g, const struct gemm_cublas_plan *p,
-                       const cublasLtMatmulAlgo_t *algo, void *y, const void *x, const void *w,
-                       int32_t rows, cudaEvent_t *events)
+struct tuner {
+    const struct gemm_cublas *g;
+    const struct gemm_cublas_plan *p;
+    void *y;
+    const void *x;
+    const void *const *w;
+    int n_w, next;
+    int32_t rows;
+    cudaEvent_t events[2];
+};
+
+/* Milliseconds of one product, the least of a few; negative: the algorithm does not run. */
+static float time_algo(struct tuner *t, const cublasLtMatmulAlgo_t *algo)
 {
     float best = -1.0f;
     for (int i = 0; i < TUNE_RUNS; i++) {
+        const void *w = t->w[t->next++ % t->n_w];
         float ms = 0.0f;
-        (void)cudaEventRecord(events[0], g->stream);
-        if (multiply(g, p, algo, y, x, w, rows) != CUBLAS_STATUS_SUCCESS)
+        (void)cudaEventRecord(t->events[0], t->g->stream);
+        if (multiply(t->g, t->p, algo, t->y, t->x, w, t->rows) != CUBLAS_STATUS_SUCCESS)
             return -1.0f;
-        (void)cudaEventRecord(events[1], g->stream);
-        if (cudaEventSynchronize(events[1]) != cudaSuccess ||
-            cudaEventElapsedTime(&ms, events[0], events[1]) != cudaSuccess)
+        (void)cudaEventRecord(t->events[1], t->g->stream);
+        if (cudaEventSynchronize(t->events[1]) != cudaSuccess ||
+            cudaEventElapsedTime(&ms, t->events[0], t->events[1]) != cudaSuccess)
             return -1.0f;
-        if (i > 0 && (best < 0.0f || ms < best))
+        if (i > 0 && (best < 0.0f || ms < best)) /* the first loads the kernel */
             best = ms;
     }
     return best;
 }
 
-static int tune_bucket(const struct gemm_cublas *g, struct gemm_cublas_plan *p, void *y,
-                       const void *x, const void *w, int32_t rows, cudaEvent_t *events)
+static int tune(struct tuner *t, struct gemm_cublas_plan *p)
 {
     cublasLtMatmulHeuristicResult_t found[N_CANDIDATES];
     float best = -1.0f;
     int n = 0;
-    TRY(find_algos(g, p, rows, found, N_CANDIDATES, &n));
+    TRY(find_algos(t->g, p, t->rows, found, N_CANDIDATES, &n));
     for (int i = 0; i < n; i++) {
-        float ms = time_algo(g, p, &found[i].algo, y, x, w, rows, events);
+        float ms = time_algo(t, &found[i].algo);
         if (ms >= 0.0f && (best < 0.0f || ms < best)) {
             best = ms;
-            p->algos[bucket_index(rows)] = found[i].algo;
+            p->algos[bucket_index(t->rows)] = found[i].algo;
         }
     }
     return best < 0.0f ? ERR_CUBLAS : 0;
 }
 
 int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *y, const void *x,
-                     const void *w, int32_t max_rows)
+                     const void *const *w, int n_w, int32_t rows)
 {
-    cudaEvent_t events[2] = {NULL, NULL};
-    int err = 0;
-    if (cudaEventCreate(&events[0]) != cudaSuccess || cudaEventCreate(&events[1]) != cudaSuccess)
-        err = ERR_CUDA;
-    for (int32_t rows = 1; err == 0 && rows <= max_rows; rows = gemm_cublas_bucket(rows) + 1)
-        err = tune_bucket(g, p, y, x, w, gemm_cublas_bucket(rows), events);
+    struct tuner t = {
+        .g = g, .p = p, .y = y, .x = x, .w = w, .n_w = n_w, .rows = gemm_cublas_bucket(rows)};
+    int err = ERR_CUDA;
+    if (cudaEventCreate(&t.events[0]) == cudaSuccess &&
+        cudaEventCreate(&t.events[1]) == cudaSuccess)
+        err = tune(&t, p);
     for (int i = 0; i < 2; i++) {
-        if (events[i])
-            (void)cudaEventDestroy(events[i]);
+        if (t.events[i])
+            (void)cudaEventDestroy(t.events[i]);
     }
     return err;
 }

@@ -29,10 +29,11 @@ MUST_CHECK int gemm_cublas_plan(struct gemm_cublas *g, struct gemm_cublas_plan *
                                 int32_t k, int32_t max_rows, enum dtype y_dtype,
                                 struct err_msg *why);
 void gemm_cublas_plan_free(struct gemm_cublas_plan *p); /* accepts NULL */
-/* Times the best few algorithms of the buckets up to max_rows on real memory and keeps the fastest.
- * y is overwritten. */
+/* Times the best few algorithms for the bucket of `rows` on real memory and keeps the fastest. x
+ * and y hold that many rows; y is overwritten. w: n_w matrices used in turn, so that no cache holds
+ * them. */
 MUST_CHECK int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *y,
-                                const void *x, const void *w, int32_t max_rows);
+                                const void *x, const void *const *w, int n_w, int32_t rows);
 /* y [rows, n] = x [rows, k] w [n, k]^T, dense row-major. Enqueued on the stream. */
 MUST_CHECK int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
                                const void *x, const void *w, int32_t rows);

@@ -1,0 +1,292 @@
+#include "attention/attn_cuda.h"
+
+#include "attention/attn_cuda_internal.h"
+#include "core/dev_cuda.h"
+#include "core/mem.h"
+
+#include <cuda_runtime_api.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+/* Bytes of the second-level cache that a section of the prefill kernel's tiles may fill with K and
+ * V: it also holds q, out and what other sections leave. */
+enum { L2_SECTION_BYTES = 32 << 20 };
+
+_Static_assert(sizeof(struct sm90_counts) == sizeof(struct attn_counts), "the same counters");
+_Static_assert((int)SM90_GATE_NONE == (int)ATTN_GATE_NONE &&
+                   (int)SM90_GATE_ABS == (int)ATTN_GATE_ABS &&
+                   (int)SM90_GATE_REL == (int)ATTN_GATE_REL,
+               "gates of the policy and of the kernel");
+_Static_assert((int)SM90_ORDER_DIAG_SINK_R2L == (int)ATTN_ORDER_DIAG_SINK_R2L &&
+                   (int)SM90_ORDER_L2R == (int)ATTN_ORDER_L2R,
+               "orders of the policy and of the kernel");
+
+static int check_shape(const struct attn_cuda_config *c, struct err_msg *why)
+{
+    const struct kv_view *kv = c->kv;
+    if (kv->dtype == DTYPE_F32)
+        return err_set(why, ERR_UNSUPPORTED, "attention on a GPU: the cache is bf16 or f16");
+    if (kv->head_dim != 64 && kv->head_dim != 128)
+        return err_set(why, ERR_UNSUPPORTED, "attention on a GPU: head_dim %d is not 64 or 128",
+                       kv->head_dim);
+    if (c->n_heads % kv->n_kv_heads)
+        return err_set(why, ERR_UNSUPPORTED, "attention: %d heads over %d KV heads", c->n_heads,
+                       kv->n_kv_heads);
+    return 0;
+}
+
+static int take(struct attn_cuda *a, void **out, size_t bytes, const char *what,
+                struct err_msg *why)
+{
+    struct err_msg inner = {{0}};
+    int err = dev_alloc(a->cfg.dev, out, bytes, &inner);
+    return err < 0 ? err_set(why, err, "%s: %.300s", what, err_why(&inner, err)) : 0;
+}
+
+/* One piece of zeroed memory: work queue, arrivals, parts of cut tasks, counters. */
+static int take_scratch(struct attn_cuda *a, struct err_msg *why)
+{
+    const size_t queue = upload_round(2 * sizeof *a->queue);
+    const size_t arrived = upload_round((size_t)a->dec_shape.n_shares * sizeof *a->arrived);
+    const size_t parts = upload_round(dec_workspace_bytes(&a->dec_shape));
+    const size_t counts =
+        (size_t)a->cfg.kv->n_layers * (size_t)a->cfg.n_heads * sizeof *a->head_counts;
+    a->scratch_bytes = queue + arrived + parts + counts;
+    TRY(take(a, &a->scratch, a->scratch_bytes, "attention workspace", why));
+    char *p = a->scratch;
+    a->queue = (void *)p;
+    a->arrived = (void *)(p + queue);
+    a->workspace = (void *)(p + queue + arrived);
+    a->head_counts = (void *)(p + queue + arrived + parts);
+    return 0;
+}
+
+static int make_maps(struct attn_cuda *a, struct err_msg *why)
+{
+    const struct attn_cuda_config *c = &a->cfg;
+    a->maps = mem_try_aligned((size_t)c->kv->n_layers, sizeof *a->maps);
+    if (!a->maps)
+        return err_set(why, -ENOMEM, "no memory for tensor maps");
+    for (int32_t l = 0; l < c->kv->n_layers; l++) {
+        if (sm90_maps_make(&a->maps[l], &a->shape, c->q, c->q_rows, c->q_stride, c->kv->k[l],
+                           c->kv->v[l], c->kv->n_pages) < 0)
+            return err_set(why, ERR_CUDA, "the driver refused a tensor map (layer %d)", l);
+    }
+    return 0;
+}
+
+static void init(struct attn_cuda *a, const struct attn_cuda_config *cfg)
+{
+    const struct kv_view *kv = cfg->kv;
+    a->cfg = *cfg;
+    a->n_sms = dev_cuda_sms(cfg->dev);
+    a->l2_bytes = L2_SECTION_BYTES;
+    a->shape =
+        (struct sm90_shape){cfg->n_heads, kv->n_kv_heads, kv->head_dim, dev_cuda_dtype(kv->dtype)};
+    a->dec_shape = (struct dec_shape){cfg->n_heads, kv->n_kv_heads, kv->head_dim,
+                                      dev_cuda_dtype(kv->dtype), dec_shares(a->n_sms)};
+    a->plan_of = mem_zalloc((size_t)kv->n_layers, sizeof *a->plan_of);
+    a->plans = mem_zalloc((size_t)kv->n_layers, sizeof *a->plans);
+    a->n_plans = 1;
+    for (int i = 0; i < N_LAUNCHES; i++)
+        a->groups[i].parts = mem_zalloc(2 * (size_t)cfg->max_seqs, sizeof *a->groups[i].parts);
+}
+
+int attn_cuda_create(struct attn_cuda **out, const struct attn_cuda_config *cfg,
+                     struct err_msg *why)
+{
+    TRY(check_shape(cfg, why));
+    struct attn_cuda *a = mem_zalloc(1, sizeof *a);
+    init(a, cfg);
+    int err = take_scratch(a, why);
+    if (err == 0)
+        err = make_maps(a, why);
+    if (err < 0) {
+        attn_cuda_destroy(a);
+        return err;
+    }
+    *out = a;
+    return 0;
+}
+
+static void drop_policy(struct attn_cuda *a)
+{
+    dev_release(a->cfg.dev, a->t, a->t_bytes);
+    dev_release(a->cfg.dev, a->visit, a->visit_bytes);
+    a->t = NULL;
+    a->visit = NULL;
+}
+
+void attn_cuda_destroy(struct attn_cuda *a)
+{
+    if (!a)
+        return;
+    drop_policy(a);
+    dev_release(a->cfg.dev, a->scratch, a->scratch_bytes);
+    for (int i = 0; i < N_LAUNCHES; i++)
+        mem_free(a->groups[i].parts);
+    mem_free(a->maps);
+    mem_free(a->plans);
+    mem_free(a->plan_of);
+    mem_free(a);
+}
+
+/* The rank's thresholds, densely. */
+static int upload_thresholds(struct attn_cuda *a, struct err_msg *why)
+{
+    const struct attn_thresholds *t = &a->policy.abs;
+    const size_t row = (size_t)t->n_blocks * sizeof *a->t;
+    void *memory = NULL;
+    char what[96];
+    size_t at = 0;
+    if (!t->t)
+        return 0;
+    a->t_bytes = (size_t)t->n_levels * (size_t)t->n_layers * (size_t)t->n_heads * row;
+    (void)snprintf(what, sizeof what, "thresholds [%d, %d, %d, %d]", t->n_levels, t->n_layers,
+                   t->n_heads, t->n_blocks);
+    TRY(take(a, &memory, a->t_bytes, what, why));
+    a->t = memory;
+    for (int32_t k = 0; k < t->n_levels; k++) {
+        for (int32_t l = 0; l < t->n_layers; l++) {
+            for (int32_t h = 0; h < t->n_heads; h++, at += row)
+                TRY(dev_upload(
+                    a->cfg.dev, (char *)memory + at,
+                    t->t + k * t->level_stride + l * t->layer_stride + h * t->head_stride, row));
+        }
+    }
+    return 0;
+}
+
+static int upload_visits(struct attn_cuda *a, struct err_msg *why)
+{
+    const struct attn_head_policy *heads = a->policy.heads;
+    const size_t n = (size_t)a->cfg.kv->n_layers * (size_t)a->cfg.n_heads;
+    void *memory = NULL;
+    if (!heads)
+        return 0;
+    a->visit_bytes = n * sizeof *a->visit;
+    TRY(take(a, &memory, a->visit_bytes, "visits of the heads", why));
+    a->visit = memory;
+    struct sm90_visit *visit = mem_zalloc(n, sizeof *visit);
+    for (size_t i = 0; i < n; i++) {
+        visit[i] = heads[i].visit == ATTN_VISIT_ALL
+                       ? (struct sm90_visit){0, -1}
+                       : (struct sm90_visit){heads[i].sink_pages, heads[i].local_pages};
+    }
+    int err = dev_upload(a->cfg.dev, a->visit, visit, a->visit_bytes);
+    mem_free(visit);
+    return err;
+}
+
+static bool same_visits(const struct attn_head_policy *x, const struct attn_head_policy *y,
+                        int32_t n)
+{
+    for (int32_t h = 0; h < n; h++) {
+        if (x[h].visit != y[h].visit || x[h].sink_pages != y[h].sink_pages ||
+            x[h].local_pages != y[h].local_pages)
+            return false;
+    }
+    return true;
+}
+
+/* Layers whose heads visit alike share a decode plan. */
+static void group_layers(struct attn_cuda *a)
+{
+    const struct attn_head_policy *heads = a->policy.heads;
+    const int32_t n = a->cfg.n_heads;
+    a->n_plans = 0;
+    for (int32_t l = 0; l < a->cfg.kv->n_layers; l++) {
+        int32_t i = 0;
+        while (i < a->n_plans && heads &&
+               !same_visits(heads + (ptrdiff_t)l * n, heads + (ptrdiff_t)a->plans[i].layer * n, n))
+            i++;
+        if (i == a->n_plans)
+            a->plans[a->n_plans++].layer = l;
+        a->plan_of[l] = i;
+    }
+}
+
+int attn_cuda_set_policy(struct attn_cuda *a, const struct attn_policy *policy, struct err_msg *why)
+{
+    drop_policy(a);
+    a->policy = *policy;
+    group_layers(a);
+    TRY(upload_thresholds(a, why));
+    return upload_visits(a, why);
+}
+
+static const struct sm90_visit *visit_of(const struct attn_cuda *a, int layer)
+{
+    return a->visit ? a->visit + (ptrdiff_t)layer * a->cfg.n_heads : NULL;
+}
+
+static int prefill(const struct attn_cuda *a, const struct attn_group *g, int layer)
+{
+    const struct attn_cuda_config *c = &a->cfg;
+    const struct sm90_args args = {
+        .tiles = g->tiles,
+        .n_tiles = g->n_tiles,
+        .queue = a->queue,
+        .seqs = g->seqs + (ptrdiff_t)layer * g->seq_stride,
+        .visit = visit_of(a, layer),
+        .out = c->out,
+        .out_stride = c->out_stride,
+        .n_heads = c->n_heads,
+        .n_kv_heads = c->kv->n_kv_heads,
+        .n_pages = c->kv->n_pages,
+        .order = (int32_t)a->policy.order,
+        .t_blocks = a->policy.abs.n_blocks,
+        .t_head_stride = a->policy.abs.n_blocks,
+        .scale = c->scale,
+        .seq_counts = g->counts,
+        .head_counts = a->head_counts + (ptrdiff_t)layer * c->n_heads,
+    };
+    CUDA_TRY(sm90_prefill_launch(&a->maps[layer], &args, c->kv->head_dim, a->shape.dtype, g->gate,
+                                 a->n_sms, dev_cuda_stream(c->dev)));
+    return 0;
+}
+
+static int decode(const struct attn_cuda *a, int layer)
+{
+    const struct attn_cuda_config *c = &a->cfg;
+    const struct attn_dec_plan *plan = &a->plans[a->plan_of[layer]];
+    const struct dec_args args = {
+        .pieces = plan->pieces,
+        .first = plan->first,
+        .seqs = a->dec_seqs,
+        .visit = visit_of(a, layer),
+        .q = c->q,
+        .out = c->out,
+        .q_stride = c->q_stride,
+        .out_stride = c->out_stride,
+        .n_heads = c->n_heads,
+        .n_kv_heads = c->kv->n_kv_heads,
+        .n_shares = a->dec_shape.n_shares,
+        .scale = c->scale,
+        .workspace = a->workspace,
+        .arrived = a->arrived,
+        .seq_counts = a->groups[LAUNCH_DECODE].counts,
+        .head_counts = a->head_counts + (ptrdiff_t)layer * c->n_heads,
+    };
+    CUDA_TRY(decode_sm90_launch(&a->maps[layer], &args, c->kv->head_dim, a->shape.dtype,
+                                SM90_GATE_NONE, dev_cuda_stream(c->dev)));
+    return 0;
+}
+
+int attn_cuda_run(struct attn_cuda *a, int layer)
+{
+    for (int i = LAUNCH_GATED; i <= LAUNCH_OTHER; i++) {
+        if (a->groups[i].n_tiles > 0)
+            TRY(prefill(a, &a->groups[i], layer));
+    }
+    if (a->groups[LAUNCH_DECODE].n_parts > 0 || attn_cuda_is_decode(a))
+        TRY(decode(a, layer));
+    return 0;
+}
+
+int attn_cuda_head_counts(struct attn_cuda *a, struct attn_counts *out)
+{
+    const size_t n = (size_t)a->cfg.kv->n_layers * (size_t)a->cfg.n_heads;
+    return dev_download(a->cfg.dev, out, a->head_counts, n * sizeof *out);
+}

@@ -1,0 +1,61 @@
+/* Attention of whole steps on a Hopper GPU: the seam between the layer graph and the two kernels.
+ *
+ * A step is planned once and run for every layer. Sequences are split into prompt rows, which go to
+ * the prefill kernel under their gate, and generated rows, up to DEC_MAX_TOKENS of which go to the
+ * decode kernel; longer runs of generated rows (a resumed request) are prefilled densely. Sequences
+ * of different gates share a launch where the kernel can: one without a gate joins either kind.
+ *
+ * q, k, v and out of all steps are in the same memory, so tensor maps are made once. What a plan
+ * needs on the device is packed into the step's upload. The pieces of a step without prompt rows
+ * have addresses that depend only on how much was packed before, so a captured launch replays with
+ * new plans.
+ *
+ * Counters are those of attention.h, but for densely recomputed generated rows, which count in row
+ * groups of 128. */
+#ifndef ATTENTION_ATTN_CUDA_H
+#define ATTENTION_ATTN_CUDA_H
+
+#include "attention/attention.h"
+#include "core/upload.h"
+
+struct attn_cuda;
+
+struct attn_cuda_config {
+    struct dev *dev;
+    const struct kv_view *kv;
+    int32_t n_heads; /* query heads of this rank */
+    int32_t max_seqs, max_rows;
+    int64_t max_position;
+    float scale;
+    const void *q; /* [q_rows, q_stride] device, dtype of the cache */
+    void *out;     /* [q_rows, out_stride] */
+    int32_t q_rows;
+    int64_t q_stride, out_stride;
+};
+
+/* ERR_UNSUPPORTED outside the kernels' shapes: head_dim 64 or 128, bf16 or f16. */
+MUST_CHECK int attn_cuda_create(struct attn_cuda **out, const struct attn_cuda_config *cfg,
+                                struct err_msg *why);
+void attn_cuda_destroy(struct attn_cuda *a); /* accepts NULL */
+/* Takes memory for thresholds and visits. policy->heads is borrowed until the next call. */
+MUST_CHECK int attn_cuda_set_policy(struct attn_cuda *a, const struct attn_policy *policy,
+                                    struct err_msg *why);
+/* Room that the largest plan takes in an upload, under the present policy. */
+size_t attn_cuda_upload_bytes(const struct attn_cuda *a);
+/* Counters of a step: this many bytes on the device, zero before it. */
+size_t attn_cuda_counts_bytes(const struct attn_cuda *a);
+
+/* Plans a step. counts: device memory of attn_cuda_counts_bytes. */
+void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_seqs,
+                    struct upload *u, void *counts);
+/* Enqueues one layer of the planned step. */
+MUST_CHECK int attn_cuda_run(struct attn_cuda *a, int layer);
+/* Whether the plan has rows for the decode kernel alone. */
+bool attn_cuda_is_decode(const struct attn_cuda *a);
+/* Adds up the counters that the step left (host copy) into out [n_seqs]. */
+void attn_cuda_counts(const struct attn_cuda *a, const void *counts, struct attn_counts *out,
+                      int32_t n_seqs);
+/* Counters since creation, [n_layers, n_heads]; waits for the device. */
+MUST_CHECK int attn_cuda_head_counts(struct attn_cuda *a, struct attn_counts *out);
+
+#endif

@@ -1,0 +1,66 @@
+/* What attn_cuda.c (memory, policy, launches) and attn_cuda_plan.c (steps) share. */
+#ifndef ATTENTION_ATTN_CUDA_INTERNAL_H
+#define ATTENTION_ATTN_CUDA_INTERNAL_H
+
+#include "attention/attn_cuda.h"
+#include "attention/attn_decode_sm90.h"
+#include "attention/attn_sm90_plan.h"
+
+/* Consecutive rows of one sequence that one kernel takes. */
+struct attn_part {
+    int32_t seq; /* of the step */
+    int32_t row, n_rows, pos;
+    bool prompt;       /* under the sequence's gate */
+    const void *pages; /* device */
+};
+
+/* One launch a layer. DECODE is the decode kernel's; GATED and OTHER are the prefill kernel's, the
+ * second of which is needed only where a step mixes ABS and REL. */
+enum attn_launch { LAUNCH_GATED, LAUNCH_OTHER, LAUNCH_DECODE, N_LAUNCHES };
+
+struct attn_group {
+    struct attn_part *parts; /* [2 * max_seqs] */
+    int32_t n_parts;
+    int gate;                    /* SM90_GATE_* */
+    const struct sm90_seq *seqs; /* device; prefill: layer l's start at l * seq_stride */
+    int32_t seq_stride;
+    const struct sm90_tile *tiles; /* device */
+    int32_t n_tiles;
+    struct sm90_counts *counts; /* device, [n_parts] */
+};
+
+/* The decode plan of layers whose heads visit alike. */
+struct attn_dec_plan {
+    int32_t layer;                  /* the first of them */
+    const struct dec_piece *pieces; /* device */
+    const int32_t *first;
+};
+
+struct attn_cuda {
+    struct attn_cuda_config cfg;
+    struct sm90_shape shape;
+    struct dec_shape dec_shape;
+    int n_sms;
+    size_t l2_bytes;
+    struct sm90_maps *maps; /* [n_layers] */
+    /* the policy */
+    struct attn_policy policy;
+    float *t; /* device [n_levels, n_layers, n_heads, n_blocks] */
+    size_t t_bytes;
+    struct sm90_visit *visit; /* device [n_layers, n_heads] or NULL */
+    size_t visit_bytes;
+    struct attn_dec_plan *plans; /* [n_plans] */
+    int32_t n_plans;
+    int32_t *plan_of; /* [n_layers] */
+    /* device scratch */
+    void *scratch;
+    size_t scratch_bytes;
+    uint32_t *queue, *arrived;
+    float *workspace;
+    struct sm90_counts *head_counts; /* [n_layers, n_heads] */
+    /* the step */
+    struct attn_group groups[N_LAUNCHES];
+    const struct dec_seq *dec_seqs; /* device */
+};
+
+#endif

@@ -1,0 +1,123 @@
+/* What the files of the graph on a CUDA device share: llama_cuda.c (memory, the table),
+ * llama_cuda_step.c (one step), llama_cuda_graph.c (captured steps), llama_cuda_draw.c (tokens). */
+#ifndef MODEL_LLAMA_CUDA_INTERNAL_H
+#define MODEL_LLAMA_CUDA_INTERNAL_H
+
+#include "attention/attn_cuda.h"
+#include "core/dev_cuda.h"
+#include "model/gemm_cublas.h"
+#include "model/llama.h"
+#include "model/sampler_cuda.h"
+
+#include <cuda_runtime_api.h>
+
+enum {
+    GRAPH_MAX_ROWS = 256, /* rows of the largest step that is captured */
+    MAX_GRAPHS = 16,
+    TIMED_ROWS = 512 /* steps of fewer rows are not timed part by part */
+};
+
+/* Activations in the model's dtype; n is the bucket of max_tokens, o that of max_outputs. */
+struct cuda_activations {
+    void *residual; /* [n, hidden] */
+    void *hidden;   /* [n, hidden] normed input of a block */
+    void *delta;    /* [n, hidden] its output, not yet added to residual */
+    void *qkv;      /* [n, qkv_width] */
+    void *attn;     /* [n, n_heads * head_dim] */
+    void *gate_up;  /* [n, 2 n_inter] */
+    void *act;      /* [n, n_inter] */
+    void *last;     /* [o, hidden] */
+    float *logits;  /* [o, vocab] f32 */
+};
+
+/* Where a step's rows lie on the device, and on the host while they are packed. */
+struct cuda_rows {
+    int32_t n; /* with padding */
+    const int32_t *ids, *positions, *slots, *tails;
+    const int32_t *outputs; /* [n_outputs] */
+    int32_t n_outputs;
+    const struct sampler_cuda_seq *draws; /* [max_outputs] */
+};
+
+/* Parts of a step whose time is told. */
+enum cuda_part { PART_OTHER, PART_GEMM, PART_ATTENTION, N_PARTS };
+
+struct cuda_marks {
+    bool on;
+    cudaEvent_t *events; /* [max] */
+    uint8_t *parts;      /* of the interval that begins there */
+    int32_t n, max;
+};
+
+struct llama_cuda_state {
+    struct llama base;
+    struct dev *dev;
+    struct comm *comm;
+    const struct llama_config *c;
+    const struct llama_shard *shard;
+    const struct llama_weights *w;
+    enum dtype dtype;
+    cudaStream_t stream;
+    int32_t max_tokens, max_outputs, rows, out_rows; /* rows: with padding */
+    int64_t max_position;
+    int32_t q_width, kv_width, qkv_width; /* of this rank */
+
+    struct gemm_cublas *gemm;
+    struct gemm_cublas_plan *qkv_plan, *o_plan, *gate_up_plan, *down_plan, *head_plan;
+    struct cuda_activations a;
+    void *memory; /* behind the activations */
+    size_t memory_bytes;
+    float *cos_sin; /* rope.h */
+    size_t cos_sin_bytes;
+    void *sampler; /* workspace */
+    size_t sampler_bytes;
+
+    const struct kv_view *kv;
+    struct attn_policy policy;
+    struct attn_cuda *attn;
+    /* What a step sends; it begins with the results, which come back by one copy: counters of
+     * attention, then batch_token [max_outputs]. */
+    struct upload up;
+    size_t counts_bytes, results_bytes;
+    /* Known tokens of sequences with penalties. */
+    int32_t *history_host, *history;
+    int64_t history_len;
+
+    struct cuda_rows step;
+    bool captured;       /* the last step was a graph: row i's logits are at row i */
+    int32_t *output_row; /* [max_outputs] row of the logits of output i of the last step */
+    float *logits_host;  /* [vocab] for llama_logits */
+    cudaGraphExec_t graphs[MAX_GRAPHS];
+    int32_t graph_rows[MAX_GRAPHS], n_graphs;
+    struct cuda_marks marks;
+};
+
+/* llama_cuda_step.c. Packs n_rows rows, padded to `rows`; in NULL: nothing but padding. */
+void llama_cuda_pack(struct llama_cuda_state *m, const struct llama_input *in, int32_t rows,
+                     bool all_outputs);
+MUST_CHECK int llama_cuda_send(struct llama_cuda_state *m);
+/* Enqueues all kernels of the packed step up to the logits. */
+MUST_CHECK int llama_cuda_layers(struct llama_cuda_state *m);
+/* Waits for all that is enqueued; a peer that dies does not leave us waiting. */
+MUST_CHECK int llama_cuda_wait(struct llama_cuda_state *m);
+MUST_CHECK int llama_cuda_run(struct llama *base, const struct llama_input *in,
+                              struct llama_times *times);
+
+/* llama_cuda_graph.c. */
+MUST_CHECK int llama_cuda_capture(struct llama_cuda_state *m, struct err_msg *why);
+void llama_cuda_drop_graphs(struct llama_cuda_state *m);
+/* Index of the graph for so many rows, or -1. */
+int llama_cuda_find_graph(const struct llama_cuda_state *m, int32_t rows);
+
+/* llama_cuda_draw.c. Fills the sampler's structures in the upload; then enqueues the draws. */
+void llama_cuda_pack_draws(struct llama_cuda_state *m, const struct llama_input *in,
+                           struct sampler_cuda_seq *to);
+MUST_CHECK int llama_cuda_draw(struct llama_cuda_state *m, const struct llama_input *in,
+                               struct batch_token *out);
+
+static inline struct llama_cuda_state *llama_cuda_of(struct llama *base)
+{
+    return (struct llama_cuda_state *)base;
+}
+
+#endif

@@ -1,0 +1,286 @@
+/* One step on the device: pack what it needs, one copy there, the kernels, one copy back, one wait.
+ */
+#define LOG_MODULE "model"
+#include "core/clock.h"
+#include "kvcache/kv_store_cuda.h"
+#include "model/llama_cuda_internal.h"
+#include "model/nn_cuda.h"
+
+#include <string.h>
+
+/* ---- packing ---- */
+
+static struct upload_piece take_rows(struct llama_cuda_state *m, int32_t n)
+{
+    return upload_take(&m->up, (size_t)n * sizeof(int32_t));
+}
+
+/* Slots and tails of all rows; padding is written nowhere. */
+static void pack_slots(const struct llama_input *in, int32_t rows, int32_t *slots, int32_t *tails)
+{
+    int32_t used = 0;
+    for (int32_t i = 0; in && i < in->n_seqs; i++) {
+        const struct attn_seq *s = &in->seqs[i];
+        kv_append_rows(slots + s->row, tails + s->row, s->pages, s->pos, s->n_rows);
+        used += s->n_rows;
+    }
+    for (int32_t i = used; i < rows; i++) {
+        slots[i] = -1;
+        tails[i] = 0;
+    }
+}
+
+/* Which rows' logits are computed, and where those of an output are then found. */
+static void pack_outputs(struct llama_cuda_state *m, const struct llama_input *in, int32_t rows,
+                         bool all_outputs)
+{
+    struct cuda_rows *s = &m->step;
+    const int32_t wanted = in ? in->n_outputs : 0;
+    s->n_outputs = m->shard->rank != 0 ? 0 : all_outputs ? rows : wanted;
+    struct upload_piece p = take_rows(m, s->n_outputs);
+    s->outputs = p.dev;
+    for (int32_t i = 0; i < s->n_outputs; i++)
+        ((int32_t *)p.host)[i] = all_outputs ? i : in->outputs[i];
+    for (int32_t i = 0; i < wanted; i++)
+        m->output_row[i] = all_outputs ? in->outputs[i] : i;
+}
+
+static void pack_rows(struct llama_cuda_state *m, const struct llama_input *in, int32_t rows)
+{
+    struct cuda_rows *s = &m->step;
+    const struct upload_piece ids = take_rows(m, rows), positions = take_rows(m, rows),
+                              slots = take_rows(m, rows), tails = take_rows(m, rows);
+    const size_t n = in ? (size_t)in->n_rows : 0, pad = (size_t)rows - n;
+    s->n = rows;
+    s->ids = ids.dev;
+    s->positions = positions.dev;
+    s->slots = slots.dev;
+    s->tails = tails.dev;
+    if (n > 0) {
+        memcpy(ids.host, in->ids, n * sizeof(int32_t));
+        memcpy(positions.host, in->positions, n * sizeof(int32_t));
+    }
+    memset((int32_t *)ids.host + n, 0, pad * sizeof(int32_t));
+    memset((int32_t *)positions.host + n, 0, pad * sizeof(int32_t));
+    pack_slots(in, rows, slots.host, tails.host);
+}
+
+/* The order is fixed: a captured step finds everything where it was. */
+void llama_cuda_pack(struct llama_cuda_state *m, const struct llama_input *in, int32_t rows,
+                     bool all_outputs)
+{
+    m->up.used = 0;
+    struct upload_piece results = upload_take(&m->up, m->results_bytes);
+    struct upload_piece draws =
+        upload_take(&m->up, (size_t)m->max_outputs * sizeof(struct sampler_cuda_seq));
+    memset(results.host, 0, m->counts_bytes);
+    m->step.draws = draws.dev;
+    pack_rows(m, in, rows);
+    pack_outputs(m, in, rows, all_outputs);
+    if (in && in->draws)
+        llama_cuda_pack_draws(m, in, draws.host);
+    attn_cuda_plan(m->attn, in ? in->seqs : NULL, in ? in->n_seqs : 0, &m->up, results.dev);
+}
+
+int llama_cuda_send(struct llama_cuda_state *m)
+{
+    return dev_cuda_upload_async(m->dev, m->up.dev, m->up.host, m->up.used);
+}
+
+/* ---- kernels ---- */
+
+/* Ends the part that runs and begins another; nothing while a step is not timed. */
+static int mark(struct llama_cuda_state *m, enum cuda_part part)
+{
+    struct cuda_marks *k = &m->marks;
+    if (!k->on)
+        return 0;
+    ASSERT(k->n < k->max);
+    k->parts[k->n] = (uint8_t)part;
+    CUDA_TRY(cudaEventRecord(k->events[k->n++], m->stream));
+    return 0;
+}
+
+static int product(struct llama_cuda_state *m, const struct gemm_cublas_plan *plan, void *y,
+                   const void *x, const void *w, int32_t rows)
+{
+    TRY(mark(m, PART_GEMM));
+    TRY(gemm_cublas_run(m->gemm, plan, y, x, w, rows));
+    return mark(m, PART_OTHER);
+}
+
+/* Adds up the ranks' shares of a block's output. */
+static int reduce(struct llama_cuda_state *m)
+{
+    const size_t n = (size_t)m->step.n * (size_t)m->c->hidden_size;
+    if (m->shard->n_ranks == 1)
+        return 0;
+    return comm_all_reduce_dev(m->comm, m->a.delta, n, m->dtype, m->stream);
+}
+
+/* residual += delta + bias; hidden = norm(residual). */
+static int add_norm(struct llama_cuda_state *m, const void *delta, const void *bias,
+                    const void *weight)
+{
+    const struct nn_cuda_norm norm = {.out = m->a.hidden,
+                                      .residual = m->a.residual,
+                                      .x = delta,
+                                      .bias = bias,
+                                      .weight = weight,
+                                      .n = m->step.n,
+                                      .width = m->c->hidden_size,
+                                      .eps = (float)m->c->rms_eps};
+    CUDA_TRY(nn_cuda_residual_norm(&norm, dev_cuda_dtype(m->dtype), m->stream));
+    return 0;
+}
+
+static int append(struct llama_cuda_state *m, int layer, const void *bias)
+{
+    const struct kv_append p = {.qkv = m->a.qkv,
+                                .bias = bias,
+                                .cos_sin = m->cos_sin,
+                                .positions = m->step.positions,
+                                .slots = m->step.slots,
+                                .tails = m->step.tails,
+                                .k = m->kv->k[layer],
+                                .v = m->kv->v[layer],
+                                .stride = m->qkv_width,
+                                .n_rows = m->step.n,
+                                .n_heads = m->shard->n_heads,
+                                .n_kv_heads = m->shard->n_kv_heads,
+                                .head_dim = m->c->head_dim};
+    CUDA_TRY(kv_append_cuda(&p, dev_cuda_dtype(m->dtype), m->stream));
+    return 0;
+}
+
+/* delta = o(attention(norm(residual + delta))) */
+static int attention_block(struct llama_cuda_state *m, int layer)
+{
+    const struct llama_layer *w = &m->w->layers[layer];
+    const struct cuda_activations *a = &m->a;
+    const int32_t n = m->step.n;
+
+    TRY(add_norm(m, layer > 0 ? a->delta : NULL, layer > 0 ? w[-1].down_bias : NULL, w->attn_norm));
+    TRY(product(m, m->qkv_plan, a->qkv, a->hidden, w->qkv, n));
+    TRY(append(m, layer, w->qkv_bias));
+    TRY(mark(m, PART_ATTENTION));
+    TRY(attn_cuda_run(m->attn, layer));
+    TRY(product(m, m->o_plan, a->delta, a->attn, w->o, n));
+    return reduce(m);
+}
+
+/* delta = down(silu(gate(x)) * up(x)) with x = norm(residual + delta) */
+static int mlp_block(struct llama_cuda_state *m, int layer)
+{
+    const struct llama_layer *w = &m->w->layers[layer];
+    const struct cuda_activations *a = &m->a;
+    const int32_t n = m->step.n;
+
+    TRY(add_norm(m, a->delta, w->o_bias, w->mlp_norm));
+    TRY(product(m, m->gate_up_plan, a->gate_up, a->hidden, w->gate_up, n));
+    CUDA_TRY(nn_cuda_swiglu(a->act, a->gate_up, w->gate_up_bias, n, m->shard->n_inter,
+                            dev_cuda_dtype(m->dtype), m->stream));
+    TRY(product(m, m->down_plan, a->delta, a->act, w->down, n));
+    return reduce(m);
+}
+
+static int output_block(struct llama_cuda_state *m)
+{
+    const struct cuda_activations *a = &m->a;
+    const struct nn_cuda_norm norm = {.out = a->last,
+                                      .residual = a->residual,
+                                      .x = a->delta,
+                                      .bias = m->w->layers[m->c->n_layers - 1].down_bias,
+                                      .weight = m->w->norm,
+                                      .rows = m->step.outputs,
+                                      .n = m->step.n_outputs,
+                                      .width = m->c->hidden_size,
+                                      .eps = (float)m->c->rms_eps};
+    if (norm.n == 0)
+        return 0;
+    CUDA_TRY(nn_cuda_residual_norm(&norm, dev_cuda_dtype(m->dtype), m->stream));
+    return product(m, m->head_plan, a->logits, a->last, m->w->lm_head, norm.n);
+}
+
+int llama_cuda_layers(struct llama_cuda_state *m)
+{
+    m->marks.n = 0;
+    TRY(mark(m, PART_OTHER));
+    CUDA_TRY(nn_cuda_gather(m->a.residual, m->w->embed, m->step.ids, m->step.n, m->c->hidden_size,
+                            m->c->vocab_size, dev_cuda_dtype(m->dtype), m->stream));
+    for (int layer = 0; layer < m->c->n_layers; layer++) {
+        TRY(attention_block(m, layer));
+        TRY(mlp_block(m, layer));
+    }
+    TRY(output_block(m));
+    return mark(m, PART_OTHER);
+}
+
+/* ---- the step ---- */
+
+/* Rows of the graph that this step fits, or 0. */
+static int32_t graph_rows(const struct llama_cuda_state *m, const struct llama_input *in)
+{
+    for (int32_t i = 0; i < in->n_seqs; i++) {
+        if (in->seqs[i].pos < in->seqs[i].prompt_end)
+            return 0;
+        if (in->seqs[i].n_rows != 1)
+            return 0;
+    }
+    int g = llama_cuda_find_graph(m, in->n_rows);
+    return g < 0 ? 0 : m->graph_rows[g];
+}
+
+static int add_times(struct llama_cuda_state *m, struct llama_times *times)
+{
+    const struct cuda_marks *k = &m->marks;
+    float ms[N_PARTS] = {0};
+    for (int32_t i = 0; k->on && i + 1 < k->n; i++) {
+        float part = 0.0f;
+        CUDA_TRY(cudaEventElapsedTime(&part, k->events[i], k->events[i + 1]));
+        ms[k->parts[i]] += part;
+    }
+    times->attention_us = (int64_t)(ms[PART_ATTENTION] * 1000.0f);
+    times->gemm_us = (int64_t)(ms[PART_GEMM] * 1000.0f);
+    return 0;
+}
+
+static int enqueue(struct llama_cuda_state *m, const struct llama_input *in)
+{
+    const int32_t rows = graph_rows(m, in);
+    m->captured = rows > 0;
+    m->marks.on = in->n_rows >= TIMED_ROWS;
+    llama_cuda_pack(m, in, m->captured ? rows : in->n_rows, m->captured);
+    TRY(llama_cuda_send(m));
+    if (m->captured)
+        CUDA_TRY(cudaGraphLaunch(m->graphs[llama_cuda_find_graph(m, rows)], m->stream));
+    else
+        TRY(llama_cuda_layers(m));
+    if (in->draws)
+        TRY(llama_cuda_draw(m, in, (struct batch_token *)(void *)(m->up.dev + m->counts_bytes)));
+    return dev_cuda_download_async(m->dev, m->up.host, m->up.dev, m->results_bytes);
+}
+
+int llama_cuda_wait(struct llama_cuda_state *m)
+{
+    if (m->shard->n_ranks > 1)
+        return comm_wait_stream(m->comm, m->stream, 0);
+    return dev_sync(m->dev);
+}
+
+int llama_cuda_run(struct llama *base, const struct llama_input *in, struct llama_times *times)
+{
+    struct llama_cuda_state *m = llama_cuda_of(base);
+    ASSERT(m->attn && in->n_rows <= m->max_tokens && in->n_outputs <= m->max_outputs);
+    if (in->tile_max)
+        return ERR_UNSUPPORTED; /* the kernel does not tell page maxima */
+    TRY(dev_cuda_bind(m->dev));
+    TRY(enqueue(m, in));
+    const int64_t start = clock_monotonic_us(NULL);
+    TRY(llama_cuda_wait(m));
+    times->wait_us = clock_monotonic_us(NULL) - start;
+    attn_cuda_counts(m->attn, m->up.host, in->seq_counts, in->n_seqs);
+    if (in->draws)
+        memcpy(in->tokens, m->up.host + m->counts_bytes, (size_t)in->n_seqs * sizeof *in->tokens);
+    return add_times(m, times);
+}

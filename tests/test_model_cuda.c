@@ -1,0 +1,335 @@
+/* The graph on a GPU beside the CPU's in f32: logits of random models and of the needle model, with
+ * chunks, batches, captured steps, gates; what a GPU refuses. The bound on logits is what 16-bit
+ * activations cost: rounding of 2^-9 (bf16) or 2^-12 (f16), some ten times a layer. */
+#include "core/dev_cuda.h"
+#include "tests/model_case.h"
+#include "tests/test.h"
+#include "tests/tiny_model.h"
+
+#include <jansson.h>
+
+enum { MAX_LEN = 1024, PAGES_PER_SEQ = MAX_LEN / KV_PAGE_TOKENS, N_SEQS = 5, MAX_VOCAB = 1024 };
+
+static struct tiny_model tiny[] = {
+    {512, 256, 512, 3, 4, 2, 64, .tied = true, .dtype = DTYPE_BF16, .seed = 1},
+    {768, 256, 384, 2, 4, 1, 128, .biases = true, .llama3 = true, .dtype = DTYPE_BF16, .seed = 2},
+    {512, 512, 1024, 2, 8, 4, 64, .llama3 = true, .dtype = DTYPE_F16, .seed = 3},
+};
+enum { N_TINY = sizeof tiny / sizeof *tiny };
+
+static void open_on(struct model_case *c, const struct dev_ops *ops, const char *dir)
+{
+    struct err_msg why = {{0}};
+    *c = (struct model_case){0};
+    assert_ok(dev_open(&c->dev, ops, 0, 2, &why));
+    const struct model_config cfg = {.dir = dir,
+                                     .dev = c->dev,
+                                     .dtype = MODEL_DTYPE_AUTO,
+                                     .kv_dtype = MODEL_DTYPE_AUTO,
+                                     .max_seqs = CASE_MAX_SEQS,
+                                     .max_tokens = 2 * MAX_LEN,
+                                     .max_position = MAX_LEN};
+    int err = model_open(&c->model, &cfg, &why);
+    if (err == 0)
+        err = model_take_pages(c->model, N_SEQS * PAGES_PER_SEQ, &why);
+    if (err < 0)
+        fail_msg("%s: %s", dir, err_why(&why, err));
+    c->result = (struct batch_result){.tokens = c->tokens, .counts = c->counts};
+}
+
+/* A CPU and a GPU model of one folder, and sequences that both know. */
+struct pair {
+    struct model_case cpu, gpu;
+    struct rng rng;
+    int32_t vocab;
+    int32_t tokens[N_SEQS][MAX_LEN];
+    int32_t prompt[N_SEQS]; /* lengths */
+    int32_t pages[N_SEQS][PAGES_PER_SEQ];
+    double worst;
+};
+
+static void open_pair(struct pair *p, const char *dir, uint64_t seed)
+{
+    int32_t all[N_SEQS * PAGES_PER_SEQ];
+    memset(p, 0, sizeof *p);
+    p->rng = (struct rng){seed};
+    open_on(&p->cpu, &dev_cpu, dir);
+    open_on(&p->gpu, &dev_cuda, dir);
+    p->vocab = model_info(p->gpu.model)->vocab_size;
+    assert_true(p->vocab <= MAX_VOCAB);
+    for (int32_t i = 0; i < N_SEQS * PAGES_PER_SEQ; i++)
+        all[i] = i;
+    for (int32_t i = N_SEQS * PAGES_PER_SEQ - 1; i > 0; i--) {
+        int32_t j = rng_range(&p->rng, 0, i), t = all[i];
+        all[i] = all[j];
+        all[j] = t;
+    }
+    memcpy(p->pages, all, sizeof all);
+    for (int32_t i = 0; i < N_SEQS; i++) {
+        p->prompt[i] = i == 0 ? 1 : rng_range(&p->rng, 130 * i, 180 * i);
+        for (int32_t k = 0; k < MAX_LEN; k++)
+            p->tokens[i][k] = rng_range(&p->rng, 3, p->vocab - 1);
+    }
+}
+
+static void close_pair(struct pair *p)
+{
+    model_case_close(&p->cpu);
+    model_case_close(&p->gpu);
+}
+
+static struct batch_seq rows_of(const struct pair *p, int32_t i, int32_t start, int32_t n)
+{
+    return case_seq(p->tokens[i], start, n, p->prompt[i], p->pages[i], PAGES_PER_SEQ);
+}
+
+static double difference(const float *got, const float *want, int32_t n)
+{
+    double diff = 0.0, most = 0.0;
+    for (int32_t i = 0; i < n; i++) {
+        if (!isfinite(got[i]))
+            return INFINITY;
+        diff = fmax(diff, fabs((double)got[i] - (double)want[i]));
+        most = fmax(most, fabs((double)want[i]));
+    }
+    return diff / most;
+}
+
+/* One step on both; all its logits agree to `bound`, and so do tokens where the margin allows. */
+static void both(struct pair *p, const struct batch_seq *seqs, int32_t n, double bound)
+{
+    assert_ok(case_step(&p->cpu, seqs, n));
+    assert_ok(case_step(&p->gpu, seqs, n));
+    for (int32_t i = 0; i < n; i++) {
+        const float *want = model_last_logits(p->cpu.model, i);
+        const float *got = model_last_logits(p->gpu.model, i);
+        const double d = difference(got, want, p->vocab);
+        if (!(d <= bound))
+            fail_msg("sequence %d of %d, %d + %d tokens: relative difference %.3g", i, n,
+                     seqs[i].start, seqs[i].n_tokens, d);
+        p->worst = fmax(p->worst, d);
+        int32_t best = 0;
+        for (int32_t k = 1; k < p->vocab; k++)
+            best = got[k] > got[best] ? k : best;
+        assert_int_equal(p->gpu.tokens[i].token, best); /* the device's own choice */
+    }
+}
+
+static double bound_of(const struct tiny_model *t)
+{
+    return t->dtype == DTYPE_F16 ? 0.01 : 0.05;
+}
+
+/* Prompts whole, then a few steps of all sequences together, which are captured ones. */
+static void run_prompts(struct pair *p, double bound)
+{
+    struct batch_seq seqs[N_SEQS];
+    for (int32_t i = 0; i < N_SEQS; i++)
+        seqs[i] = rows_of(p, i, 0, p->prompt[i]);
+    both(p, seqs, N_SEQS, bound);
+    for (int32_t step = 0; step < 4; step++) {
+        const int32_t n = N_SEQS - step; /* other buckets, too */
+        for (int32_t i = 0; i < n; i++)
+            seqs[i] = rows_of(p, i, p->prompt[i] + step, 1);
+        both(p, seqs, n, bound);
+    }
+}
+
+/* The same prompts in chunks that are mixed with generated tokens of other sequences. */
+static void run_mixed(struct pair *p, double bound)
+{
+    struct batch_seq seqs[N_SEQS];
+    int32_t at[N_SEQS] = {0};
+    for (int32_t step = 0; step < 12; step++) {
+        for (int32_t i = 0; i < N_SEQS; i++) {
+            const int32_t left = p->prompt[i] - at[i];
+            const int32_t chunk = rng_range(&p->rng, 1, 200);
+            seqs[i] = rows_of(p, i, at[i],
+                              left <= 0      ? rng_range(&p->rng, 1, 12)
+                              : left < chunk ? left
+                                             : chunk);
+            at[i] += seqs[i].n_tokens;
+        }
+        both(p, seqs, N_SEQS, bound);
+    }
+}
+
+static void test_logits(void **state)
+{
+    (void)state;
+    for (int i = 0; i < N_TINY; i++) {
+        struct pair p;
+        tiny_model_write(&tiny[i]);
+        open_pair(&p, tiny[i].dir, 100 + (uint64_t)i);
+        run_prompts(&p, bound_of(&tiny[i]));
+        run_mixed(&p, bound_of(&tiny[i]));
+        printf("# model %d (%s): relative difference %.2e\n", i, dtype_name(tiny[i].dtype),
+               p.worst);
+        close_pair(&p);
+        tiny_model_remove(&tiny[i]);
+    }
+}
+
+/* T = -inf gives the dense logits, T = +inf the diagonal's as the CPU has them; REL likewise with
+ * lambda 0 and 1. Counters of the two devices agree where decisions cannot be close. */
+static void gated_step(struct pair *p, struct batch_policy policy, double bound)
+{
+    struct batch_seq seqs[N_SEQS];
+    for (int32_t i = 0; i < N_SEQS; i++) {
+        seqs[i] = rows_of(p, i, 0, p->prompt[i]);
+        seqs[i].policy =
+            i == 1 ? (struct batch_policy){.gate = BATCH_DENSE, .gate_rows = 128} : policy;
+    }
+    both(p, seqs, N_SEQS, bound);
+    for (int32_t i = 0; i < N_SEQS; i++) {
+        assert_int_equal(p->gpu.counts[i].reachable, p->cpu.counts[i].reachable);
+        assert_int_equal(p->gpu.counts[i].visited, p->cpu.counts[i].visited);
+        assert_int_equal(p->gpu.counts[i].kept, p->cpu.counts[i].kept);
+    }
+}
+
+static void test_gates(void **state)
+{
+    enum { BLOCKS = 3 };
+    static float t[2][2][8][BLOCKS]; /* levels, layers, heads */
+    struct attn_head_policy heads[2 * 8];
+    struct pair p;
+    struct tiny_model *m = &tiny[2];
+    (void)state;
+    for (size_t i = 0; i < sizeof t[0] / sizeof(float); i++) {
+        (&t[0][0][0][0])[i] = -INFINITY;
+        (&t[1][0][0][0])[i] = INFINITY;
+    }
+    for (int i = 0; i < 16; i++)
+        heads[i] = (struct attn_head_policy){
+            (uint8_t)(i % 3 ? ATTN_VISIT_ALL : ATTN_VISIT_SINK_LOCAL), 1, 1 + i / 8};
+    const struct attn_policy policy = {.abs = {.t = &t[0][0][0][0],
+                                               .n_levels = 2,
+                                               .n_layers = 2,
+                                               .n_heads = 8,
+                                               .n_blocks = BLOCKS,
+                                               .level_stride = 2 * 8 * BLOCKS,
+                                               .layer_stride = 8 * BLOCKS,
+                                               .head_stride = BLOCKS}};
+    tiny_model_write(m);
+    open_pair(&p, m->dir, 7);
+    for (int visit = 0; visit < 2; visit++) {
+        struct attn_policy with = policy;
+        with.heads = visit ? heads : NULL;
+        assert_ok(model_set_policy(p.cpu.model, &with, NULL));
+        assert_ok(model_set_policy(p.gpu.model, &with, NULL));
+        for (int16_t level = 0; level < 2; level++)
+            gated_step(&p, (struct batch_policy){BATCH_ABS, 128, level, 0}, bound_of(m));
+        gated_step(&p, (struct batch_policy){BATCH_ABS, 64, 1, 0}, bound_of(m));
+        gated_step(&p, (struct batch_policy){BATCH_REL, 128, 0, -INFINITY}, bound_of(m));
+        run_prompts(&p, bound_of(m)); /* captured anew under this policy */
+    }
+    const struct attn_counts *gpu = model_head_counts(p.gpu.model);
+    const struct attn_counts *cpu = model_head_counts(p.cpu.model);
+    for (int i = 0; i < 16; i++) {
+        assert_int_equal(gpu[i].reachable, cpu[i].reachable);
+        assert_int_equal(gpu[i].kept, cpu[i].kept);
+    }
+    close_pair(&p);
+    tiny_model_remove(m);
+}
+
+static int32_t read_ids(const json_t *list, int32_t *ids)
+{
+    int32_t n = (int32_t)json_array_size(list);
+    for (int32_t i = 0; i < n; i++)
+        ids[i] = (int32_t)json_integer_value(json_array_get(list, (size_t)i));
+    return n;
+}
+
+/* transformers' own greedy tokens. */
+static void test_needle(void **state)
+{
+    struct pair p;
+    json_t *root = json_load_file(TEST_DATA "/llama/needle.json", 0, NULL);
+    const json_t *cases = json_object_get(root, "cases");
+    (void)state;
+    open_pair(&p, TEST_ROOT "/models/needle", 3);
+    for (size_t i = 0; i < json_array_size(cases); i++) {
+        const json_t *k = json_array_get(cases, i);
+        int32_t greedy[16];
+        const int32_t n = read_ids(json_object_get(k, "prompt"), p.tokens[0]);
+        assert_int_equal(read_ids(json_object_get(k, "greedy16"), greedy), 16);
+        p.prompt[0] = n;
+        for (int32_t step = 0; step < 16; step++) {
+            const int32_t start = step == 0 ? 0 : n + step - 1;
+            struct batch_seq s = rows_of(&p, 0, start, n + step - start);
+            both(&p, &s, 1, 0.05);
+            assert_int_equal(p.gpu.tokens[0].token, greedy[step]);
+            p.tokens[0][n + step] = greedy[step];
+        }
+    }
+    printf("# needle: relative difference %.2e\n", p.worst);
+    close_pair(&p);
+    json_decref(root);
+}
+
+/* A step must not depend on what the ones before it left behind. */
+static void test_repeat(void **state)
+{
+    static float first[MAX_VOCAB];
+    struct pair p;
+    (void)state;
+    tiny_model_write(&tiny[0]);
+    open_pair(&p, tiny[0].dir, 5);
+    for (int round = 0; round < 3; round++) {
+        struct batch_seq s = rows_of(&p, 3, 0, p.prompt[3]);
+        assert_ok(case_step(&p.gpu, &s, 1));
+        s = rows_of(&p, 3, p.prompt[3], 1);
+        assert_ok(case_step(&p.gpu, &s, 1));
+        assert_true(p.gpu.result.total_us >= p.gpu.result.host_us);
+        if (round == 0)
+            memcpy(first, model_last_logits(p.gpu.model, 0), (size_t)p.vocab * sizeof *first);
+        else
+            assert_memory_equal(first, model_last_logits(p.gpu.model, 0),
+                                (size_t)p.vocab * sizeof *first);
+    }
+    close_pair(&p);
+    tiny_model_remove(&tiny[0]);
+}
+
+static void refuses(struct dev *d, const char *dir, int dtype, int kv_dtype, const char *text)
+{
+    struct err_msg why = {{0}};
+    struct model *m = NULL;
+    const struct model_config cfg = {.dir = dir,
+                                     .dev = d,
+                                     .dtype = dtype,
+                                     .kv_dtype = kv_dtype,
+                                     .max_seqs = 1,
+                                     .max_tokens = 128,
+                                     .max_position = 128};
+    assert_int_equal(model_open(&m, &cfg, &why), ERR_UNSUPPORTED);
+    if (!strstr(why.text, text))
+        fail_msg("'%s' does not say '%s'", why.text, text);
+}
+
+static void test_refusals(void **state)
+{
+    struct dev *d;
+    (void)state;
+    assert_ok(dev_open(&d, &dev_cuda, 0, 1, NULL));
+    refuses(d, TEST_ROOT "/models/needle", DTYPE_F32, MODEL_DTYPE_AUTO, "not in f32");
+    refuses(d, TEST_ROOT "/models/needle", MODEL_DTYPE_AUTO, DTYPE_F32, "a cache in bf16");
+    refuses(d, TEST_DATA "/llama/head_dim_256", MODEL_DTYPE_AUTO, MODEL_DTYPE_AUTO, "head_dim 256");
+    dev_close(d);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_logits),   cmocka_unit_test(test_gates),
+        cmocka_unit_test(test_needle),   cmocka_unit_test(test_repeat),
+        cmocka_unit_test(test_refusals),
+    };
+    struct dev *d;
+    if (dev_cuda_count() == 0 || dev_open(&d, &dev_cuda, 0, 1, NULL) < 0)
+        return 77;
+    dev_close(d);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
