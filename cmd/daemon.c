@@ -1,9 +1,11 @@
 /* sluiced: the daemon. Parses options, builds the parts, wires them, runs the loop.
  * With --tp N it is the leader of N processes: it starts the followers as copies of itself (--rank,
- * --shm), decides everything, and fails as a whole when one of them dies. */
+ * --shm), decides everything, and fails as a whole when one of them dies. With --nnodes the ranks
+ * are spread over hosts: on the others sluiced is a follower itself, and starts the rest there. */
 #define LOG_MODULE "sluiced"
 #include "cmd/daemon_model.h"
 #include "cmd/daemon_options.h"
+#include "cmd/secret.h"
 #include "core/log.h"
 #include "core/mem.h"
 #include "parallel/ranks.h"
@@ -24,8 +26,9 @@ struct daemon {
     struct engine *engine;
     struct ranks *ranks;
     uv_signal_t signals[2];
-    int n_signals; /* received so far */
-    int status;    /* of the engine */
+    int n_signals;        /* received so far */
+    int status;           /* of the engine */
+    uv_async_t peer_lost; /* with several hosts: the communicator's thread has lost a rank */
     bool rank_died;
     char shm[64];
     char *token;
@@ -70,21 +73,26 @@ static void on_rank_exit(void *ctx, int rank, int status, int signal_number)
         log_error("%s", text);
 }
 
-/* The first line of the secret's file, without white space around it. */
+/* With several hosts there is no child whose exit tells: the communicator does. */
+static void on_peer_lost(uv_async_t *a)
+{
+    struct daemon *d = a->data;
+    d->rank_died = true;
+    if (d->engine)
+        engine_fail(d->engine, ERR_PEER, "a rank was lost");
+}
+
+static void send_peer_lost(void *arg)
+{
+    (void)uv_async_send(arg);
+}
+
 static int read_token(struct daemon *d, struct err_msg *why)
 {
-    char buf[IPC_TOKEN_BYTES + 2] = "";
-    const char *path = d->opt.auth_token_file;
-    if (!path)
+    char buf[IPC_TOKEN_BYTES + 1];
+    if (!d->opt.auth_token_file)
         return 0;
-    FILE *f = fopen(path, "re");
-    if (!f)
-        return err_set(why, -errno, "--auth-token-file: cannot open %s: %s", path, err_str(-errno));
-    bool ok = fgets(buf, sizeof buf, f) != NULL;
-    (void)fclose(f);
-    buf[strcspn(buf, " \t\r\n")] = '\0';
-    if (!ok || !buf[0])
-        return err_set(why, ERR_CONFIG, "--auth-token-file: %s is empty", path);
+    TRY(secret_read(buf, sizeof buf, "auth-token-file", d->opt.auth_token_file, why));
     d->token = mem_strdup(buf);
     return 0;
 }
@@ -196,14 +204,14 @@ static int start_ranks(struct daemon *d, int argc, char **argv, struct err_msg *
 {
     const struct ranks_config cfg = {
         .loop = &d->loop,
-        .n_ranks = (int)d->opt.tp,
+        .n_ranks = daemon_comm_local_ranks(&d->opt),
         .argc = argc,
         .argv = argv,
         .shm = d->shm,
         .on_exit = on_rank_exit,
         .ctx = d,
     };
-    if (d->opt.tp == 1)
+    if (cfg.n_ranks == 1)
         return 0;
     TRY(comm_shm_name(d->shm, sizeof d->shm));
     return ranks_start(&d->ranks, &cfg, why);
@@ -213,7 +221,8 @@ static int start_ranks(struct daemon *d, int argc, char **argv, struct err_msg *
 static int serve(struct daemon *d, struct err_msg *why)
 {
     TRY(read_token(d, why));
-    TRY(daemon_model_open(&d->model, &d->opt, d->shm, d->ranks, why));
+    const struct daemon_peers peers = {d->shm, d->ranks, send_peer_lost, &d->peer_lost};
+    TRY(daemon_model_open(&d->model, &d->opt, &peers, why));
     TRY(open_engine(d, why));
     int err = start_signals(d);
     if (err == 0)
@@ -227,7 +236,21 @@ static int serve(struct daemon *d, struct err_msg *why)
                  d->model.n_pages, dtype_name(model_info(d->model.model)->kv_dtype),
                  d->model.max_model_len);
     (void)uv_run(&d->loop, UV_RUN_DEFAULT);
+    if (err == 0)
+        *why = (struct err_msg){""}; /* what was said about optional files at start */
     return err < 0 ? err : d->status;
+}
+
+static bool has_gpu(const struct daemon *d)
+{
+    return d->model.dev && d->model.dev->ops != &dev_cpu;
+}
+
+/* Without freeing anything: on a GPU that could wait for kernels that wait for a lost rank. */
+_Noreturn static void end_at_once(struct daemon *d)
+{
+    ranks_kill(d->ranks);
+    _exit(1);
 }
 
 static int lead(struct daemon *d, int argc, char **argv)
@@ -235,36 +258,50 @@ static int lead(struct daemon *d, int argc, char **argv)
     struct err_msg why = {""};
     (void)signal(SIGPIPE, SIG_IGN);
     ASSERT(uv_loop_init(&d->loop) == 0);
+    ASSERT(uv_async_init(&d->loop, &d->peer_lost, on_peer_lost) == 0);
+    d->peer_lost.data = d;
+    uv_unref((uv_handle_t *)&d->peer_lost); /* alone it is no reason for the loop to go on */
     int err = start_ranks(d, argc, argv, &why);
     if (err == 0)
         err = serve(d, &why);
     if (err < 0)
         log_error("%s", err_why(&why, err));
-    if (d->engine && !engine_destroy(d->engine)) { /* a step never came back */
-        ranks_kill(d->ranks);
-        _exit(1);
-    }
+    if (d->engine && !engine_destroy(d->engine)) /* a step never came back */
+        end_at_once(d);
+    if (err < 0 && has_gpu(d))
+        end_at_once(d);
     if (d->model.model && !d->rank_died)
         model_stop_followers(d->model.model);
     ranks_stop(d->ranks, STOP_GRACE_MS);
     daemon_model_close(&d->model);
+    uv_close((uv_handle_t *)&d->peer_lost, NULL);
     (void)uv_run(&d->loop, UV_RUN_DEFAULT);
     (void)uv_loop_close(&d->loop);
     mem_free(d->token);
     return err < 0 ? 1 : 0;
 }
 
-static int follow(struct daemon *d)
+/* A child of this host's sluiced, or that sluiced itself where it does not lead: then it has
+ * children of its own, which the kernel ends with it. Who loses one of them is the communicator. */
+static int follow(struct daemon *d, int argc, char **argv)
 {
     struct err_msg why = {""};
-    int err = ranks_follower_init(&why);
+    const bool child = daemon_comm_local_rank(&d->opt) > 0;
+    ASSERT(uv_loop_init(&d->loop) == 0);
+    int err = child ? ranks_follower_init(&why) : start_ranks(d, argc, argv, &why);
+    const struct daemon_peers peers = {.shm = d->opt.shm, .ranks = d->ranks};
     if (err == 0)
-        err = daemon_model_open(&d->model, &d->opt, d->opt.shm, NULL, &why);
+        err = daemon_model_open(&d->model, &d->opt, &peers, &why);
     if (err == 0)
         err = model_follow(d->model.model);
     if (err < 0)
         log_error("rank %" PRId64 ": %s", d->opt.rank, err_why(&why, err));
+    if (err < 0 && has_gpu(d))
+        end_at_once(d);
+    ranks_stop(d->ranks, STOP_GRACE_MS);
     daemon_model_close(&d->model);
+    (void)uv_run(&d->loop, UV_RUN_DEFAULT);
+    (void)uv_loop_close(&d->loop);
     return err < 0 ? 1 : 0;
 }
 
@@ -296,7 +333,9 @@ int main(int argc, char **argv)
         return 2;
     }
     log_set_level((enum log_level)d->opt.log_level);
-    int status = d->opt.rank > 0 ? follow(d) : lead(d, argc, argv);
+    d->opt.rank +=
+        d->opt.node_rank * daemon_comm_local_ranks(&d->opt); /* --rank counts on a host */
+    int status = d->opt.rank > 0 ? follow(d, argc, argv) : lead(d, argc, argv);
     conf_free(&daemon_program, &d->opt);
     return status;
 }

@@ -5,7 +5,6 @@
 #include "core/clock.h"
 #include "core/log.h"
 #include "model/config.h"
-#include "parallel/ranks.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -37,28 +36,10 @@ static size_t plan_bytes(const struct daemon_options *o, int64_t max_len)
     return (size_t)o->token_budget * 4 + (size_t)o->max_running * (pages * 4 + 256) + 4096;
 }
 
-static int open_comm(struct daemon_model *d, const struct daemon_options *o, const char *shm,
-                     struct ranks *ranks, struct err_msg *why)
-{
-    if (o->tp == 1)
-        return comm_self_create(&d->comm);
-    const struct comm_shm_config cfg = {
-        .name = shm,
-        .rank = (int)o->rank,
-        .n_ranks = (int)o->tp,
-        .max_floats = 1 << 18,
-        .max_msg = plan_bytes(o, d->max_model_len),
-        .timeout_ms = o->comm_timeout,
-        .peers_alive = ranks ? ranks_alive : NULL,
-        .peers_arg = ranks,
-    };
-    return comm_shm_create(&d->comm, &cfg, why);
-}
-
 static int threads_per_rank(const struct daemon_options *o)
 {
     int64_t n = o->threads ? o->threads : sysconf(_SC_NPROCESSORS_ONLN);
-    n /= o->tp;
+    n /= daemon_comm_local_ranks(o);
     return n < 1 ? 1 : (int)n;
 }
 
@@ -68,7 +49,7 @@ static size_t page_memory(const struct daemon_model *d, const struct daemon_opti
 {
     if (d->dev->ops != &dev_cpu)
         return free_bytes / 10 * 9;
-    return free_bytes / 2 / (size_t)o->tp;
+    return free_bytes / 2 / (size_t)daemon_comm_local_ranks(o);
 }
 
 /* Pages for this rank: as told, else a share of the free memory, never more than useful. */
@@ -99,7 +80,10 @@ static int size_pages(struct daemon_model *d, const struct daemon_options *o, st
                        n);
     d->n_pages = (int32_t)n;
     struct err_msg inner = {""};
-    int err = model_take_pages(d->model, d->n_pages, &inner);
+    int err = daemon_comm_least(d->comm, &d->n_pages); /* page ids are the same on all ranks */
+    if (err < 0)
+        return err_set(why, err, "a rank failed before it had pages");
+    err = model_take_pages(d->model, d->n_pages, &inner);
     if (err < 0)
         return err_set(why, err,
                        "no memory for %" PRId64
@@ -108,8 +92,8 @@ static int size_pages(struct daemon_model *d, const struct daemon_options *o, st
     return 0;
 }
 
-static int open_parts(struct daemon_model *d, const struct daemon_options *o, const char *shm,
-                      struct ranks *ranks, struct err_msg *why)
+static int open_parts(struct daemon_model *d, const struct daemon_options *o,
+                      const struct daemon_peers *peers, struct err_msg *why)
 {
     struct load_progress progress = {.terminal = o->rank == 0 && isatty(STDERR_FILENO) == 1};
     struct model_config cfg = {
@@ -127,21 +111,23 @@ static int open_parts(struct daemon_model *d, const struct daemon_options *o, co
     TRY(llama_config_load(&file, o->model, why));
     d->max_model_len = (int32_t)(o->max_model_len ? o->max_model_len : file.max_position);
     cfg.max_position = d->max_model_len;
-    TRY(device_open(&d->dev, o->device, (int)o->rank, threads_per_rank(o), why));
-    TRY(open_comm(d, o, shm, ranks, why));
+    TRY(device_open(&d->dev, o->device, daemon_comm_local_rank(o), threads_per_rank(o), why));
+    TRY(daemon_comm_open(&d->comm, o, peers, d->dev, plan_bytes(o, d->max_model_len), why));
     cfg.dev = d->dev;
     cfg.comm = d->comm;
     TRY(model_open(&d->model, &cfg, why));
     TRY(daemon_policy_load(&d->policy, o, model_info(d->model), why));
+    TRY(daemon_comm_same(d->comm, model_info(d->model)->fingerprint, "model", why));
+    TRY(daemon_comm_same(d->comm, d->policy.fingerprint, "thresholds or policy", why));
     TRY(model_set_policy(d->model, &d->policy.attn, why));
     return size_pages(d, o, why);
 }
 
-int daemon_model_open(struct daemon_model *d, const struct daemon_options *o, const char *shm,
-                      struct ranks *ranks, struct err_msg *why)
+int daemon_model_open(struct daemon_model *d, const struct daemon_options *o,
+                      const struct daemon_peers *peers, struct err_msg *why)
 {
     memset(d, 0, sizeof *d);
-    int err = open_parts(d, o, shm, ranks, why);
+    int err = open_parts(d, o, peers, why);
     if (err < 0)
         daemon_model_close(d);
     return err;

@@ -3,6 +3,7 @@
 #ifndef CMD_DAEMON_MODEL_H
 #define CMD_DAEMON_MODEL_H
 
+#include "cmd/daemon_comm.h"
 #include "cmd/daemon_options.h"
 #include "cmd/daemon_policy.h"
 #include "model/model.h"
@@ -17,12 +18,8 @@ struct daemon_model {
     int32_t n_pages;
 };
 
-struct ranks;
-
-/* shm names the ranks' shared memory; NULL with --tp 1. ranks: the leader's, to notice a follower
- * that dies early. */
 MUST_CHECK int daemon_model_open(struct daemon_model *d, const struct daemon_options *o,
-                                 const char *shm, struct ranks *ranks, struct err_msg *why);
+                                 const struct daemon_peers *peers, struct err_msg *why);
 void daemon_model_close(struct daemon_model *d);
 
 #endif

@@ -34,6 +34,14 @@ static const struct conf_opt options[] = {
      "files are, else bf16"},
     {"tp", CONF_INT, AT(tp), "1", 1, 64, {0}, "N",
      "ranks the model is split over, one process each"},
+    {"nnodes", CONF_INT, AT(nnodes), "1", 1, 64, {0}, "N",
+     "hosts that share the model; each runs sluiced with the same options but node-rank"},
+    {"node-rank", CONF_INT, AT(node_rank), "0", 0, 63, {0}, "N",
+     "number of this host; 0 leads and alone has clients"},
+    {"leader", CONF_TEXT, AT(leader), NULL, 0, 0, {0}, "HOST:PORT",
+     "with nnodes: where host 0 listens for the others"},
+    {"leader-token-file", CONF_TEXT, AT(leader_token_file), NULL, 0, 0, {0}, "FILE",
+     "with nnodes: shared secret of the hosts, the same on all"},
     {"threads", CONF_INT, AT(threads), "0", 0, 1024, {0}, "N",
      "worker threads of all ranks together on the CPU; 0 is one per processor"},
     {"kv-memory", CONF_BYTES, AT(kv_memory), "0", 0, ONE_TIB, {0}, "BYTES",
@@ -111,7 +119,15 @@ int daemon_options_check(const struct daemon_options *o, struct err_msg *why)
         return err_set(why, ERR_CONFIG,
                        "--token-budget: %lld is less than max-running + 128 = %lld",
                        (long long)o->token_budget, (long long)o->max_running + 128);
-    if (o->rank >= o->tp)
+    if (o->tp % o->nnodes)
+        return err_set(why, ERR_CONFIG, "--nnodes: %lld does not divide --tp %lld",
+                       (long long)o->nnodes, (long long)o->tp);
+    if (o->node_rank >= o->nnodes)
+        return err_set(why, ERR_CONFIG, "--node-rank: %lld is not below --nnodes %lld",
+                       (long long)o->node_rank, (long long)o->nnodes);
+    if (o->nnodes > 1 && (!o->leader || !o->leader_token_file))
+        return err_set(why, ERR_CONFIG, "--nnodes: needs --leader and --leader-token-file");
+    if (o->rank >= o->tp / o->nnodes)
         return err_set(why, ERR_CONFIG, "--rank: %lld is not below --tp %lld", (long long)o->rank,
                        (long long)o->tp);
     if (o->rank > 0 && !o->shm)

@@ -6,10 +6,10 @@
 
 struct daemon_options {
     char *model, *thresholds, *listen, *auth_token_file, *metrics, *window, *window_heads, *shm,
-        *device;
+        *device, *leader, *leader_token_file;
     bool random_weights, force_thresholds, prefix_cache, share_generated;
     int dtype, kv_dtype, page_order, log_level;
-    int64_t tp, rank, threads;
+    int64_t tp, nnodes, node_rank, rank, threads;
     int64_t kv_memory, kv_pages, max_model_len;
     int64_t max_running, token_budget, max_partial_prefills, max_long_partial, long_prefill_tokens;
     double watermark;

@@ -302,6 +302,17 @@ static int connect_channel(int *fd, const struct comm_tcp_config *cfg, enum wire
     }
 }
 
+/* Until the leader says something, or a child of this process ends. */
+static int await_go(int fd, const struct comm_tcp_config *cfg, int64_t end, struct err_msg *why)
+{
+    struct pollfd p = {fd, POLLIN, 0};
+    while (poll(&p, 1, SLICE_MS) <= 0 && clock_monotonic_us(NULL) < end) {
+        if (cfg->peers_alive && !cfg->peers_alive(cfg->peers_arg))
+            return err_set(why, ERR_PEER, "a rank ended before it had joined; its log says why");
+    }
+    return 0;
+}
+
 static int follow(struct tcp_peers *p, const struct comm_tcp_config *cfg, struct err_msg *why)
 {
     const int64_t end = join_deadline(cfg);
@@ -309,6 +320,7 @@ static int follow(struct tcp_peers *p, const struct comm_tcp_config *cfg, struct
 
     TRY(connect_channel(&p->data[0], cfg, WIRE_DATA, end, why));
     TRY(connect_channel(&p->beat[0], cfg, WIRE_BEATS, end, why));
+    TRY(await_go(p->data[0], cfg, end, why));
     int err = wire_read(p->data[0], &go, sizeof go, end);
     if (err < 0)
         return err_set(why, ERR_PEER, "%s",

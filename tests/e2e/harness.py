@@ -23,6 +23,7 @@ BIN = os.environ.get("SLUICE_BIN", "build/release/bin")
 ROOT = os.environ.get("SLUICE_ROOT", os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 NEEDLE = os.path.join(ROOT, "models", "needle")
 PATIENCE = 120  # seconds; sanitizers are slow
+DEVICE = os.environ.get("SLUICE_TEST_DEVICE")  # of every daemon that names none: cpu, cuda, cuda:1
 SANITIZED = bool(os.environ.get("SLUICE_SANITIZED"))  # tests of speed use shorter prompts
 
 (HELLO, SUBMIT, CANCEL, STATS, HEALTH, DRAIN, SHUTDOWN, RESET, PING) = range(1, 10)
@@ -38,12 +39,14 @@ DENSE, ABS, REL = 1, 2, 3
 class Daemon:
     """sluiced on a Unix socket in a private folder; `with` stops it and checks its exit code."""
 
-    def __init__(self, *options, model=NEEDLE, expect=0, listen=None):
+    def __init__(self, *options, model=NEEDLE, expect=0, listen=None, prefix=()):
         self.dir = tempfile.mkdtemp(prefix="sluice-e2e-")
         self.path = os.path.join(self.dir, "s")
         self.expect = expect
         self.log = open(os.path.join(self.dir, "log"), "w+b")
-        args = [os.path.join(BIN, "sluiced"), "--model", model, "--listen", listen or "unix:" + self.path, *options]
+        args = [*prefix, os.path.join(BIN, "sluiced"), "--model", model, "--listen", listen or "unix:" + self.path, *options]
+        if DEVICE and "--device" not in options:
+            args += ["--device", DEVICE]
         self.process = subprocess.Popen(args, stderr=self.log, stdout=self.log, stdin=subprocess.DEVNULL)
 
     def text(self):
