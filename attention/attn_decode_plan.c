@@ -128,8 +128,13 @@ static int64_t each_task(struct cutter *c, const struct dec_shape *shape, const 
     for (int32_t kv = 0; kv < shape->n_kv_heads; kv++) {
         const struct reach r = reach_of(heads ? heads + (ptrdiff_t)kv * group : NULL, group);
         for (int32_t tile = 0; tile < tiles; tile++) {
-            struct dec_piece p = {
-                .pages = s->pages, .seq = seq, .kv_head = (uint16_t)kv, .tile = (uint16_t)tile};
+            struct dec_piece p = {.pages = s->pages,
+                                  .row = s->row,
+                                  .pos = s->pos,
+                                  .n_rows = s->n_rows,
+                                  .seq = seq,
+                                  .kv_head = (uint16_t)kv,
+                                  .tile = (uint16_t)tile};
             int32_t n = walk_of(&p, s, group, &r);
             cost += n + DEC_PIECE_COST;
             if (c)

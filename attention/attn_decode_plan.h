@@ -36,16 +36,20 @@ struct dec_seq {
     const float *t;       /* ABS: device [n_heads], natural scaled-logit units; NULL: dense */
 };
 
-/* Walk position i of a task is page last - i for i < n_run, then sink - 1 - (i - n_run). */
+/* Walk position i of a task is page last - i for i < n_run, then sink - 1 - (i - n_run). 64 bytes,
+ * so that a thread reads one in four loads; row, pos and n_rows are those of its sequence. */
 struct dec_piece {
     const int32_t *pages;
+    int32_t row, pos;
     int32_t seq;
     uint16_t kv_head, tile; /* packed rows [16 tile, 16 tile + 16) */
     int32_t begin, end;     /* walk positions */
     int32_t last, n_run, sink;
+    int32_t n_rows;
     int32_t slot;       /* in the workspace: 2 share, + 1 if not the share's first piece */
     int32_t first_slot; /* of the task's first part; its part p > 0 is in 2 (first_slot / 2 + p) */
     int32_t n_parts;    /* 1: the piece is a whole task and no slot is used */
+    int32_t pad;
 };
 
 struct dec_shape {

@@ -10,7 +10,8 @@
 #define DEC_LN2   0.6931471805599453f
 #define DEC_ALL   0xffffffffu
 
-enum { DEC_PAGE = 64, DEC_THREADS = 32 * DEC_WARPS };
+/* DEC_MERGE: parts of a task whose loads are in flight together. */
+enum { DEC_PAGE = 64, DEC_THREADS = 32 * DEC_WARPS, DEC_MERGE = 16 };
 
 /* ---- instructions ---- */
 
@@ -87,6 +88,23 @@ __device__ __forceinline__ int dec_page(int i, int last, int n_run, int sink)
     return i < n_run ? last - i : sink - 1 - (i - n_run);
 }
 
+/* In four loads of 16 bytes. */
+__device__ __forceinline__ struct dec_piece piece_load(const struct dec_piece *from)
+{
+    struct dec_piece p;
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof p / sizeof(int4)); i++) {
+        const int4 x = ((const int4 *)from)[i];
+        memcpy((char *)&p + i * sizeof x, &x, sizeof x);
+    }
+    return p;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void *p)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 /* The pages of a warp over all pieces of the share, in order: runs ahead of the computation.
  * Each lane holds one of the next 32 page ids. */
 struct dec_feed {
@@ -97,11 +115,31 @@ struct dec_feed {
     int ids, used;
 };
 
+/* Where this lane's page id lies among the next 32 of the warp, or NULL behind the end. */
+__device__ __forceinline__ const int32_t *feed_id(const int32_t *pages, int at, int stop, int last,
+                                                  int n_run, int sink, int lane)
+{
+    const int i = at + lane * DEC_WARPS;
+    return i < stop ? pages + dec_page(i, last, n_run, sink) : NULL;
+}
+
 __device__ __forceinline__ void feed_refill(struct dec_feed &f, int lane)
 {
-    int i = f.at + lane * DEC_WARPS;
-    f.ids = i < f.stop ? f.pages[dec_page(i, f.last, f.n_run, f.sink)] : 0;
+    const int32_t *from = feed_id(f.pages, f.at, f.stop, f.last, f.n_run, f.sink, lane);
+    f.ids = from ? *from : 0;
     f.used = 0;
+}
+
+/* Brings the ids of the next piece near: reading piece and ids in turn would cost two trips to
+ * device memory between pieces. */
+__device__ __forceinline__ void feed_prefetch(const struct dec_feed &f, int warp, int lane)
+{
+    if (f.next == f.end)
+        return;
+    const struct dec_piece p = piece_load(f.next);
+    const int32_t *from = feed_id(p.pages, p.begin + warp, p.end, p.last, p.n_run, p.sink, lane);
+    if (from)
+        prefetch_l2(from);
 }
 
 /* The next (page, head) tile of the pool, or -1 after the last. */
@@ -110,15 +148,19 @@ __device__ __forceinline__ int feed_tile(struct dec_feed &f, int n_kv_heads, int
     while (f.at >= f.stop) {
         if (f.next == f.end)
             return -1;
-        const struct dec_piece p = *f.next++;
+        const struct dec_piece p = piece_load(f.next++);
         f.pages = p.pages;
         f.kv_head = p.kv_head;
         f.last = p.last, f.n_run = p.n_run, f.sink = p.sink;
         f.at = p.begin + warp, f.stop = p.end;
         f.used = 32;
+        if (f.next != f.end)
+            prefetch_l2(f.next);
     }
     if (f.used == 32)
         feed_refill(f, lane);
+    else if (f.used == 1)
+        feed_prefetch(f, warp, lane);
     int id = __shfl_sync(DEC_ALL, f.ids, f.used++);
     f.at += DEC_WARPS;
     return id * n_kv_heads + f.kv_head;
@@ -150,26 +192,27 @@ __device__ __forceinline__ struct dec_rows rows_make(const struct dec_args &a,
                                                      const struct dec_piece &p, int lane)
 {
     struct dec_rows r;
-    const struct dec_seq s = a.seqs[p.seq];
     const int group = a.n_heads / a.n_kv_heads, first = p.tile * DEC_ROWS;
-    r.n = min((int)DEC_ROWS, s.n_rows * group - first);
-    r.first_pos = s.pos + first / group;
-    r.last_pos = s.pos + (first + r.n - 1) / group;
+    r.n = min((int)DEC_ROWS, p.n_rows * group - first);
+    r.first_pos = p.pos + first / group;
+    r.last_pos = p.pos + (first + r.n - 1) / group;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int row = lane / 4 + 8 * i, token = (first + row) / group;
         const bool valid = row < r.n;
         r.head[i] = p.kv_head * group + (first + row) % group;
-        r.q_row[i] = s.row + token;
-        r.limit[i] = valid ? s.pos + token : -1;
+        r.q_row[i] = p.row + token;
+        r.limit[i] = valid ? p.pos + token : -1;
         r.sink[i] = r.near[i] = 0;
         if (a.visit && valid && a.visit[r.head[i]].local >= 0) {
             r.sink[i] = a.visit[r.head[i]].sink;
-            r.near[i] = max(0, (s.pos + token) / 128 * 2 - a.visit[r.head[i]].local);
+            r.near[i] = max(0, (p.pos + token) / 128 * 2 - a.visit[r.head[i]].local);
         }
-        r.gate[i] = GATE == SM90_GATE_REL                   ? s.ln_lambda
-                    : GATE == SM90_GATE_ABS && s.t && valid ? s.t[r.head[i]]
-                                                            : -INFINITY;
+        r.gate[i] = -INFINITY;
+        if (GATE == SM90_GATE_REL)
+            r.gate[i] = a.seqs[p.seq].ln_lambda;
+        if (GATE == SM90_GATE_ABS && valid && a.seqs[p.seq].t)
+            r.gate[i] = a.seqs[p.seq].t[r.head[i]];
         r.seen[i] = r.kept[i] = 0;
     }
     return r;

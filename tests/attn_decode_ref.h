@@ -23,8 +23,8 @@ void dec_ref_f64(const struct dec_ref *p, double *out, double *lse);
 void dec_ref_naive(const struct dec_ref *p, double *out, double *lse);
 /* largest scaled score a row sees in a page, -inf if none: max [n_rows, n_heads, n_pages] */
 void dec_ref_page_max(const struct dec_ref *p, float *max);
-/* Reads n bytes (a multiple of 16) and does nothing but add them up; sum [1]. */
-void dec_read(const void *p, size_t n, int n_sms, unsigned *sum);
+/* Reads n bytes (a multiple of 16) at each of two places in one launch and only adds them up. */
+void dec_read(const void *p, const void *q, size_t n, int n_sms, unsigned *sum);
 #ifdef __cplusplus
 }
 #endif

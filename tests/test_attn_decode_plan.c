@@ -92,6 +92,8 @@ static int32_t check_task(const struct batch *b, int32_t piece, int32_t seq, int
         const bool starts = b->plan.first[mine] == piece + part;
         assert_true(p->seq == seq && p->kv_head == kv && p->tile == tile);
         assert_ptr_equal(p->pages, b->seqs[seq].pages);
+        assert_true(p->row == b->seqs[seq].row && p->pos == b->seqs[seq].pos);
+        assert_int_equal(p->n_rows, b->seqs[seq].n_rows);
         assert_int_equal(p->begin, at);
         assert_true(p->end > p->begin);
         assert_true(head->n_parts == 1 || p->end - p->begin >= DEC_MIN_PAGES);
@@ -147,7 +149,8 @@ static void random_batch(struct batch *b, struct rng *r)
     b->n_seqs = rng_range(r, 1, 24);
     b->by_head = rng_range(r, 0, 1);
     for (int32_t i = 0; i < b->n_seqs; i++)
-        b->seqs[i] = (struct dec_seq){.n_rows = rng_range(r, 1, DEC_MAX_TOKENS),
+        b->seqs[i] = (struct dec_seq){.row = 8 * i,
+                                      .n_rows = rng_range(r, 1, DEC_MAX_TOKENS),
                                       .pos = rng_range(r, 0, longest),
                                       .pages = (const int32_t *)(uintptr_t)(64 + i)};
     for (int32_t h = 0; h < b->shape.n_heads; h++)

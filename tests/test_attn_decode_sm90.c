@@ -486,6 +486,23 @@ static void test_graph(int d, int dtype)
     dec_free(&w);
 }
 
+/* As many sequences as a step may hold, and as many tokens as a sequence may. */
+static void test_sizes(int d, int dtype)
+{
+    static int spans[DEC_MAX_SEQS][2];
+    for (int i = 0; i < DEC_MAX_SEQS; i++)
+        spans[i][0] = i * 7919 % 1500, spans[i][1] = 1 + i % 3;
+    make(8, 2, d, dtype, DEC_MAX_SEQS, (const int(*)[2])spans, 31);
+    run(SM90_GATE_NONE, "many");
+    compare(NULL, "1024 sequences");
+    dec_free(&w);
+    const int one[1][2] = {{(1 << 20) - 1, 1}};
+    make(4, 1, d, dtype, 1, one, 37);
+    run(SM90_GATE_NONE, "longest");
+    compare(NULL, "1048576 tokens");
+    dec_free(&w);
+}
+
 /* The kernels are compiled for compute capability 9.0 alone. */
 static int have_hopper(void)
 {
@@ -504,6 +521,7 @@ static void test_all(int d, int dtype)
     test_gates(d, dtype);
     test_visit(d, dtype);
     test_graph(d, dtype);
+    test_sizes(d, dtype);
 }
 
 int main(int argc, char **argv)
@@ -513,7 +531,8 @@ int main(int argc, char **argv)
     if (argc > 1 && !strcmp(argv[1], "quick")) {
         test_visit(128, 0);
         test_visit(64, 1);
-        test_graph(128, 0);
+        test_nan(64, 0);
+        test_graph(128, 1);
     } else {
         for (int dtype = 0; dtype < 2; dtype++) {
             test_all(128, dtype);
