@@ -13,6 +13,7 @@
 
 enum {
     PIECE_FLOATS = 1 << 18,
+    LOAD_MS = 600000,       /* for ranks to load their weights; one that dies is noticed at once */
     NODES_JOIN_MS = 600000, /* hosts are started by hand, or wait for their files */
     MAX_RANKS = 64,
     LIMBS = 4, /* a 64-bit number as floats that hold 16 bits each */
@@ -28,6 +29,12 @@ int daemon_comm_local_rank(const struct daemon_options *o)
     return (int)(o->rank % daemon_comm_local_ranks(o));
 }
 
+/* Ranks may load at different speeds, or wait for the same disk. */
+static int64_t load_timeout(const struct daemon_options *o)
+{
+    return o->comm_timeout > LOAD_MS ? o->comm_timeout : LOAD_MS;
+}
+
 static int open_shm(struct comm **out, const struct daemon_options *o,
                     const struct daemon_peers *peers, size_t max_msg, struct err_msg *why)
 {
@@ -37,7 +44,8 @@ static int open_shm(struct comm **out, const struct daemon_options *o,
         .n_ranks = (int)o->tp,
         .max_floats = PIECE_FLOATS,
         .max_msg = max_msg,
-        .timeout_ms = o->comm_timeout,
+        .timeout_ms = load_timeout(o),
+        .join_ms = o->comm_timeout,
         .peers_alive = peers->ranks ? ranks_alive : NULL,
         .peers_arg = peers->ranks,
     };
@@ -56,7 +64,7 @@ static int open_tcp(struct comm **out, const struct daemon_options *o,
         .n_ranks = (int)o->tp,
         .max_floats = PIECE_FLOATS,
         .max_msg = max_msg,
-        .timeout_ms = o->comm_timeout,
+        .timeout_ms = load_timeout(o),
         .join_ms = NODES_JOIN_MS,
         .peers_alive = peers->ranks ? ranks_alive : NULL,
         .peers_arg = peers->ranks,
@@ -87,7 +95,7 @@ static int add_nccl(struct comm **out, const struct daemon_options *o, const str
     const struct comm_nccl_config cfg = {
         .host = *out,
         .device = dev_cuda_index(dev),
-        .timeout_ms = o->comm_timeout,
+        .timeout_ms = load_timeout(o),
         .join_ms = NODES_JOIN_MS,
         .one_host = o->nnodes == 1,
     };

@@ -22,7 +22,8 @@ struct daemon_peers {
 int daemon_comm_local_ranks(const struct daemon_options *o);
 /* Number of this rank on its host: 0 for the process that was started there. */
 int daemon_comm_local_rank(const struct daemon_options *o);
-/* All ranks together. max_msg: largest plan of a step. */
+/* All ranks together, with a long deadline for collectives until the caller has loaded its weights
+ * and calls comm_set_timeout. max_msg: largest plan of a step. */
 MUST_CHECK int daemon_comm_open(struct comm **out, const struct daemon_options *o,
                                 const struct daemon_peers *peers, const struct dev *dev,
                                 size_t max_msg, struct err_msg *why);

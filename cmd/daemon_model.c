@@ -120,7 +120,9 @@ static int open_parts(struct daemon_model *d, const struct daemon_options *o,
     TRY(daemon_comm_same(d->comm, model_info(d->model)->fingerprint, "model", why));
     TRY(daemon_comm_same(d->comm, d->policy.fingerprint, "thresholds or policy", why));
     TRY(model_set_policy(d->model, &d->policy.attn, why));
-    return size_pages(d, o, why);
+    TRY(size_pages(d, o, why));
+    comm_set_timeout(d->comm, o->comm_timeout);
+    return 0;
 }
 
 int daemon_model_open(struct daemon_model *d, const struct daemon_options *o,

@@ -37,6 +37,12 @@ void comm_abort(struct comm *c)
     c->ops->abort(c);
 }
 
+void comm_set_timeout(struct comm *c, int64_t timeout_ms)
+{
+    if (c->ops->set_timeout)
+        c->ops->set_timeout(c, timeout_ms);
+}
+
 int comm_all_reduce_dev(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream)
 {
     return c->ops->all_reduce_dev ? c->ops->all_reduce_dev(c, buf, n, dt, stream) : ERR_UNSUPPORTED;

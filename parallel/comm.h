@@ -35,6 +35,7 @@ struct comm_ops {
                           void *stream);
     int (*poll)(struct comm *c);
     int (*wait_stream)(struct comm *c, void *stream, int64_t timeout_ms);
+    void (*set_timeout)(struct comm *c, int64_t timeout_ms); /* NULL: none to set */
 };
 
 /* Common head of every communicator. */
@@ -76,6 +77,9 @@ MUST_CHECK int comm_barrier(struct comm *c);
 MUST_CHECK int comm_post(struct comm *c, const void *msg, size_t len);
 MUST_CHECK int comm_wait(struct comm *c, void *buf, size_t cap, size_t *len);
 void comm_abort(struct comm *c);
+/* Another deadline for the collectives to come: while the ranks load a model they may be minutes
+ * apart. For the thread that runs the collectives. */
+void comm_set_timeout(struct comm *c, int64_t timeout_ms);
 
 /* Collectives on device memory, in the order of the stream. ERR_UNSUPPORTED where the communicator
  * has no device. 0 means enqueued: a peer that fails later is found by comm_poll or

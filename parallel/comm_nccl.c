@@ -100,7 +100,7 @@ static void abort_nccl(struct comm_nccl *s)
     }
     (void)pthread_detach(thread);
     while (!atomic_load(&j->done) && clock_monotonic_us(NULL) < end)
-        nap(NAP_US * 50);
+        nap(LOOK_US);
     if (!atomic_load(&j->done))
         log_warn("rank=%d NCCL does not let go; the process must end", s->base.rank);
     leave_job(j);
@@ -316,6 +316,12 @@ static int nccl_wait(struct comm *c, void *buf, size_t cap, size_t *len)
     return comm_wait(self(c)->host, buf, cap, len);
 }
 
+static void nccl_set_timeout(struct comm *c, int64_t timeout_ms)
+{
+    self(c)->timeout_ms = timeout_ms;
+    comm_set_timeout(self(c)->host, timeout_ms);
+}
+
 static void nccl_abort(struct comm *c)
 {
     atomic_store(&self(c)->aborted, true);
@@ -363,6 +369,7 @@ static const struct comm_ops comm_nccl_ops = {
     .all_gather_dev = nccl_all_gather_dev,
     .poll = nccl_poll,
     .wait_stream = nccl_wait_stream,
+    .set_timeout = nccl_set_timeout,
 };
 
 /* Rank 0's identifier of the communicator, to all. */

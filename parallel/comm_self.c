@@ -74,6 +74,7 @@ static int self_all_reduce_dev(struct comm *c, void *buf, size_t n, enum dtype d
     return self_check(c);
 }
 
+// cppcheck-suppress constParameter ; the table fixes the signature
 static int self_all_gather_dev(struct comm *c, void *out, const void *in, size_t n, enum dtype dt,
                                void *stream)
 {

@@ -265,6 +265,11 @@ static void shm_abort(struct comm *c)
     shm_area_fail(&self(c)->area);
 }
 
+static void shm_set_timeout(struct comm *c, int64_t timeout_ms)
+{
+    self(c)->area.timeout_us = timeout_ms * 1000;
+}
+
 static int shm_poll(struct comm *c)
 {
     struct comm_shm *s = self(c);
@@ -288,6 +293,7 @@ static const struct comm_ops comm_shm_ops = {
     .wait = shm_wait,
     .abort = shm_abort,
     .poll = shm_poll,
+    .set_timeout = shm_set_timeout,
 };
 
 int comm_shm_create(struct comm **out, const struct comm_shm_config *cfg, struct err_msg *why)

@@ -216,14 +216,15 @@ enum { FIRST = 1 };
 /* Rank 0: everybody's head, checked, then everybody's n floats into shares. */
 static int collect(struct comm_tcp *t, uint64_t tag, size_t n)
 {
-    struct wire_head heads[TCP_MAX_RANKS];
+    struct wire_head heads[TCP_MAX_RANKS] = {{0}};
     struct wire_io io[TCP_MAX_RANKS];
     const int n_peers = t->base.n_ranks - FIRST;
     const int64_t end = deadline(t);
     int who = 0;
 
     for (int i = 0; i < n_peers; i++)
-        io[i] = (struct wire_io){t->peers.data[i + FIRST], (char *)&heads[i], sizeof heads[i]};
+        io[i] = (struct wire_io){
+            .fd = t->peers.data[i + FIRST], .in = (char *)&heads[i], .left = sizeof heads[i]};
     int err = wire_read_all(io, n_peers, end, &who);
     for (int i = 0; i < n_peers && err == -ETIMEDOUT; i++)
         who = io[i].left ? i : who;
@@ -239,7 +240,8 @@ static int collect(struct comm_tcp *t, uint64_t tag, size_t n)
             return fail(t);
         }
         float *share = t->shares + (size_t)(i + FIRST) * n;
-        io[i] = (struct wire_io){t->peers.data[i + FIRST], (char *)share, n * sizeof(float)};
+        io[i] = (struct wire_io){
+            .fd = t->peers.data[i + FIRST], .in = (char *)share, .left = n * sizeof(float)};
     }
     err = wire_read_all(io, n_peers, end, &who);
     return err < 0 ? fail_peer(t, who + FIRST, err, "send its share") : 0;
@@ -258,7 +260,7 @@ static int broadcast(struct comm_tcp *t, const struct wire_head *head, const voi
     for (int k = 0; k < 2; k++) {
         for (int i = 0; i < n_peers; i++)
             io[i] =
-                (struct wire_io){t->peers.data[i + FIRST], (char *)(uintptr_t)parts[k], lens[k]};
+                (struct wire_io){.fd = t->peers.data[i + FIRST], .out = parts[k], .left = lens[k]};
         int err = wire_write_all(io, n_peers, end, &who);
         for (int i = 0; i < n_peers && err == -ETIMEDOUT; i++)
             who = io[i].left ? i : who;
@@ -398,6 +400,11 @@ static void tcp_abort(struct comm *c)
     (void)fail(self(c));
 }
 
+static void tcp_set_timeout(struct comm *c, int64_t timeout_ms)
+{
+    self(c)->timeout_us = timeout_ms * 1000;
+}
+
 static int tcp_poll(struct comm *c)
 {
     return has_failed(self(c)) ? ERR_PEER : 0;
@@ -424,6 +431,7 @@ static const struct comm_ops comm_tcp_ops = {
     .wait = tcp_wait,
     .abort = tcp_abort,
     .poll = tcp_poll,
+    .set_timeout = tcp_set_timeout,
 };
 
 static int check_config(const struct comm_tcp_config *cfg, struct err_msg *why)

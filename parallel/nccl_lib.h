@@ -24,7 +24,7 @@
 
 struct nccl_lib {
     void *handle;
-#define XX(name) __typeof__(nccl##name) *name;
+#define XX(name) __typeof__(nccl##name) *name; // NOLINT(bugprone-macro-parentheses)
     NCCL_FUNCTIONS(XX)
 #undef XX
 };

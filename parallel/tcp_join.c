@@ -1,5 +1,5 @@
 /* Rank 0 takes connections until every other rank has two. A connection says who it is in one
- * wire_hello of fixed size, within HELLO_MS; whatever does not, or says something wrong, is closed
+ * wire_hello of fixed size, within HELLO_US; whatever does not, or says something wrong, is closed
  * and costs nothing more. A rank that ends before all have joined leaves its place to a successor.
  * When all are there, rank 0 sends GO on every data connection.
  *
@@ -21,7 +21,7 @@
 #include <unistd.h>
 
 enum {
-    HELLO_MS = 5000,
+    HELLO_US = 5000000,
     SLICE_MS = 50, /* between looks at the clock and at peers_alive */
     RETRY_MS = 50,
     MAX_STRANGERS = 32, /* connections that have not said who they are; the oldest makes room */
@@ -186,27 +186,28 @@ static void drop_rank(struct gathering *g, int r)
 static void gather_turn(struct gathering *g)
 {
     struct pollfd p[1 + MAX_STRANGERS + 2 * TCP_MAX_RANKS];
-    struct pollfd *strangers = p + 1, *ranks = p + 1 + MAX_STRANGERS;
     const int n_ranks = g->cfg->n_ranks;
+    struct pollfd *strangers = p + 1, *data = strangers + MAX_STRANGERS, *beat = data + n_ranks;
+    const nfds_t n = 1 + MAX_STRANGERS + 2 * (nfds_t)n_ranks;
 
     p[0] = (struct pollfd){g->listen_fd, POLLIN, 0};
     for (int i = 0; i < MAX_STRANGERS; i++)
         strangers[i] = (struct pollfd){g->strangers[i].fd, POLLIN, 0};
     for (int r = 0; r < n_ranks; r++) {
-        ranks[2 * r] = (struct pollfd){g->peers->data[r], POLLIN, 0};
-        ranks[2 * r + 1] = (struct pollfd){g->peers->beat[r], POLLIN, 0};
+        data[r] = (struct pollfd){g->peers->data[r], POLLIN, 0};
+        beat[r] = (struct pollfd){g->peers->beat[r], POLLIN, 0};
     }
-    if (poll(p, (nfds_t)(1 + MAX_STRANGERS + 2 * n_ranks), SLICE_MS) < 0)
+    if (poll(p, n, SLICE_MS) < 0)
         return;
     for (int r = 0; r < n_ranks; r++) {
-        if (ranks[2 * r].revents || ranks[2 * r + 1].revents)
+        if (data[r].revents || beat[r].revents)
             drop_rank(g, r);
     }
     for (int i = 0; i < MAX_STRANGERS; i++) {
         struct stranger *s = &g->strangers[i];
         if (s->fd >= 0 && strangers[i].revents)
             read_stranger(g, s);
-        else if (s->fd >= 0 && clock_monotonic_us(NULL) - s->since_us > HELLO_MS * 1000)
+        else if (s->fd >= 0 && clock_monotonic_us(NULL) - s->since_us > HELLO_US)
             close_fd(&s->fd);
     }
     if (p[0].revents)
@@ -236,7 +237,7 @@ static int gather(struct gathering *g, struct err_msg *why)
                            cfg->n_ranks - n_missing(g), cfg->n_ranks);
     }
     for (int r = 1; r < cfg->n_ranks; r++) {
-        int err = wire_write(g->peers->data[r], &go, sizeof go, end + HELLO_MS * 1000);
+        int err = wire_write(g->peers->data[r], &go, sizeof go, end + HELLO_US);
         if (err < 0)
             return err_set(why, ERR_PEER, "rank %d left while the ranks gathered", r);
     }
@@ -270,8 +271,8 @@ static int lead(struct tcp_peers *p, const struct comm_tcp_config *cfg, struct e
 /* Says hello and hears the answer. ERR_PEER, -ETIMEDOUT: worth another try. */
 static int introduce(int fd, const struct wire_hello *h, int64_t end, struct err_msg *why)
 {
-    struct wire_welcome w;
-    const int64_t soon = sooner(end, clock_monotonic_us(NULL) + HELLO_MS * 1000);
+    struct wire_welcome w = {0};
+    const int64_t soon = sooner(end, clock_monotonic_us(NULL) + HELLO_US);
 
     TRY(wire_write(fd, h, sizeof *h, soon));
     TRY(wire_read(fd, &w, sizeof w, soon));

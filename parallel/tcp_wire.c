@@ -31,16 +31,16 @@ static int ms_until(int64_t deadline_us)
 /* One try. 0, or the connection is over. */
 static int move(struct wire_io *io, short what)
 {
-    ssize_t n = what == POLLIN ? recv(io->fd, io->at, io->left, 0)
-                               : send(io->fd, io->at, io->left, MSG_NOSIGNAL);
-    if (n > 0) {
-        io->at += n;
-        io->left -= (size_t)n;
-        return 0;
-    }
-    if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
-        return 0;
-    return ERR_PEER;
+    ssize_t n = what == POLLIN ? recv(io->fd, io->in, io->left, 0)
+                               : send(io->fd, io->out, io->left, MSG_NOSIGNAL);
+    if (n > 0 && what == POLLIN)
+        io->in += n;
+    else if (n > 0)
+        io->out += n;
+    else
+        return n < 0 && (errno == EAGAIN || errno == EINTR) ? 0 : ERR_PEER;
+    io->left -= (size_t)n;
+    return 0;
 }
 
 static int run_all(struct wire_io *io, int n, short what, int64_t deadline_us, int *failed)
@@ -82,13 +82,13 @@ int wire_write_all(struct wire_io *io, int n, int64_t deadline_us, int *failed)
 
 int wire_read(int fd, void *buf, size_t len, int64_t deadline_us)
 {
-    struct wire_io io = {fd, buf, len};
+    struct wire_io io = {.fd = fd, .in = buf, .left = len};
     return wire_read_all(&io, 1, deadline_us, NULL);
 }
 
 int wire_write(int fd, const void *buf, size_t len, int64_t deadline_us)
 {
-    struct wire_io io = {fd, (char *)(uintptr_t)buf, len}; /* only read from */
+    struct wire_io io = {.fd = fd, .out = buf, .left = len};
     return wire_write_all(&io, 1, deadline_us, NULL);
 }
 

@@ -53,7 +53,10 @@ struct wire_head {
 /* One of several transfers that run at once. */
 struct wire_io {
     int fd;
-    char *at; /* next byte; a write does not change it */
+    union { /* next byte */
+        char *in;
+        const char *out;
+    };
     size_t left;
 };
 

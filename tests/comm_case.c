@@ -389,6 +389,28 @@ void idle_followers_have_no_deadline(void **state)
     job_end(&j);
 }
 
+static int late_rank(struct job *j, struct comm *c)
+{
+    comm_set_timeout(c, TIMEOUT_MS);
+    if (c->rank == 0) {
+        const struct timespec late = {0, 4000000L * j->timeout_ms}; /* the time under test */
+        (void)nanosleep(&late, NULL);
+    }
+    CHECK(comm_barrier(c) == 0);
+    return 0;
+}
+
+void another_deadline_can_be_set(void **state)
+{
+    const struct comm_kind *kind = *state;
+    struct job j;
+    job_init(&j, kind, 3, 100, late_rank);
+    job_start(&j);
+    for (int r = 0; r < 3; r++)
+        assert_ended_well(&j, r);
+    job_end(&j);
+}
+
 static int abort_rank(struct job *j, struct comm *c)
 {
     char buf[8];

@@ -73,6 +73,7 @@ void stopped_rank_fails_the_others(void **state);
 void diverged_ranks_fail(void **state);
 void idle_followers_see_the_leader_die(void **state);
 void idle_followers_have_no_deadline(void **state);
+void another_deadline_can_be_set(void **state);
 void abort_wakes_everybody(void **state);
 
 #define COMM_CASES(kind)                                                                           \
@@ -86,6 +87,7 @@ void abort_wakes_everybody(void **state);
         cmocka_unit_test_prestate(diverged_ranks_fail, (void *)(uintptr_t)(kind)),                 \
         cmocka_unit_test_prestate(idle_followers_see_the_leader_die, (void *)(uintptr_t)(kind)),   \
         cmocka_unit_test_prestate(idle_followers_have_no_deadline, (void *)(uintptr_t)(kind)),     \
+        cmocka_unit_test_prestate(another_deadline_can_be_set, (void *)(uintptr_t)(kind)),         \
         cmocka_unit_test_prestate(abort_wakes_everybody, (void *)(uintptr_t)(kind))
 
 #endif

@@ -21,6 +21,11 @@ def free_port():
         return s.getsockname()[1]
 
 
+def children_of(pid):
+    with open("/proc/%d/task/%d/children" % (pid, pid)) as f:
+        return [int(p) for p in f.read().split()]
+
+
 class Host:
     """sluiced of a host that does not lead: no clients, so no socket to wait for."""
 
@@ -100,9 +105,12 @@ class Nodes(Pair):
     def test_same_tokens(self):
         self.same_tokens(lambda: self.pair(2, *self.MODEL))
 
-    def lose(self, sig):
+    def test_three_ranks_a_host(self):
+        self.same_tokens(lambda: self.pair(6, *self.MODEL))
+
+    def lose(self, sig, tp=2, child=False):
         """Signals the other host in mid-prefill: the seconds until every request had its ERROR."""
-        d, host = self.pair(2, "--max-model-len", "20000")
+        d, host = self.pair(tp, "--max-model-len", "20000")
         try:
             d.wait_ready()
             clients = [Client(d.path) for _ in range(3)]
@@ -110,7 +118,7 @@ class Nodes(Pair):
                 c.submit("r", [20 + i] * 12000, max_tokens=4, ignore_eos=True)
             while clients[0].recv()[0] != PROGRESS:
                 pass
-            os.kill(host.process.pid, sig)
+            os.kill(children_of(host.process.pid)[0] if child else host.process.pid, sig)
             begin = time.monotonic()
             for c in clients:
                 kind, body, _, _ = c.until_end("r")
@@ -128,6 +136,10 @@ class Nodes(Pair):
 
     def test_killed_host(self):
         self.assertLess(self.lose(signal.SIGKILL), 5)
+
+    def test_killed_child(self):
+        """A rank that the other host's sluiced has started."""
+        self.assertLess(self.lose(signal.SIGKILL, tp=6, child=True), 5)
 
     def test_stopped_host(self):
         self.assertLess(self.lose(signal.SIGSTOP), HEARTBEAT + 5)
