@@ -27,6 +27,13 @@ function(sluice_library name)
   target_link_libraries(sluice_${name} PUBLIC sluice_flags ${A_LINK})
 endfunction()
 
+# sluice_cuda_flags(sluice_kvcache_cuda): kernels of that library must not warn, spill or be serialised.
+function(sluice_cuda_flags target)
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;-Xptxas=--warn-on-spills;-Werror=all-warnings>)
+  set_property(TARGET ${target} PROPERTY CUDA_COMPILER_LAUNCHER ${PROJECT_SOURCE_DIR}/cmake/nvcc_strict.sh)
+endfunction()
+
 # sluice_program(sluiced SOURCES daemon.c LINK sluice_scheduler): program in build/<preset>/bin.
 function(sluice_program name)
   cmake_parse_arguments(A "" "" "SOURCES;LINK" ${ARGN})

@@ -17,7 +17,10 @@ extern "C" {
 #endif
 
 enum { SAMPLER_BF16, SAMPLER_F16, SAMPLER_F32 }; /* of the logits */
-enum { SAMPLER_MAX_BARRED = 2 * BATCH_MAX_STOP };
+enum {
+    SAMPLER_MAX_BARRED = 2 * BATCH_MAX_STOP,
+    SAMPLER_MAX_VOCAB = 1 << 18 /* so that sums of weights fit */
+};
 
 /* What one sequence's next token is drawn by. */
 struct sampler_cuda_seq {
