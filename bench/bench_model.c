@@ -1,12 +1,11 @@
 /* Speed of a model's steps: one prompt prefilled densely in chunks, then decode steps at several
- * batch sizes over that prompt's pages, with the time of each part and
- * the processor time of all.
- *
- *   bench_model DIR [prompt tokens] [chunk] [threads]      CSV: ms and tokens/s (medians for
- * decode) */
+ * batch sizes, with the time of each part, the host's own part, and the processor time of all. CSV:
+ * ms and tokens/s, medians for decode. */
 #include "bench/harness.h"
+#include "cmd/device.h"
+#include "core/conf.h"
+#include "core/log.h"
 #include "core/mem.h"
-#include "model/gemm.h"
 #include "model/model.h"
 
 #include <stdio.h>
@@ -15,14 +14,40 @@
 
 enum { MAX_SEQS = 64, DECODE_STEPS = 15 };
 
+struct options {
+    char *model, *device;
+    int64_t prompt, chunk, threads, tables;
+    bool random, verbose;
+};
+
+#define AT(f) offsetof(struct options, f)
+
+// clang-format off
+static const struct conf_opt opts[] = {
+    {"model", CONF_TEXT, AT(model), "models/needle", 0, 0, {0}, "DIR", "the model"},
+    {"random-weights", CONF_BOOL, AT(random), "false", 0, 0, {0}, NULL, "read config.json only"},
+    {"device", CONF_TEXT, AT(device), "cpu", 0, 0, {0}, "DEVICE", DEVICE_HELP},
+    {"prompt", CONF_INT, AT(prompt), "16384", 1, 1e7, {0}, "N", "tokens"},
+    {"chunk", CONF_INT, AT(chunk), "2048", 1, 1e6, {0}, "N", "tokens a step"},
+    {"threads", CONF_INT, AT(threads), "0", 0, 1024, {0}, "N", "0: one a processor"},
+    {"verbose", CONF_BOOL, AT(verbose), "false", 0, 0, {0}, NULL, "log what is tuned"},
+    {"tables", CONF_INT, AT(tables), "1", 1, MAX_SEQS, {0}, "N",
+     "page tables that decoding sequences have: 1 is the prompt's for all, more are empty pages"},
+};
+// clang-format on
+
+static const struct conf_program program = {"bench_model [options]",
+                                            "Times prefill and decode steps of a model.", opts,
+                                            sizeof opts / sizeof *opts};
+
 static const struct batch_sampling greedy = {
     .top_p = 1.0f, .repetition_penalty = 1.0f, .ignore_eos = true};
 
 struct bench {
     struct dev *dev;
     struct model *model;
-    int32_t n_prompt, chunk;
-    int32_t *tokens, *pages;
+    int32_t n_prompt, chunk, n_tables;
+    int32_t *tokens, *pages; /* [n_tables, pages of a sequence] */
     struct batch_result r;
 };
 
@@ -48,7 +73,7 @@ static struct batch_seq input(const struct bench *b, int32_t start, int32_t n)
                               .start = start,
                               .n_tokens = n,
                               .prompt_len = b->n_prompt,
-                              .pages = b->pages,
+                              .pages = b->pages, /* of table 0 */
                               .n_pages = kv_pages_for(b->n_prompt + 1),
                               .sample = start + n >= b->n_prompt,
                               .sampling = &greedy};
@@ -62,57 +87,73 @@ static double cpu_us(void)
     return (double)ts.tv_sec * 1e6 + (double)ts.tv_nsec / 1e3;
 }
 
-static void print_row(const char *what, int32_t n_seqs, int32_t n_tokens, const double us[3],
+enum { TOTAL, GEMM, ATTENTION, HOST, N_TIMES };
+
+static void print_row(const char *what, int32_t n_seqs, int32_t n_tokens, const double us[N_TIMES],
                       double cpu)
 {
-    printf("%s,%d,%d,%.2f,%.2f,%.2f,%.2f,%.2f,%.0f\n", what, n_seqs, n_tokens, us[0] / 1e3,
-           us[1] / 1e3, us[2] / 1e3, (us[0] - us[1] - us[2]) / 1e3, cpu / 1e3,
-           n_tokens * 1e6 / us[0]);
+    printf("%s,%d,%d,%.3f,%.3f,%.3f,%.3f,%.2f,%.0f\n", what, n_seqs, n_tokens, us[TOTAL] / 1e3,
+           us[GEMM] / 1e3, us[ATTENTION] / 1e3, us[HOST] / 1e3, cpu / 1e3,
+           n_tokens * 1e6 / us[TOTAL]);
+}
+
+static void times_of(const struct batch_result *r, double us[N_TIMES])
+{
+    us[TOTAL] = (double)r->total_us;
+    us[GEMM] = (double)r->gemm_us;
+    us[ATTENTION] = (double)r->attention_us;
+    us[HOST] = (double)r->host_us;
 }
 
 static void prefill(struct bench *b)
 {
-    double us[3] = {0};
+    double us[N_TIMES] = {0}, now[N_TIMES];
     const double cpu = cpu_us();
     for (int32_t at = 0; at < b->n_prompt;) {
         int32_t n = b->n_prompt - at < b->chunk ? b->n_prompt - at : b->chunk;
         struct batch_seq s = input(b, at, n);
         step(b, &s, 1);
-        us[0] += (double)b->r.total_us;
-        us[1] += (double)b->r.gemm_us;
-        us[2] += (double)b->r.attention_us;
+        times_of(&b->r, now);
+        for (int i = 0; i < N_TIMES; i++)
+            us[i] += now[i];
         at += n;
     }
     print_row("prefill", 1, b->n_prompt, us, cpu_us() - cpu);
 }
 
-/* All sequences read the same pages and write the same last token: the work is that of a batch. */
+/* Sequences of one table write the same last token: the work is that of a batch. */
 static void decode(struct bench *b, int32_t n_seqs)
 {
-    double us[3][DECODE_STEPS], median[3];
+    double us[N_TIMES][DECODE_STEPS], median[N_TIMES], now[N_TIMES];
     struct batch_seq seqs[MAX_SEQS];
-    for (int32_t i = 0; i < n_seqs; i++)
+    for (int32_t i = 0; i < n_seqs; i++) {
         seqs[i] = input(b, b->n_prompt, 1);
+        seqs[i].pages += (ptrdiff_t)(i % b->n_tables) * seqs[i].n_pages;
+    }
+    step(b, seqs, n_seqs);
     const double cpu = cpu_us();
     for (int k = 0; k < DECODE_STEPS; k++) {
         step(b, seqs, n_seqs);
-        us[0][k] = (double)b->r.total_us;
-        us[1][k] = (double)b->r.gemm_us;
-        us[2][k] = (double)b->r.attention_us;
+        times_of(&b->r, now);
+        for (int i = 0; i < N_TIMES; i++)
+            us[i][k] = now[i];
     }
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < N_TIMES; i++)
         median[i] = bench_median(us[i], DECODE_STEPS);
     print_row("decode", n_seqs, n_seqs, median, (cpu_us() - cpu) / DECODE_STEPS);
 }
 
-static void open_bench(struct bench *b, const char *dir, int n_threads)
+static void open_bench(struct bench *b, const struct options *o)
 {
     struct err_msg why = {{0}};
-    const int32_t n_pages = kv_pages_for(b->n_prompt + 1);
-    must(dev_open(&b->dev, &dev_cpu, 0, n_threads, &why), &why);
-    const struct model_config cfg = {.dir = dir,
+    const int32_t n_pages = kv_pages_for(b->n_prompt + 1) * b->n_tables;
+    must(device_open(&b->dev, o->device, 0, (int)o->threads, &why), &why);
+    const struct model_config cfg = {.dir = o->model,
+                                     .random_weights = o->random,
                                      .dev = b->dev,
-                                     .kv_dtype = DTYPE_BF16,
+                                     .dtype = MODEL_DTYPE_AUTO,
+                                     .kv_dtype =
+                                         b->dev->ops == &dev_cpu ? DTYPE_BF16 : MODEL_DTYPE_AUTO,
                                      .max_seqs = MAX_SEQS,
                                      .max_tokens = b->chunk > MAX_SEQS ? b->chunk : MAX_SEQS,
                                      .max_position = b->n_prompt + 1};
@@ -129,22 +170,20 @@ static void open_bench(struct bench *b, const char *dir, int n_threads)
     b->r.counts = mem_zalloc(MAX_SEQS, sizeof *b->r.counts);
 }
 
-int main(int argc, char **argv)
+static void run(const struct options *o)
 {
-    struct bench b = {.n_prompt = argc > 2 ? atoi(argv[2]) : 16384, // NOLINT(cert-err34-c)
-                      .chunk = argc > 3 ? atoi(argv[3]) : 2048};    // NOLINT(cert-err34-c)
+    struct bench b = {
+        .n_prompt = (int32_t)o->prompt, .chunk = (int32_t)o->chunk, .n_tables = (int32_t)o->tables};
     char cpu[128], date[64];
-    if (argc < 2 || b.n_prompt < 1 || b.chunk < 1) {
-        (void)fprintf(stderr, "usage: bench_model DIR [prompt tokens] [chunk] [threads]\n");
-        return 2;
-    }
-    open_bench(&b, argv[1], argc > 4 ? atoi(argv[4]) : 0); // NOLINT(cert-err34-c)
+    open_bench(&b, o);
+    const struct model_info *info = model_info(b.model);
     bench_cpu_name(cpu, sizeof cpu);
     bench_date(date, sizeof date);
-    printf("# %s, %s, OpenBLAS %s, %s, chunk %d, bf16 cache\n", date, cpu, gemm_backend(),
-           model_info(b.model)->name, b.chunk);
-    printf("what,sequences,tokens,total_ms,gemm_ms,attention_ms,other_ms,cpu_ms,tokens_per_s\n");
-    prefill(&b);
+    printf("# %s, %s, device %s, %s, %s, chunk %d, cache %s\n", date, cpu, b.dev->ops->name,
+           info->name, dtype_name(info->dtype), b.chunk, dtype_name(info->kv_dtype));
+    printf("what,sequences,tokens,total_ms,gemm_ms,attention_ms,host_ms,cpu_ms,tokens_per_s\n");
+    for (int i = b.dev->ops == &dev_cpu; i < 2; i++) /* a GPU's first pass loads its kernels */
+        prefill(&b);
     for (int32_t n = 1; n <= MAX_SEQS; n *= 2)
         decode(&b, n);
     model_close(b.model);
@@ -153,5 +192,24 @@ int main(int argc, char **argv)
     mem_free(b.pages);
     mem_free(b.r.tokens);
     mem_free(b.r.counts);
+}
+
+int main(int argc, char **argv)
+{
+    struct options o = {0};
+    struct err_msg why = {{0}};
+    conf_defaults(&program, &o);
+    if (conf_wants_help(argc, argv)) {
+        conf_help(&program, stdout);
+        return 0;
+    }
+    int err = conf_args(&program, &o, argc, argv, NULL, 0, NULL, &why);
+    if (err < 0) {
+        (void)fprintf(stderr, "bench_model: %s\n", err_why(&why, err));
+        return 2;
+    }
+    log_set_level(o.verbose ? LOG_DEBUG : LOG_WARN);
+    run(&o);
+    conf_free(&program, &o);
     return 0;
 }

@@ -302,7 +302,12 @@ static int tune(struct tuner *t, struct gemm_cublas_plan *p)
             p->algos[bucket_index(t->rows)] = found[i].algo;
         }
     }
-    return best < 0.0f ? ERR_CUBLAS : 0;
+    if (best < 0.0f)
+        return ERR_CUBLAS;
+    log_debug("tuned n=%d k=%d rows=%d of=%d us=%.1f GB/s=%.0f TFLOP/s=%.1f", p->n, p->k, t->rows,
+              n, (double)best * 1e3, 2.0 * p->n * p->k / ((double)best * 1e6),
+              2.0 * p->n * p->k * t->rows / ((double)best * 1e9));
+    return 0;
 }
 
 int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *y, const void *x,

@@ -1,8 +1,16 @@
 /* Which implementation of the graph a device gets. */
 #include "model/llama.h"
 
+#ifdef WITH_CUDA
+#    include "model/llama_cuda.h"
+#endif
+
 const struct llama_ops *llama_ops_of(const struct dev *d)
 {
+#ifdef WITH_CUDA
+    if (d->ops == &dev_cuda)
+        return &llama_cuda;
+#endif
     (void)d;
     return &llama_cpu;
 }
