@@ -13,6 +13,7 @@ struct dec_warp {
     dec_ring<dec_layout<D>::slots> k, v, v_next; /* to consume; to load */
     int coming[dec_layout<D>::slots];            /* tiles of the K ring, oldest first */
     struct dec_feed feed;
+    uint32_t step; /* pages of a warp so far in the block: position in the ring of maxima */
 };
 
 /* Running softmax of a warp's rows g and g + 8, and the page whose PV is still to be done. */
@@ -20,6 +21,7 @@ template <int D>
 struct dec_state {
     float o[D / 8][4];
     float m[2], shift[2]; /* maximum of raw scores; the same in base-2 units, 0 while m is -inf */
+    float top[2];         /* REL: maxima that the other warps have shown */
     float l[2];           /* this lane's part of the sum */
     uint32_t p[16];       /* probabilities of the pending page */
     int keys;             /* of the pending page: up to the piece's newest token; 0: none pending */
@@ -165,6 +167,38 @@ __device__ __forceinline__ void mask_page(float (&s)[8][4], const struct dec_row
     }
 }
 
+/* Shows the other warps this warp's maxima after its step-th page. */
+template <int D>
+__device__ __forceinline__ void show_maxima(const struct dec_warp<D> &w,
+                                            const struct dec_state<D> &st, unsigned char *smem)
+{
+    using L = dec_layout<D>;
+    const uint32_t slot = w.step % DEC_STEPS;
+    float *to = (float *)(smem + L::tops) + (slot * DEC_WARPS + w.warp) * DEC_ROWS;
+    if ((w.lane & 3) == 0)
+        to[w.lane / 4] = st.m[0], to[w.lane / 4 + 8] = st.m[1];
+    __syncwarp();
+    if (w.lane == 0)
+        mbar_arrive(w.smem + L::tops_full + 8 * slot);
+}
+
+/* Waits for what all warps have shown two steps ago. Never the last step: a warp would wait for the
+ * slowest load of all. */
+template <int D>
+__device__ __forceinline__ void see_maxima(const struct dec_warp<D> &w, struct dec_state<D> &st,
+                                           const unsigned char *smem)
+{
+    using L = dec_layout<D>;
+    const uint32_t step = w.step - 2, slot = step % DEC_STEPS;
+    const float *from = (const float *)(smem + L::tops) + slot * DEC_WARPS * DEC_ROWS;
+    mbar_wait(w.smem + L::tops_full + 8 * slot, step / DEC_STEPS & 1);
+#pragma unroll
+    for (int i = 0; i < DEC_WARPS; i++) {
+        st.top[0] = max_nan(st.top[0], from[i * DEC_ROWS + w.lane / 4]);
+        st.top[1] = max_nan(st.top[1], from[i * DEC_ROWS + w.lane / 4 + 8]);
+    }
+}
+
 /* Masks and gates a page: the same answer in all lanes. pm: this lane's maxima of its two rows. */
 template <int D, int GATE>
 __device__ __forceinline__ bool gate_page(float (&pm)[2], float (&s)[8][4], struct dec_rows &r,
@@ -185,7 +219,7 @@ __device__ __forceinline__ bool gate_page(float (&pm)[2], float (&s)[8][4], stru
             pm[i] = max_nan(pm[i], max_nan(s[n][2 * i], s[n][2 * i + 1]));
         float bound = r.gate[i];
         if (GATE == SM90_GATE_REL)
-            bound = __fadd_rn(__fmul_rn(st.m[i], a.scale), bound);
+            bound = __fadd_rn(__fmul_rn(max_nan(st.m[i], st.top[i]), a.scale), bound);
         vote |= visits[i] && !(__fmul_rn(pm[i], a.scale) < bound);
     }
     const bool keep = GATE == SM90_GATE_NONE || __any_sync(DEC_ALL, vote);

@@ -2,7 +2,7 @@
  *
  * Bottleneck: device memory; every K tile, and every V tile that is kept, is read once. At the
  * H200's rate a multiprocessor receives a (page, KV head) pair of 32 KiB in about 1700 clocks; its
- * products take a warp about 2000, so six warps a multiprocessor leave it waiting for memory.
+ * products take a warp about 2000, so seven warps leave it waiting for memory.
  *
  * Tile: 16 packed rows x 64 keys, m16n8k16. A warp computes whole pages alone, with a maximum, sum
  * and output of its own, and issues its own loads, so the page loop has no barrier between warps:
@@ -14,46 +14,64 @@
  * a cut task goes to the workspace unnormalised; the last of its thread blocks to arrive merges all
  * parts in plan order (a second kernel would cost a launch gap of 2 to 3% at 150 us).
  *
- * Grid: one thread block a share, DEC_BLOCKS a multiprocessor: one streams while the other merges.
- * Shared memory, head_dim 128: 3 warps x (K 16 KiB + V 16 KiB) = 96 KiB, states 384 B, barriers.
- * head_dim 64: two slots of 8 KiB for each. In flight a multiprocessor: up to 192 KiB.
+ * Grid: DEC_BLOCKS a multiprocessor, persistent over shares (attn_decode_plan.h).
+ * Shared memory, head_dim 128: 7 warps x (K 16 KiB + V 16 KiB), states 896 B, maxima 1792 B,
+ * barriers. head_dim 64: two slots of 8 KiB for each. In flight a multiprocessor: up to 224 KiB.
  * Registers: O 64, S 32, Q 32, P 16 a lane; below 255, no spills.
- * Barriers: one mbarrier a slot, completed by its TMA; slots are freed in the warp's own order. */
+ * Barriers: one mbarrier a slot, completed by its TMA; slots are freed in the warp's own order.
+ * Four with DEC_WARPS arrivals for the maxima that warps show each other under REL. */
 #include "attention/attn_decode_merge_sm90.cuh"
 
 /* ---- one piece ---- */
 
-/* This warp's pages of a piece. */
+/* The page at walk position i: scores, gate, and up to its probabilities. */
+template <int D, int DT, int GATE>
+__device__ __forceinline__ void do_page(struct dec_warp<D> &w, struct dec_state<D> &st,
+                                        struct dec_rows &r, const uint32_t (&q)[D / 16][4],
+                                        int page, const struct sm90_maps &maps,
+                                        const struct dec_args &a)
+{
+    using L = dec_layout<D>;
+    const uint32_t at = w.warp * L::slots + w.k.slot;
+    const int tile = w.coming[0];
+    float s[8][4], pm[2];
+    mbar_wait(w.smem + L::k_full + 8 * at, w.k.parity);
+    score_page<D, DT>(s, q, w.smem + L::k + at * L::tile_bytes, w.lane);
+    __syncwarp();
+#pragma unroll
+    for (int j = 1; j < L::slots; j++)
+        w.coming[j - 1] = w.coming[j];
+    w.coming[L::slots - 1] = load_k(w, maps, a.n_kv_heads, w.k.slot);
+    w.k.next();
+    if (!gate_page<D, GATE>(pm, s, r, st, a, page, w.lane))
+        return;
+    if (L::slots > 1)
+        load_v(w, maps, tile);
+    finish_page<D, DT>(w, st);
+    if (L::slots == 1)
+        load_v(w, maps, tile);
+    softmax_page<D, DT>(st, s, pm, a.scale * DEC_LOG2E);
+    st.keys = min((int)DEC_PAGE, r.last_pos + 1 - page * DEC_PAGE);
+}
+
+/* This warp's pages of a piece. Under REL all warps take part in all steps, with a page or not. */
 template <int D, int DT, int GATE>
 __device__ __forceinline__ void attend(struct dec_warp<D> &w, struct dec_state<D> &st,
                                        struct dec_rows &r, const uint32_t (&q)[D / 16][4],
                                        const struct dec_piece &p, const struct sm90_maps &maps,
-                                       const struct dec_args &a)
+                                       const struct dec_args &a, unsigned char *smem)
 {
-    using L = dec_layout<D>;
-    const float scale_log2 = a.scale * DEC_LOG2E;
 #pragma unroll 1
-    for (int i = p.begin + w.warp; i < p.end; i += DEC_WARPS) {
-        const int page = dec_page(i, p.last, p.n_run, p.sink), tile = w.coming[0];
-        const uint32_t at = w.warp * L::slots + w.k.slot;
-        float s[8][4], pm[2];
-        mbar_wait(w.smem + L::k_full + 8 * at, w.k.parity);
-        score_page<D, DT>(s, q, w.smem + L::k + at * L::tile_bytes, w.lane);
-        __syncwarp();
-#pragma unroll
-        for (int j = 1; j < L::slots; j++)
-            w.coming[j - 1] = w.coming[j];
-        w.coming[L::slots - 1] = load_k(w, maps, a.n_kv_heads, w.k.slot);
-        w.k.next();
-        if (!gate_page<D, GATE>(pm, s, r, st, a, page, w.lane))
-            continue;
-        if (L::slots > 1)
-            load_v(w, maps, tile);
-        finish_page<D, DT>(w, st);
-        if (L::slots == 1)
-            load_v(w, maps, tile);
-        softmax_page<D, DT>(st, s, pm, scale_log2);
-        st.keys = min((int)DEC_PAGE, r.last_pos + 1 - page * DEC_PAGE);
+    for (int step = p.begin; step < p.end; step += DEC_WARPS) {
+        const int i = step + w.warp;
+        if (GATE == SM90_GATE_REL && step >= p.begin + 2 * DEC_WARPS)
+            see_maxima(w, st, smem);
+        if (i < p.end)
+            do_page<D, DT, GATE>(w, st, r, q, dec_page(i, p.last, p.n_run, p.sink), maps, a);
+        if (GATE == SM90_GATE_REL) {
+            show_maxima(w, st, smem);
+            w.step++;
+        }
     }
     finish_page<D, DT>(w, st);
 }
@@ -91,12 +109,12 @@ __device__ __forceinline__ void do_piece(struct dec_warp<D> &w, const struct dec
     load_q<D>(q, a, r, w.lane);
 #pragma unroll
     for (int i = 0; i < 2; i++)
-        st.m[i] = -INFINITY, st.shift[i] = st.l[i] = 0.0f;
+        st.m[i] = st.top[i] = -INFINITY, st.shift[i] = st.l[i] = 0.0f;
 #pragma unroll
     for (int n = 0; n < D / 8; n++)
         st.o[n][0] = st.o[n][1] = st.o[n][2] = st.o[n][3] = 0.0f;
     st.keys = 0;
-    attend<D, DT, GATE>(w, st, r, q, p, maps, a);
+    attend<D, DT, GATE>(w, st, r, q, p, maps, a, smem);
     count_pages(a, p, r, w.warp, w.lane);
     leave_rows<D>(w, st, r, smem);
     __syncthreads();
@@ -110,28 +128,54 @@ __device__ __forceinline__ void do_piece(struct dec_warp<D> &w, const struct dec
 /* ---- the kernel ---- */
 
 template <int D>
-__device__ __forceinline__ void start_warp(struct dec_warp<D> &w, const struct sm90_maps &maps,
-                                           const struct dec_args &a, uint32_t smem)
+__device__ __forceinline__ void start_warp(struct dec_warp<D> &w, uint32_t smem)
 {
     using L = dec_layout<D>;
     w.smem = smem;
     w.warp = __shfl_sync(DEC_ALL, (int)threadIdx.x / 32, 0);
     w.lane = threadIdx.x & 31;
     w.k = {0, 0}, w.v = {0, 0}, w.v_next = {0, 0};
-    w.feed.next = a.pieces + a.first[blockIdx.x];
-    w.feed.end = a.pieces + a.first[blockIdx.x + 1];
-    w.feed.at = w.feed.stop = 0;
+    w.step = 0;
     if (w.lane == 0) {
         for (int i = 0; i < L::slots; i++) {
             mbar_init(smem + L::k_full + 8 * (w.warp * L::slots + i), 1);
             mbar_init(smem + L::v_full + 8 * (w.warp * L::slots + i), 1);
         }
+        for (int i = 0; i < DEC_STEPS && w.warp == 0; i++)
+            mbar_init(smem + L::tops_full + 8 * i, DEC_WARPS);
         mbar_fence_init();
     }
-    __syncwarp();
+    __syncthreads();
+}
+
+/* Pieces [begin, end): the first pages of this warp. */
+template <int D>
+__device__ __forceinline__ void start_share(struct dec_warp<D> &w, const struct sm90_maps &maps,
+                                            const struct dec_args &a, int begin, int end)
+{
+    w.feed.next = a.pieces + begin;
+    w.feed.end = a.pieces + end;
+    w.feed.at = w.feed.stop = 0;
 #pragma unroll
-    for (int i = 0; i < L::slots; i++)
-        w.coming[i] = load_k(w, maps, a.n_kv_heads, i);
+    for (int i = 0; i < dec_layout<D>::slots; i++) {
+        const uint32_t slot = (w.k.slot + i) % dec_layout<D>::slots;
+        w.coming[i] = load_k(w, maps, a.n_kv_heads, slot);
+    }
+}
+
+/* Draws a share. Every share in use is followed by one draw, so the last draw resets the counter;
+ * it is that of the last share, which never begins a cut task. */
+__device__ __forceinline__ int next_share(const struct dec_args &a, int used, volatile int *share)
+{
+    if (threadIdx.x == 0) {
+        uint32_t *drawn = a.arrived + a.n_shares - 1;
+        const int n = (int)atomicAdd(drawn, 1u);
+        if (n == used - 1)
+            *drawn = 0;
+        *share = (int)gridDim.x + n;
+    }
+    __syncthreads();
+    return *share;
 }
 
 template <int D, int DT, int GATE>
@@ -141,12 +185,21 @@ __global__ void __launch_bounds__(DEC_THREADS, DEC_BLOCKS)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) unsigned char smem[];
+    int share = blockIdx.x, begin = args.first[share], end = args.first[share + 1];
+    const int n_pieces = args.first[args.n_shares], used = args.pieces[0].shares;
     struct dec_warp<D> w;
-    start_warp<D>(w, maps, args, smem_addr(smem));
-    const int end = args.first[blockIdx.x + 1];
+    start_warp<D>(w, smem_addr(smem));
+    while (n_pieces > 0 && share < used) {
+        start_share<D>(w, maps, args, begin, end);
 #    pragma unroll 1
-    for (int i = args.first[blockIdx.x]; i < end; i++)
-        do_piece<D, DT, GATE>(w, piece_load(args.pieces + i), maps, args, smem);
+        for (int i = begin; i < end; i++)
+            do_piece<D, DT, GATE>(w, piece_load(args.pieces + i), maps, args, smem);
+        if (used <= (int)gridDim.x)
+            break;
+        share = next_share(args, used, (volatile int *)(smem + dec_layout<D>::share));
+        if (share < used)
+            begin = args.first[share], end = args.first[share + 1];
+    }
 #endif
 }
 
@@ -159,7 +212,8 @@ static cudaError_t launch(const struct sm90_maps *maps, const struct dec_args *a
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess)
         return e;
-    attn_decode<D, DT, GATE><<<args->n_shares, DEC_THREADS, bytes, stream>>>(*maps, *args);
+    attn_decode<D, DT, GATE>
+        <<<dec_blocks(args->n_shares), DEC_THREADS, bytes, stream>>>(*maps, *args);
     return cudaGetLastError();
 }
 

@@ -10,8 +10,12 @@
 #define DEC_LN2   0.6931471805599453f
 #define DEC_ALL   0xffffffffu
 
-/* DEC_MERGE: parts of a task whose loads are in flight together. */
-enum { DEC_PAGE = 64, DEC_THREADS = 32 * DEC_WARPS, DEC_MERGE = 16 };
+enum {
+    DEC_PAGE = 64,
+    DEC_THREADS = 32 * DEC_WARPS,
+    DEC_MERGE = 16, /* parts of a task whose loads are in flight together */
+    DEC_STEPS = 4   /* ring of the running maxima that warps show each other; two steps are open */
+};
 
 /* ---- instructions ---- */
 
@@ -63,12 +67,17 @@ struct dec_layout {
     static constexpr int state = v + DEC_WARPS * slots * tile_bytes; /* float2 [warp][row] */
     static constexpr int k_full = state + DEC_WARPS * DEC_ROWS * 8;
     static constexpr int v_full = k_full + 8 * DEC_WARPS * slots;
-    static constexpr int last = v_full + 8 * DEC_WARPS * slots;
-    static constexpr int bytes = last + 8;
+    static constexpr int tops = v_full + 8 * DEC_WARPS * slots; /* float [step % 4][warp][row] */
+    static constexpr int tops_full = tops + DEC_STEPS * DEC_WARPS * DEC_ROWS * 4;
+    static constexpr int last = tops_full + 8 * DEC_STEPS; /* whether this block merges the parts */
+    static constexpr int share = last + 4;                 /* the next one */
+    static constexpr int bytes = share + 4;
 };
 static_assert(dec_layout<128>::o_stride * 4 * DEC_ROWS <= dec_layout<128>::tile_bytes, "");
 static_assert(dec_layout<64>::o_stride * 4 * DEC_ROWS <= dec_layout<64>::tile_bytes, "");
 static_assert(DEC_BLOCKS * (dec_layout<128>::bytes + 1024) <= 228 * 1024, "");
+static_assert(DEC_BLOCKS * (dec_layout<64>::bytes + 1024) <= 228 * 1024, "");
+static_assert(sizeof(struct dec_piece) == 64, "");
 
 /* Position in a ring of N slots and the parity of its present round. */
 template <int N>

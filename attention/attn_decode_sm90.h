@@ -7,13 +7,16 @@
  *           maps->q is not used
  *
  * The row of a token at position t sees keys 0..t. Visit is that of attention.h with block t / 128.
- * Gates decide for the rows of a piece together (16 packed rows at most):
- *   ABS  a page is kept iff in a row that visits it the largest scaled score is >= T[head]
- *   REL  a page is kept iff in a row that visits it the largest scaled score is >= the row's
- * running maximum + ln_lambda. Each of the DEC_WARPS warps of a piece walks every DEC_WARPS-th of
- * its pages, newest first, with a running maximum of its own: its first page is always kept. NaN
- * keeps; pages from the one that holds the piece's oldest token on are always kept; V of a skipped
- * page is not read. T = -inf and lambda = 0 are the dense kernel bit for bit.
+ *
+ * A gate decides for the rows of a piece together (16 packed rows at most); among them, a row that
+ * visits the page votes to keep it iff its largest scaled score there is
+ *   ABS  >= T[head]
+ *   REL  >= its running maximum + ln_lambda
+ * Every piece has running maxima of its own. Its DEC_WARPS warps each walk every DEC_WARPS-th of
+ * its pages, newest first; a warp knows the maxima over the pages it has kept and over those the
+ * others had kept two of their pages ago. So the first page of every warp is kept. NaN keeps; pages
+ * from the one that holds the piece's oldest token on are always kept; V of a skipped page is not
+ * read. T = -inf and lambda = 0 are the dense kernel bit for bit.
  *
  * Counters are added to, in (page, row) units, a row being one query head of one token: reachable,
  * all pages of positions 0..t; visited, those its head visits; kept, visited ones whose piece kept
@@ -35,10 +38,10 @@ extern "C" {
 
 /* Thread blocks a multiprocessor, and warps a thread block. */
 #ifndef DEC_BLOCKS
-#    define DEC_BLOCKS 2
+#    define DEC_BLOCKS 1
 #endif
 #ifndef DEC_WARPS
-#    define DEC_WARPS 3
+#    define DEC_WARPS 7
 #endif
 
 struct dec_args {
@@ -51,17 +54,17 @@ struct dec_args {
     float *lse;
     int64_t q_stride, out_stride; /* elements between rows */
     int32_t n_heads, n_kv_heads;
-    int32_t n_shares;                             /* of the plan: the grid */
+    int32_t n_shares;                             /* of the plan; the grid is dec_blocks of them */
     float scale;                                  /* > 0 */
     float *workspace;                             /* dec_workspace_bytes */
     uint32_t *arrived;                            /* [n_shares]: zero before, zero after */
     struct sm90_counts *seq_counts, *head_counts; /* or NULL */
 };
 
-/* Shares that fill the device. */
+/* n_shares for a device. */
 static inline int32_t dec_shares(int32_t n_sms)
 {
-    return n_sms * DEC_BLOCKS;
+    return n_sms * DEC_BLOCKS * (1 + DEC_SPARE);
 }
 
 /* dtype: 0 bf16, 1 f16; gate: SM90_GATE_*. Returns a cudaError_t as int. */

@@ -132,8 +132,15 @@ static void check_plan(const struct batch *b)
         total += cost[s];
         most = cost[s] > most ? cost[s] : most;
     }
-    const int64_t least = 2 * DEC_MIN_PAGES + DEC_PIECE_COST, even = total / b->shape.n_shares;
+    const int32_t blocks = dec_blocks(b->shape.n_shares), used = b->plan.pieces[0].shares;
+    const int64_t least = 2 * DEC_MIN_PAGES + DEC_PIECE_COST, even = total / blocks;
     assert_true(most <= (even > least ? even : least) + 3 * DEC_MIN_PAGES);
+    for (int32_t s = 0; s < b->shape.n_shares; s++)
+        assert_int_equal(cost[s] > 0, s < used);
+    for (int32_t s = blocks; s < used; s++) {
+        const int64_t small = total * DEC_SPARE_PERCENT / 100 / (blocks * DEC_SPARE);
+        assert_true(cost[s] <= (small > least ? small : least) + 4 * DEC_MIN_PAGES);
+    }
     free(cost);
 }
 
@@ -145,7 +152,7 @@ static void random_batch(struct batch *b, struct rng *r)
     b->shape.n_kv_heads = kv;
     b->shape.n_heads = kv * groups[rng_range(r, 0, kv == 3 ? 6 : 7)];
     b->shape.head_dim = 128;
-    b->shape.n_shares = rng_range(r, 1, 300);
+    b->shape.n_shares = rng_range(r, 1, rng_range(r, 1, 140)) * (1 + DEC_SPARE);
     b->n_seqs = rng_range(r, 1, 24);
     b->by_head = rng_range(r, 0, 1);
     for (int32_t i = 0; i < b->n_seqs; i++)
@@ -181,7 +188,7 @@ static void test_even(void **state)
         {1, 131072}, {8, 32768}, {32, 8192}, {64, 32768}, {256, 4000}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         memset(&b, 0, sizeof b);
-        b.shape = (struct dec_shape){32, 8, 128, 0, 264};
+        b.shape = (struct dec_shape){32, 8, 128, 0, 132 * (1 + DEC_SPARE)};
         b.n_seqs = sizes[i][0];
         for (int32_t s = 0; s < b.n_seqs; s++)
             b.seqs[s] = (struct dec_seq){.n_rows = 1, .pos = sizes[i][1] - 1};
@@ -192,7 +199,8 @@ static void test_even(void **state)
         for (int k = 0; k < 100; k++)
             dec_plan_make(&b.plan, &b.shape, b.seqs, b.n_seqs, NULL);
         timespec_get(&t1, TIME_UTC);
-        printf("# %d sequences: %d pieces, %.1f us\n", b.n_seqs, b.n_pieces,
+        printf("# %d sequences: %d pieces, %d shares, %.1f us\n", b.n_seqs, b.n_pieces,
+               b.plan.pieces[0].shares,
                ((double)(t1.tv_sec - t0.tv_sec) * 1e9 + (double)(t1.tv_nsec - t0.tv_nsec)) * 1e-5);
         plan_free(&b);
     }

@@ -172,34 +172,63 @@ static bool visits(int head, int pos, int page)
     return page < w.heads[head].sink_pages || page >= pos / 128 * 2 - w.heads[head].local_pages;
 }
 
-/* One warp's walk over a piece. max: page maxima [n_rows, n_heads, n_pages] of the sequence. */
-static void decide_warp(struct keeps *keep, const struct dec_piece *p, int warp, int gate,
-                        const float *t, const float *max)
+/* A piece in the simulation: running maxima of its rows, by warp, now and as shown two steps ago.
+ */
+struct walk {
+    const struct dec_piece *p;
+    int n, gate;
+    const float *t, *max; /* max: page maxima [n_rows, n_heads, n_pages] of the sequence */
+    float m[DEC_WARPS][DEC_ROWS], shown[3][DEC_WARPS][DEC_ROWS];
+};
+
+static float bound_of(const struct walk *k, int warp, int r, int head, int step)
 {
+    if (k->gate == SM90_GATE_ABS)
+        return k->t[head];
+    float m = k->m[warp][r];
+    for (int i = 0; i < DEC_WARPS && step >= 2; i++)
+        m = fmaxf(m, k->shown[(step - 2) % 3][i][r]);
+    return m + w.seqs[k->p->seq].ln_lambda;
+}
+
+/* One page of a warp. */
+static void decide_page(struct keeps *keep, struct walk *k, int warp, int i, int step)
+{
+    const struct dec_piece *p = k->p;
     const struct dec_seq *s = &w.seqs[p->seq];
     const int group = dec_group(&w.shape), first = p->tile * DEC_ROWS;
-    const int n = s->n_rows * group - first < DEC_ROWS ? s->n_rows * group - first : DEC_ROWS;
-    float m[DEC_ROWS];
-    for (int r = 0; r < n; r++)
-        m[r] = -INFINITY;
-    for (int i = p->begin + warp; i < p->end; i += DEC_WARPS) {
-        const int page = i < p->n_run ? p->last - i : p->sink - 1 - (i - p->n_run);
-        bool want = gate == SM90_GATE_NONE || page * 64 + 64 > s->pos + first / group;
-        size_t at[DEC_ROWS];
-        bool sees[DEC_ROWS];
-        for (int r = 0; r < n; r++) {
-            const int token = (first + r) / group, head = p->kv_head * group + (first + r) % group;
-            at[r] = (size_t)((token * w.shape.n_heads + head) * w.n_pages[p->seq] + page);
-            sees[r] = visits(head, s->pos + token, page);
-            const float bound = gate == SM90_GATE_ABS ? t[head] : m[r] + s->ln_lambda;
-            want |= sees[r] && !(max[at[r]] < bound);
-        }
-        for (int r = 0; r < n; r++) {
-            keep->visited += sees[r];
-            keep->kept += sees[r] && want;
-            keep->host[p->seq][at[r]] = sees[r] && want;
-            m[r] = sees[r] && want ? fmaxf(m[r], max[at[r]]) : m[r];
-        }
+    const int page = i < p->n_run ? p->last - i : p->sink - 1 - (i - p->n_run);
+    bool want = k->gate == SM90_GATE_NONE || page * 64 + 64 > s->pos + first / group;
+    size_t at[DEC_ROWS];
+    bool sees[DEC_ROWS];
+    for (int r = 0; r < k->n; r++) {
+        const int token = (first + r) / group, head = p->kv_head * group + (first + r) % group;
+        at[r] = (size_t)((token * w.shape.n_heads + head) * w.n_pages[p->seq] + page);
+        sees[r] = visits(head, s->pos + token, page);
+        want |= sees[r] && !(k->max[at[r]] < bound_of(k, warp, r, head, step));
+    }
+    for (int r = 0; r < k->n; r++) {
+        keep->visited += sees[r];
+        keep->kept += sees[r] && want;
+        keep->host[p->seq][at[r]] = sees[r] && want;
+        if (sees[r] && want)
+            k->m[warp][r] = fmaxf(k->m[warp][r], k->max[at[r]]);
+    }
+}
+
+static void decide_piece(struct keeps *keep, const struct dec_piece *p, int gate, const float *t,
+                         const float *max)
+{
+    struct walk k = {.p = p, .gate = gate, .t = t, .max = max};
+    const int rows = w.seqs[p->seq].n_rows * dec_group(&w.shape) - p->tile * DEC_ROWS;
+    k.n = rows < DEC_ROWS ? rows : DEC_ROWS;
+    for (int i = 0; i < DEC_WARPS * DEC_ROWS; i++)
+        k.m[i / DEC_ROWS][i % DEC_ROWS] = -INFINITY;
+    for (int step = 0; p->begin + step * DEC_WARPS < p->end; step++) {
+        for (int warp = 0; warp < DEC_WARPS; warp++)
+            if (p->begin + step * DEC_WARPS + warp < p->end)
+                decide_page(keep, &k, warp, p->begin + step * DEC_WARPS + warp, step);
+        memcpy(k.shown[step % 3], k.m, sizeof k.m);
     }
 }
 
@@ -216,8 +245,7 @@ static void decide(struct keeps *keep, int gate, const float *t)
         cudaFree(dev);
     }
     for (int j = 0; j < w.n_pieces; j++)
-        for (int warp = 0; warp < DEC_WARPS; warp++)
-            decide_warp(keep, &w.plan.pieces[j], warp, gate, t, max[w.plan.pieces[j].seq]);
+        decide_piece(keep, &w.plan.pieces[j], gate, t, max[w.plan.pieces[j].seq]);
     for (int i = 0; i < w.n_seqs; i++) {
         keep->dev[i] = dec_device(keep_len(i));
         CK(cudaMemcpy(keep->dev[i], keep->host[i], keep_len(i), cudaMemcpyHostToDevice));
