@@ -514,6 +514,60 @@ static void test_graph(int d, int dtype)
     dec_free(&w);
 }
 
+/* Integers from -2 to 2: scores are exact, so that no decision hangs on a rounding. */
+static void fill_integers(uint16_t *dev, size_t n, uint64_t seed)
+{
+    static const uint16_t values[2][5] = {{0xc000, 0xbf80, 0, 0x3f80, 0x4000},
+                                          {0xc000, 0xbc00, 0, 0x3c00, 0x4000}};
+    uint16_t *h = malloc(n * sizeof *h);
+    for (size_t i = 0; i < n; i++) {
+        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+        h[i] = values[w.shape.dtype][(seed >> 33) % 5];
+    }
+    CK(cudaMemcpy(dev, h, n * sizeof *h, cudaMemcpyHostToDevice));
+    free(h);
+}
+
+/* Long pieces on two thread blocks, which draw small shares: gates that skip most pages. */
+static void test_draws(int d, int dtype)
+{
+    static const int spans[4][2] = {{20000, 1}, {30000, 2}, {12345, 1}, {70, 1}};
+    static const float steps[4] = {0.5f, 8.5f, 16.5f, 30.5f};
+    float t[8], *dev = dec_device(sizeof t);
+    char text[80];
+    make(8, 2, d, dtype, 4, spans, 41);
+    fill_integers(w.q, dec_q_len(&w), 1);
+    fill_integers(w.k, dec_pool_len(&w), 2);
+    poison_stale();
+    w.shape.n_shares = w.args.n_shares = 2 * (1 + DEC_SPARE);
+    dec_plan(&w);
+    snprintf(text, sizeof text, "%d shares in use", w.plan.pieces[0].shares);
+    check(w.plan.pieces[0].shares > 2 + DEC_SPARE, "small shares", text);
+    run(SM90_GATE_NONE, "draws");
+    compare(NULL, "  drawn");
+    void *first = grab();
+    for (int i = 0; i < 5; i++)
+        run_same(SM90_GATE_NONE, first, "  again");
+    run_same(SM90_GATE_REL, first, "  REL, lambda 0");
+    free(first);
+    for (int i = 0; i < 4; i++) {
+        for (int j = 0; j < w.n_seqs; j++)
+            w.seqs[j].ln_lambda = -steps[i] * w.args.scale;
+        dec_plan(&w);
+        snprintf(text, sizeof text, "REL d%d t%d, %.1f steps below the maximum", d, dtype,
+                 (double)steps[i]);
+        check_gate(SM90_GATE_REL, NULL, text);
+    }
+    thresholds(t, 0, 40);
+    CK(cudaMemcpy(dev, t, sizeof t, cudaMemcpyHostToDevice));
+    for (int j = 0; j < w.n_seqs; j++)
+        w.seqs[j].t = dev;
+    dec_plan(&w);
+    check_gate(SM90_GATE_ABS, t, "ABS with thresholds that some maxima equal");
+    cudaFree(dev);
+    dec_free(&w);
+}
+
 /* As many sequences as a step may hold, and as many tokens as a sequence may. */
 static void test_sizes(int d, int dtype)
 {
@@ -549,6 +603,7 @@ static void test_all(int d, int dtype)
     test_gates(d, dtype);
     test_visit(d, dtype);
     test_graph(d, dtype);
+    test_draws(d, dtype);
     test_sizes(d, dtype);
 }
 
