@@ -5,6 +5,7 @@
 #include "core/clock.h"
 #include "core/log.h"
 #include "model/config.h"
+#include "model/weights.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -108,7 +109,9 @@ static int open_parts(struct daemon_model *d, const struct daemon_options *o,
         .progress_arg = &progress,
     };
     struct llama_config file;
+    struct llama_shard shard;
     TRY(llama_config_load(&file, o->model, why));
+    TRY(llama_shard_make(&shard, &file, (int)o->rank, (int)o->tp, why)); /* before any device */
     d->max_model_len = (int32_t)(o->max_model_len ? o->max_model_len : file.max_position);
     cfg.max_position = d->max_model_len;
     TRY(device_open(&d->dev, o->device, daemon_comm_local_rank(o), threads_per_rank(o), why));

@@ -256,7 +256,7 @@ class BadStart(unittest.TestCase):
             Client(d.path).close()  # the first one still serves
 
     def test_no_memory(self):
-        self.refuse("MiB", "pages", options=("--kv-memory", "900G"))
+        self.refuse("iB", "pages", options=("--kv-memory", "900G"))
         self.refuse("--kv-memory", options=("--kv-memory", "1k"))
 
 

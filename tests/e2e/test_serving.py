@@ -58,7 +58,7 @@ class Answers(unittest.TestCase):
             out, done = c.generate("m%s" % mode, prompt, sparse=mode, max_tokens=len(want))
             self.assertEqual(out[:len(want) - 1], want[:-1])
             if mode and mode[0] == REL:
-                self.assertLess(done[12], done[10])  # kept < reachable
+                self.assertLess(done[13], done[11])  # kept < reachable
 
     def test_sharing_a_prefix(self):
         """The second of two equal prompts is cached but for its last block; another tenant's salt sees nothing."""
@@ -143,27 +143,22 @@ class Latency(unittest.TestCase):
         rng = random.Random(9)
         n_long = 5000 if SANITIZED else 16000
         with Daemon("--max-model-len", "20000", "--token-budget", "1024") as d:
-            long, short = Client(d.path), Client(d.path)
-            long.submit("long", [rng.randrange(3, 512) for _ in range(n_long)], max_tokens=1)
-            while long.recv()[0] != PROGRESS:
+            c = Client(d.path)  # one for both, so that the order of events is known
+            c.submit("long", [rng.randrange(3, 512) for _ in range(n_long)], max_tokens=1)
+            while c.recv()[0] != PROGRESS:
                 pass
-            short.submit("short", [rng.randrange(3, 512) for _ in range(100)], max_tokens=1, ignore_eos=True)
-            kind, _, tokens, _ = short.until_end("short")
-            self.assertEqual((kind, len(tokens)), (DONE, 1))
-            steps = 0
-            long.sock.settimeout(0.05)
-            try:
-                while True:
-                    kind, _ = long.recv()
-                    self.assertNotEqual(kind, DONE)  # the long one is far from done
-                    steps += kind == PROGRESS
-            except socket.timeout:
-                pass
+            c.submit("short", [rng.randrange(3, 512) for _ in range(100)], max_tokens=1, ignore_eos=True)
+            steps, ended = 0, None
+            while ended != "short":
+                kind, body = c.recv()
+                steps += kind == PROGRESS and body[0] == "long"
+                if kind in (DONE, ERROR):
+                    self.assertEqual(kind, DONE)
+                    ended = body[0]
+                    self.assertNotEqual(ended, "long")  # it is far from done
             self.assertLessEqual(steps, 4)
-            long.sock.settimeout(PATIENCE)
-            self.assertEqual(long.until_end("long")[0], DONE)
-            long.close()
-            short.close()
+            self.assertEqual(c.until_end("long")[0], DONE)
+            c.close()
 
 
 class Limits(unittest.TestCase):
@@ -256,9 +251,18 @@ class Shutdown(unittest.TestCase):
 
 
 class Metrics(unittest.TestCase):
+    def daemon(self, port):
+        d = Daemon("--metrics", "127.0.0.1:%d" % port, "--max-model-len", "2048")
+        try:
+            return d.wait_ready()
+        except AssertionError:
+            if "no HTTP endpoint" in d.text():
+                self.skipTest("built without metrics")
+            raise
+
     def test_prometheus(self):
         port = free_port()
-        with Daemon("--metrics", "127.0.0.1:%d" % port, "--max-model-len", "2048") as d:
+        with self.daemon(port) as d:
             c = Client(d.path)
             c.generate("a", [9] * 300, max_tokens=5, ignore_eos=True)
             base = "http://127.0.0.1:%d" % port
