@@ -1,9 +1,10 @@
 /* Sampling, one thread block a sequence; see sampler_cuda.h for the rules and sampler_select.cuh
  * for how a place in the descending order is found. The logits of one sequence (half a MiB for 128K
  * tokens) stay in L2. Passes over them: a plain greedy step one; a draw from all tokens two; a draw
- * with top-k and top-p one that processes, one that weighs, and one for each place that is sought
- * (the last kept by top-k, the last kept by top-p, the drawn one). What limits them are latency and
- * double-precision exponentials, not bandwidth. */
+ * with top-k and top-p one that processes, one that weighs, and one for the places that are sought
+ * (the last kept by top-k, the last kept by top-p, the drawn one), or three where thousands of
+ * tokens are kept. What limits them are latency and double-precision exponentials, not bandwidth.
+ */
 #include "core/pack.cuh"
 #include "model/sampler_cuda.h"
 #include "model/sampler_select.cuh"
@@ -199,6 +200,8 @@ __device__ uint64_t fill_bins(struct select_memory *m, const struct vocabulary &
                               uint64_t *total)
 {
     uint64_t kept = 0, sum = 0;
+    if (threadIdx.x == 0)
+        m->n_prefix = 0;
     bins_clear(&m->all);
     every_token(v, [&](float logit, int) {
         const uint64_t weight = weight_of(v, logit);
@@ -235,7 +238,7 @@ __device__ int32_t draw_any(struct select_memory *m, const struct vocabulary &v,
     uint64_t target = draw_target(p, total);
     before = block_scan(lane == 0 ? sum : 0, m->sums);
     if (lane == 0 && before <= target && target - before < sum)
-        m->bin = {before, before, (uint32_t)warp, 0};
+        m->bin = {before, before, 0, (uint32_t)warp, 0};
     __syncthreads();
     target -= m->bin.before;
 
@@ -275,18 +278,23 @@ __device__ int32_t draw_truncated(struct select_memory *m, const struct vocabula
     return entry_id(select_find(m, v, true, draw_target(p, share)).entry);
 }
 
-/* m->all has been filled. */
+/* m->all has been filled; total as fill_bins gave it. */
 __device__ void log_probs(struct select_memory *m, struct vocabulary v, struct batch_token *out,
-                          int32_t token, int32_t n_logprobs)
+                          int32_t token, int32_t n_logprobs, uint64_t total)
 {
-    uint64_t sum = 0;
     const int32_t n = min(min(n_logprobs, (int32_t)BATCH_MAX_LOGPROBS), v.n);
     const uint64_t last = select_find(m, v, false, (uint64_t)n - 1).entry;
-    v.per_temperature = 1.0;
-    every_token(v, [&](float logit, int) { sum += weight_of(v, logit); });
-    const double norm = v.max_exact + log((double)block_sum(sum, m->sums) / WEIGHT_ONE);
-    collect(m, v, [&](float, uint64_t e) { return e >= last; });
-    sort_list(m->list, (uint32_t)n);
+    if (v.per_temperature != 1.0) { /* the weights so far were those of another temperature */
+        uint64_t sum = 0;
+        v.per_temperature = 1.0;
+        every_token(v, [&](float logit, int) { sum += weight_of(v, logit); });
+        total = block_sum(sum, m->sums);
+    }
+    const double norm = v.max_exact + log((double)total / WEIGHT_ONE);
+    if (m->n_prefix < (uint32_t)n) { /* select_find has synchronised */
+        collect(m, v, [&](float, uint64_t e) { return e >= last; });
+        sort_list(m->list, (uint32_t)n);
+    }
     if (threadIdx.x != 0)
         return;
     out->logprob = (float)((double)v.logits[token] - norm);
@@ -337,7 +345,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
     if (threadIdx.x == 0)
         write_token(out, token, false);
     if (p.n_logprobs > 0)
-        log_probs(m, v, out, token, p.n_logprobs);
+        log_probs(m, v, out, token, p.n_logprobs, total);
 }
 
 /* ---- launchers ---- */

@@ -34,6 +34,7 @@ struct bins {
 
 struct found_bin {
     uint64_t before, weight_before; /* sum of the bins above it: of the measure, of weights */
+    uint64_t count_before;
     uint32_t bin, count;
 };
 
@@ -49,6 +50,7 @@ struct select_memory {
     struct found_bin bin;
     struct found_entry entry;
     uint32_t n_list;
+    uint32_t n_prefix; /* list has the first n_prefix entries of the vocabulary, sorted */
 };
 
 /* The vocabulary of one sequence, after penalties. */
@@ -209,7 +211,7 @@ __device__ __forceinline__ void bins_add(struct bins *b, int bin, uint64_t weigh
 __device__ void bins_find(struct select_memory *m, const struct bins *b, bool by_weight,
                           uint64_t target)
 {
-    uint64_t weight[BINS_EACH], measure[BINS_EACH], weights = 0, measures = 0;
+    uint64_t weight[BINS_EACH], measure[BINS_EACH], weights = 0, measures = 0, counts = 0;
     const int first = BINS_EACH * threadIdx.x;
     __syncthreads();
     for (int k = 0; k < BINS_EACH; k++) {
@@ -217,14 +219,18 @@ __device__ void bins_find(struct select_memory *m, const struct bins *b, bool by
         measure[k] = by_weight ? weight[k] : b->count[first + k];
         weights += weight[k];
         measures += measure[k];
+        counts += b->count[first + k];
     }
     uint64_t before = block_scan(measures, m->sums);
     uint64_t weight_before = by_weight ? before : block_scan(weights, m->sums);
+    uint64_t count_before = by_weight ? block_scan(counts, m->sums) : before;
     for (int k = 0; k < BINS_EACH; k++) {
+        const uint32_t count = b->count[first + k];
         if (before <= target && target - before < measure[k])
-            m->bin = {before, weight_before, (uint32_t)(first + k), b->count[first + k]};
+            m->bin = {before, weight_before, count_before, (uint32_t)(first + k), count};
         before += measure[k];
         weight_before += weight[k];
+        count_before += count;
     }
     __syncthreads();
 }
@@ -308,14 +314,62 @@ __device__ __forceinline__ void collect(struct select_memory *m, const struct vo
     __syncthreads();
 }
 
+/* Looks for the place in the sorted list [n]; false when the measure does not reach target there.
+ */
+__device__ bool list_find(struct select_memory *m, const struct vocabulary &v, uint32_t n,
+                          bool by_weight, uint64_t target, uint64_t weight_before)
+{
+    uint64_t weight[LIST_EACH], measure[LIST_EACH], weights = 0, measures = 0;
+    const uint32_t first = LIST_EACH * threadIdx.x;
+    bool found = false;
+    for (uint32_t k = 0; k < LIST_EACH; k++) {
+        const bool used = first + k < n;
+        weight[k] = used ? weight_of(v, entry_logit(m->list[first + k])) : 0;
+        measure[k] = by_weight ? weight[k] : used;
+        weights += weight[k];
+        measures += measure[k];
+    }
+    uint64_t before = block_scan(measures, m->sums);
+    weight_before += by_weight ? before : block_scan(weights, m->sums);
+    for (uint32_t k = 0; k < LIST_EACH; k++) {
+        weight_before += weight[k];
+        if (before <= target && target - before < measure[k]) {
+            m->entry = {m->list[first + k], weight_before};
+            found = true;
+        }
+        before += measure[k];
+    }
+    return __syncthreads_or(found);
+}
+
+/* Makes the list the sorted first n entries: those of the bins down to `bin`. */
+__device__ void make_prefix(struct select_memory *m, const struct vocabulary &v, int bin,
+                            uint32_t n)
+{
+    collect(m, v, [&](float logit, uint64_t) { return bin_of(v, logit) <= bin; });
+    sort_list(m->list, n);
+    if (threadIdx.x == 0)
+        m->n_prefix = n;
+}
+
 /* The first entry of the descending order down to which the measure exceeds target (which is less
- * than the measure of the vocabulary). m->all has been filled. */
+ * than the measure of the vocabulary). m->all has been filled, m->n_prefix is 0 at first. */
 __device__ struct found_entry select_find(struct select_memory *m, const struct vocabulary &v,
                                           bool by_weight, uint64_t target)
 {
+    __syncthreads();
+    const uint32_t n_prefix = m->n_prefix;
+    if (n_prefix > 0 && list_find(m, v, n_prefix, by_weight, target, 0))
+        return m->entry;
     bins_find(m, &m->all, by_weight, target);
     struct remainder r = {(int)m->bin.bin, 0, ~0ull, m->bin.count};
     uint64_t weight_before = m->bin.weight_before;
+    const uint64_t through = m->bin.count_before + r.count;
+    if (through <= SELECT_LIST) {
+        make_prefix(m, v, r.bin, (uint32_t)through);
+        (void)list_find(m, v, (uint32_t)through, by_weight, target, 0);
+        return m->entry;
+    }
     target -= m->bin.before;
     while (r.count > SELECT_LIST) {
         const int shift = split(m, v, &r);
@@ -329,25 +383,9 @@ __device__ struct found_entry select_find(struct select_memory *m, const struct 
     }
     collect(m, v, [&](float logit, uint64_t e) { return remains(v, r, logit, e); });
     sort_list(m->list, r.count);
-
-    uint64_t weight[LIST_EACH], measure[LIST_EACH], weights = 0, measures = 0;
-    const uint32_t first = LIST_EACH * threadIdx.x;
-    for (uint32_t k = 0; k < LIST_EACH; k++) {
-        const bool used = first + k < r.count;
-        weight[k] = used ? weight_of(v, entry_logit(m->list[first + k])) : 0;
-        measure[k] = by_weight ? weight[k] : used;
-        weights += weight[k];
-        measures += measure[k];
-    }
-    uint64_t before = block_scan(measures, m->sums);
-    weight_before += by_weight ? before : block_scan(weights, m->sums);
-    for (uint32_t k = 0; k < LIST_EACH; k++) {
-        weight_before += weight[k];
-        if (before <= target && target - before < measure[k])
-            m->entry = {m->list[first + k], weight_before};
-        before += measure[k];
-    }
-    __syncthreads();
+    if (threadIdx.x == 0)
+        m->n_prefix = 0;
+    (void)list_find(m, v, r.count, by_weight, target, weight_before);
     return m->entry;
 }
 
