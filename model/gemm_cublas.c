@@ -3,6 +3,7 @@
 
 #include "core/log.h"
 #include "core/mem.h"
+#include "model/gemm_skinny.h"
 
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
@@ -45,11 +46,17 @@ struct gemm_cublas {
     void *workspace;
 };
 
+/* How a product is made: by an algorithm of the library, or by our kernel for few rows. */
+struct gemm_choice {
+    cublasLtMatmulAlgo_t algo;
+    int skinny; /* 0 or the variant of gemm_skinny.h */
+};
+
 struct gemm_cublas_plan {
     int32_t n, k, n_buckets;
     cudaDataType_t y_type;
     cublasLtMatmulDescOpaque_t op;
-    cublasLtMatmulAlgo_t *algos; /* [n_buckets] */
+    struct gemm_choice *choices; /* [n_buckets] */
 };
 
 /* Few rows are decode batches, each bucket a graph; many rows are chunks of prompts, where the
@@ -204,7 +211,7 @@ int gemm_cublas_plan(struct gemm_cublas *g, struct gemm_cublas_plan **out, int32
     p->k = k;
     p->y_type = y_dtype == DTYPE_F32 ? CUDA_R_32F : g->type;
     p->n_buckets = bucket_index(max_rows) + 1;
-    p->algos = mem_zalloc((size_t)p->n_buckets, sizeof *p->algos);
+    p->choices = mem_zalloc((size_t)p->n_buckets, sizeof *p->choices);
     cublasStatus_t s = g->lib.cublasLtMatmulDescInit_internal(&p->op, sizeof p->op,
                                                               CUBLAS_COMPUTE_32F, CUDA_R_32F);
     if (s == CUBLAS_STATUS_SUCCESS)
@@ -217,7 +224,7 @@ int gemm_cublas_plan(struct gemm_cublas *g, struct gemm_cublas_plan **out, int32
         cublasLtMatmulHeuristicResult_t best;
         int found = 0;
         err = find_algos(g, p, bucket, &best, 1, &found);
-        p->algos[bucket_index(bucket)] = best.algo;
+        p->choices[bucket_index(bucket)].algo = best.algo;
     }
     if (err < 0) {
         gemm_cublas_plan_free(p);
@@ -231,22 +238,33 @@ void gemm_cublas_plan_free(struct gemm_cublas_plan *p)
 {
     if (!p)
         return;
-    mem_free(p->algos);
+    mem_free(p->choices);
     mem_free(p);
 }
 
-static cublasStatus_t multiply(const struct gemm_cublas *g, const struct gemm_cublas_plan *p,
-                               const cublasLtMatmulAlgo_t *algo, void *y, const void *x,
-                               const void *w, int32_t rows)
+static int skinny(const struct gemm_cublas *g, const struct gemm_cublas_plan *p, int variant,
+                  void *y, const void *x, const void *w, int32_t rows)
+{
+    const struct gemm_skinny product = {y, x, w, rows, p->n, p->k};
+    int err = gemm_skinny_launch(&product, variant, g->type == CUDA_R_16F, p->y_type == CUDA_R_32F,
+                                 g->stream);
+    return err == (int)cudaSuccess ? 0 : ERR_CUDA;
+}
+
+static int multiply(const struct gemm_cublas *g, const struct gemm_cublas_plan *p,
+                    const struct gemm_choice *c, void *y, const void *x, const void *w,
+                    int32_t rows)
 {
     const float one = 1.0f, zero = 0.0f;
     struct layouts l;
+    if (c->skinny)
+        return skinny(g, p, c->skinny, y, x, w, rows);
     cublasStatus_t s = make_layouts(g, p, rows, &l);
-    if (s != CUBLAS_STATUS_SUCCESS)
-        return s;
     cublasLtMatmulDescOpaque_t op = p->op;
-    return g->lib.cublasLtMatmul(g->lt, &op, &one, w, &l.w, x, &l.x, &zero, y, &l.y, y, &l.y, algo,
-                                 g->workspace, WORKSPACE_BYTES, g->stream);
+    if (s == CUBLAS_STATUS_SUCCESS)
+        s = g->lib.cublasLtMatmul(g->lt, &op, &one, w, &l.w, x, &l.x, &zero, y, &l.y, y, &l.y,
+                                  &c->algo, g->workspace, WORKSPACE_BYTES, g->stream);
+    return s == CUBLAS_STATUS_SUCCESS ? 0 : ERR_CUBLAS;
 }
 
 int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y, const void *x,
@@ -254,8 +272,10 @@ int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, voi
 {
     const int32_t bucket = bucket_index(rows);
     ASSERT(rows > 0 && bucket < p->n_buckets);
-    cublasStatus_t s = multiply(g, p, &p->algos[bucket], y, x, w, rows);
-    return s == CUBLAS_STATUS_SUCCESS ? 0 : failed("cublasLtMatmul", s);
+    int err = multiply(g, p, &p->choices[bucket], y, x, w, rows);
+    if (err < 0)
+        log_error("matrix product failed rows=%d n=%d k=%d: %s", rows, p->n, p->k, err_str(err));
+    return err;
 }
 
 struct tuner {
@@ -270,14 +290,14 @@ struct tuner {
 };
 
 /* Milliseconds of one product, the least of a few; negative: the algorithm does not run. */
-static float time_algo(struct tuner *t, const cublasLtMatmulAlgo_t *algo)
+static float time_choice(struct tuner *t, const struct gemm_choice *c)
 {
     float best = -1.0f;
     for (int i = 0; i < TUNE_RUNS; i++) {
         const void *w = t->w[t->next++ % t->n_w];
         float ms = 0.0f;
         (void)cudaEventRecord(t->events[0], t->g->stream);
-        if (multiply(t->g, t->p, algo, t->y, t->x, w, t->rows) != CUBLAS_STATUS_SUCCESS)
+        if (multiply(t->g, t->p, c, t->y, t->x, w, t->rows) < 0)
             return -1.0f;
         (void)cudaEventRecord(t->events[1], t->g->stream);
         if (cudaEventSynchronize(t->events[1]) != cudaSuccess ||
@@ -289,23 +309,37 @@ static float time_algo(struct tuner *t, const cublasLtMatmulAlgo_t *algo)
     return best;
 }
 
+/* Keeps a choice that is faster than the best so far, which it returns. */
+static float try_choice(struct tuner *t, struct gemm_cublas_plan *p, const struct gemm_choice *c,
+                        float best)
+{
+    float ms = time_choice(t, c);
+    if (ms < 0.0f || (best >= 0.0f && ms >= best))
+        return best;
+    p->choices[bucket_index(t->rows)] = *c;
+    return ms;
+}
+
 static int tune(struct tuner *t, struct gemm_cublas_plan *p)
 {
     cublasLtMatmulHeuristicResult_t found[N_CANDIDATES];
-    float best = -1.0f;
+    float best = -1.0f, library;
     int n = 0;
     TRY(find_algos(t->g, p, t->rows, found, N_CANDIDATES, &n));
     for (int i = 0; i < n; i++) {
-        float ms = time_algo(t, &found[i].algo);
-        if (ms >= 0.0f && (best < 0.0f || ms < best)) {
-            best = ms;
-            p->algos[bucket_index(t->rows)] = found[i].algo;
-        }
+        const struct gemm_choice c = {.algo = found[i].algo};
+        best = try_choice(t, p, &c, best);
+    }
+    library = best;
+    for (int v = 1; t->rows <= GEMM_SKINNY_ROWS && v <= GEMM_SKINNY_VARIANTS; v++) {
+        const struct gemm_choice c = {.skinny = v};
+        best = try_choice(t, p, &c, best);
     }
     if (best < 0.0f)
         return ERR_CUBLAS;
-    log_debug("tuned n=%d k=%d rows=%d of=%d us=%.1f GB/s=%.0f TFLOP/s=%.1f", p->n, p->k, t->rows,
-              n, (double)best * 1e3, 2.0 * p->n * p->k / ((double)best * 1e6),
+    log_debug("tuned n=%d k=%d rows=%d skinny=%d us=%.1f library_us=%.1f GB/s=%.0f TFLOP/s=%.1f",
+              p->n, p->k, t->rows, p->choices[bucket_index(t->rows)].skinny, (double)best * 1e3,
+              (double)library * 1e3, 2.0 * p->n * p->k / ((double)best * 1e6),
               2.0 * p->n * p->k * t->rows / ((double)best * 1e9));
     return 0;
 }

@@ -1,6 +1,6 @@
-/* y = x w^T on tensor cores through cuBLASLt: 16-bit x and w, f32 accumulation, y in 16 bits or
- * f32. The library is loaded when a CUDA device is opened, not when the program starts: a machine
- * without it still runs on the CPU.
+/* y = x w^T on tensor cores through cuBLASLt, or for few rows by gemm_skinny.h where that is
+ * faster: 16-bit x and w, f32 accumulation, y in 16 bits or f32. The library is loaded when a CUDA
+ * device is opened, not when the program starts: a machine without it still runs on the CPU.
  *
  * The algorithm is chosen once, at start, for every shape of w and every bucket of row counts; a
  * step only looks it up. A row's last bits may therefore depend on the bucket that the step fell
