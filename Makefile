@@ -12,6 +12,8 @@ DEVICE ?= auto
 # $(call build,PRESET,CMAKE ARGUMENTS): configure and build. A new folder gets Ninja; one that exists keeps its generator.
 build = cmake --preset $(1) $(if $(wildcard build/$(1)/CMakeCache.txt),,-G Ninja) $(2) $(CMAKE_ARGS) >build/$(1).log || \
 	{ cat build/$(1).log; exit 1; }; cmake --build build/$(1) -j $(JOBS)
+# a demo on a GPU needs the build that has one
+demo_preset = $(if $(filter cuda%,$(DEVICE)),cuda,release)
 # $(call check,PRESET): every test that can run on this machine.
 check = ctest --test-dir build/$(1) --output-on-failure --no-tests=error $(CTEST_ARGS)
 
@@ -22,8 +24,10 @@ all: | build ## release build into build/release/bin (the default)
 	@scripts/setup.sh build
 	$(call build,release,-DSLUICE_TESTS=OFF)
 
-demo: all ## build, then serve eight users with the model that ships (DEVICE=auto, cpu or cuda)
-	build/release/bin/sluice-demo --device $(DEVICE)
+demo: | build ## build, then serve eight users with the model that ships (DEVICE=auto, cpu or cuda)
+	@scripts/setup.sh build
+	$(call build,$(demo_preset),-DSLUICE_TESTS=OFF)
+	build/$(demo_preset)/bin/sluice-demo --device $(DEVICE)
 
 test: | build ## build and run all tests
 	@scripts/setup.sh build test

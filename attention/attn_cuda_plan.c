@@ -49,9 +49,7 @@ static struct attn_group *group_of(struct attn_cuda *a, const struct attn_choice
     struct attn_group *g = &a->groups[LAUNCH_GATED];
     if (c->gate == ATTN_GATE_NONE)
         return g;
-    if (g->gate == SM90_GATE_NONE)
-        g->gate = (int)c->gate;
-    else if (g->gate != (int)c->gate)
+    if (g->gate != SM90_GATE_NONE && g->gate != (int)c->gate)
         g = &a->groups[LAUNCH_OTHER];
     g->gate = (int)c->gate;
     return g;

@@ -42,6 +42,9 @@ int calibrate_open(struct calibrate_work *w, struct err_msg *why)
     int32_t other = samples_longest(&w->samples, w->split.held_out, w->split.n_held_out);
     longest = other > longest ? other : longest;
     TRY(device_open(&w->dev, o->device, 0, (int)o->threads, why));
+    if (w->dev->ops != &dev_cpu)
+        return err_set(why, ERR_UNSUPPORTED,
+                       "--device: the kernel of a GPU does not tell page maxima yet; use cpu");
     struct model_config cfg = {.dir = o->model,
                                .dev = w->dev,
                                .random_weights = o->random_weights,

@@ -11,7 +11,7 @@
 enum { UPLOAD_ALIGN = 64 };
 
 struct upload {
-    char *host, *dev; /* [bytes]; host NULL: only counts */
+    char *host, *dev; /* [bytes] */
     size_t used, bytes;
 };
 
@@ -27,11 +27,8 @@ static inline size_t upload_round(size_t bytes)
 /* The caller has sized it: running out is a programmer's error. */
 static inline struct upload_piece upload_take(struct upload *u, size_t bytes)
 {
-    struct upload_piece p = {NULL, NULL};
-    if (u->host) {
-        ASSERT(bytes <= u->bytes - u->used);
-        p = (struct upload_piece){u->host + u->used, u->dev + u->used};
-    }
+    ASSERT(u->host && bytes <= u->bytes - u->used);
+    const struct upload_piece p = {u->host + u->used, u->dev + u->used};
     u->used += upload_round(bytes);
     return p;
 }

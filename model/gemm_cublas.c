@@ -32,7 +32,7 @@ enum {
 
 struct library {
     void *handle;
-#define XX(name) __typeof__(&name) name;
+#define XX(name) __typeof__(&(name)) name; /* NOLINT(bugprone-macro-parentheses) */
     CUBLAS_FUNCTIONS(XX)
 #undef XX
 };
@@ -104,8 +104,8 @@ static int load_library(struct library *lib, struct err_msg *why)
     for (size_t i = 0; !lib->handle && i < sizeof names / sizeof *names; i++)
         lib->handle = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
     if (!lib->handle)
-        return err_set(why, ERR_CUBLAS, "%s: cuBLASLt of CUDA 13 is needed on a CUDA device",
-                       dlerror());
+        return err_set(why, ERR_CUBLAS, "a CUDA device needs libcublasLt.so.13: %s",
+                       dlerror()); // NOLINT(concurrency-mt-unsafe): one thread opens devices
 #define XX(name)                                                                                   \
     {                                                                                              \
         void *symbol = dlsym(lib->handle, #name);                                                  \

@@ -37,10 +37,11 @@ static void pack_outputs(struct llama_cuda_state *m, const struct llama_input *i
     struct cuda_rows *s = &m->step;
     const int32_t wanted = in ? in->n_outputs : 0;
     s->n_outputs = m->shard->rank != 0 ? 0 : all_outputs ? rows : wanted;
-    struct upload_piece p = take_rows(m, s->n_outputs);
+    const struct upload_piece p = take_rows(m, s->n_outputs);
+    int32_t *rows_of = p.host;
     s->outputs = p.dev;
     for (int32_t i = 0; i < s->n_outputs; i++)
-        ((int32_t *)p.host)[i] = all_outputs ? i : in->outputs[i];
+        rows_of[i] = all_outputs ? i : in->outputs[i];
     for (int32_t i = 0; i < wanted; i++)
         m->output_row[i] = all_outputs ? in->outputs[i] : i;
 }

@@ -122,16 +122,16 @@ static int fill_staged(struct weights_sink *k, char *dst, struct weights_slice s
     return 0;
 }
 
-int weights_fill(struct weights_sink *k, void *dst, const struct weights_slice *s)
+int weights_fill(struct weights_sink *k, void *dst, const struct weights_slice *slice)
 {
     if (!k->ops) {
-        struct fill_job job = {.s = s, .to = k->dtype, .dst = dst, .n = s->n_rows};
+        struct fill_job job = {.s = slice, .to = k->dtype, .dst = dst, .n = slice->n_rows};
         run_job(k, &job);
         return 0;
     }
-    if (s->src)
-        return fill_staged(k, dst, *s);
-    TRY(k->ops->draw(k->stage, dst, k->dtype, s));
-    k->done(k->done_arg, (uint64_t)(s->n_rows * s->n_cols) * dtype_bytes(k->dtype));
+    if (slice->src)
+        return fill_staged(k, dst, *slice);
+    TRY(k->ops->draw(k->stage, dst, k->dtype, slice));
+    k->done(k->done_arg, (uint64_t)(slice->n_rows * slice->n_cols) * dtype_bytes(k->dtype));
     return 0;
 }

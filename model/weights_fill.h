@@ -47,7 +47,7 @@ struct weights_sink {
 
 MUST_CHECK int weights_sink_open(struct weights_sink *s, struct err_msg *why);
 /* dst is device memory. */
-MUST_CHECK int weights_fill(struct weights_sink *s, void *dst, const struct weights_slice *slice);
+MUST_CHECK int weights_fill(struct weights_sink *k, void *dst, const struct weights_slice *slice);
 MUST_CHECK int weights_sink_close(struct weights_sink *s); /* accepts one that did not open */
 
 #endif

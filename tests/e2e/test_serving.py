@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -159,6 +160,21 @@ class Latency(unittest.TestCase):
             self.assertLessEqual(steps, 4)
             self.assertEqual(c.until_end("long")[0], DONE)
             c.close()
+
+
+class RandomWeights(unittest.TestCase):
+    def test_same_every_time(self):
+        """A folder with config.json alone is a model, and always the same one."""
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(os.path.join(NEEDLE, "config.json"), folder)
+            outs = []
+            for _ in range(2):
+                with Daemon("--random-weights", "--max-model-len", "1024", model=folder) as d:
+                    c = Client(d.path)
+                    outs.append(c.generate("a", list(range(3, 203)), max_tokens=8, ignore_eos=True)[0])
+                    c.close()
+            self.assertEqual(len(outs[0]), 8)
+            self.assertEqual(outs[0], outs[1])
 
 
 class Limits(unittest.TestCase):
