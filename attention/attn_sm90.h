@@ -57,7 +57,7 @@ struct sm90_args {
     int32_t order;
     int32_t t_blocks;
     int64_t t_head_stride;
-    float scale, scale_log2; /* the second is the launcher's to fill: scale / ln 2 */
+    float scale;
     struct sm90_counts *seq_counts, *head_counts; /* or NULL */
 };
 

@@ -14,25 +14,29 @@
 #define LOG2E 1.4426950408889634f
 #define LN2   0.6931471805599453f
 
-/* ---- descriptors (their low halves; ptx.cuh) ---- */
+/* ---- descriptors ---- */
 
-__device__ __forceinline__ uint32_t desc_k_major(uint32_t addr)
+/* K-major operand: groups of 8 rows lie 1024 bytes apart. */
+__device__ __forceinline__ uint64_t desc_k_major(uint32_t addr)
 {
-    return addr >> 4 | 1 << 16;
+    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 |
+           (uint64_t)1 << 62;
 }
 
-/* The halves of 64 columns lie half_bytes apart. */
-__device__ __forceinline__ uint32_t desc_mn_major(uint32_t addr, uint32_t half_bytes)
+/* MN-major operand: the halves of 64 columns lie half_bytes apart, groups of 8 rows 1024. */
+__device__ __forceinline__ uint64_t desc_mn_major(uint32_t addr, uint32_t half_bytes)
 {
-    return addr >> 4 | half_bytes >> 4 << 16;
+    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)(half_bytes >> 4) << 16 |
+           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
 /* ---- softmax ---- */
 
 struct row_state {
-    float top[2];   /* running maximum of the raw scores, for the REL gate */
-    float shift[2]; /* what exponents refer to: a maximum in base-2 units */
+    float m[2];     /* maximum of the raw scores that exponents refer to */
+    float bound[2]; /* scores above this move it */
     float l[2];     /* this thread's part of the row sum */
+    float shift[2]; /* m in base-2 units; 0 while m is -inf */
 };
 
 __device__ __forceinline__ float quad_max(float x)
@@ -47,61 +51,61 @@ __device__ __forceinline__ float quad_sum(float x)
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-/* The functions of one page work on 32 accumulators of a thread, from x[FIRST] on. */
-
-/* This thread's maxima of a page's scores, a row each. */
-template <int FIRST, int N>
-__device__ __forceinline__ void page_max(float (&pm)[2], const float (&x)[N])
+/* This thread's maxima of one page: 32 accumulators starting at s[FIRST]. */
+template <int FIRST>
+__device__ __forceinline__ void page_max(float (&pm)[2], const float (&s)[64])
 {
-    const float *s = x + FIRST;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float a = max_nan(s[2 * r], s[2 * r + 1]), b = max_nan(s[4 + 2 * r], s[5 + 2 * r]);
+        float a = max_nan(s[FIRST + 2 * r], s[FIRST + 2 * r + 1]);
+        float b = max_nan(s[FIRST + 4 + 2 * r], s[FIRST + 4 + 2 * r + 1]);
 #pragma unroll
         for (int i = 2; i < 8; i += 2) {
-            a = max_nan(a, max_nan(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
-            b = max_nan(b, max_nan(s[4 * i + 4 + 2 * r], s[4 * i + 5 + 2 * r]));
+            a = max_nan(a, s[FIRST + 4 * i + 2 * r]);
+            a = max_nan(a, s[FIRST + 4 * i + 2 * r + 1]);
+            b = max_nan(b, s[FIRST + 4 * i + 4 + 2 * r]);
+            b = max_nan(b, s[FIRST + 4 * i + 4 + 2 * r + 1]);
         }
         pm[r] = max_nan(a, b);
     }
 }
 
 /* Columns beyond limit[row] become -inf; col0 is the first column of this thread. */
-template <int FIRST, int N>
-__device__ __forceinline__ void page_mask(float (&x)[N], int col0, int limit0, int limit1)
+__device__ __forceinline__ void mask_columns(float (&s)[64], int col0, int limit0, int limit1)
 {
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
+    for (int i = 0; i < 64; i++) {
         int col = 8 * (i / 4) + (i & 1) + col0;
         if (col > ((i & 2) ? limit1 : limit0))
-            x[FIRST + i] = -INFINITY;
+            s[i] = -INFINITY;
     }
 }
 
-/* s = exp2(s * scale - shift); adds to the row sums, in two chains a row. Sums are never fused with
- * what precedes them: all kernels must give equal bits. */
-template <int FIRST, int N>
-__device__ __forceinline__ void page_exp(float (&x)[N], float (&l)[2], float scale_log2,
+/* s = exp2(s * scale - shift) of one page; adds to the row sums, in two chains a row. Sums are
+ * never fused with what precedes them: all kernels must give equal bits. */
+template <int FIRST>
+__device__ __forceinline__ void page_exp(float (&s)[64], float (&l)[2], float scale_log2,
                                          const float (&shift)[2])
 {
     float part[4];
 #pragma unroll
     for (int i = 0; i < 32; i++) {
-        float e = ex2(fmaf(x[FIRST + i], scale_log2, -shift[(i >> 1) & 1]));
-        x[FIRST + i] = e;
+        int r = (i >> 1) & 1;
+        float e = ex2(fmaf(s[FIRST + i], scale_log2, -shift[r]));
+        s[FIRST + i] = e;
         part[i & 3] = i < 4 ? e : __fadd_rn(part[i & 3], e);
     }
     l[0] = __fadd_rn(l[0], __fadd_rn(part[0], part[1]));
     l[1] = __fadd_rn(l[1], __fadd_rn(part[2], part[3]));
 }
 
-/* Probabilities as A operands of PV. */
-template <int DT, int N>
-__device__ __forceinline__ void page_pack(uint32_t (&p)[N / 2], const float (&x)[N])
+/* The probabilities of one page as A operands of PV. */
+template <int FIRST, int DT>
+__device__ __forceinline__ void page_pack(uint32_t *p, const float (&s)[64])
 {
 #pragma unroll
-    for (int i = 0; i < N / 2; i++)
-        p[i] = pack2<DT>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < 16; i++)
+        p[i] = pack2<DT>(s[FIRST + 2 * i], s[FIRST + 2 * i + 1]);
 }
 
 /* ---- the walk ---- */
