@@ -17,6 +17,8 @@ enum {
     TUNE_RUNS = 12
 };
 
+#define TUNE_GAIN 0.97f /* of a time, at most, for a choice to replace an earlier one */
+
 /* What we call of the library, by name. */
 #define CUBLAS_FUNCTIONS(XX)                                                                       \
     XX(cublasLtCreate)                                                                             \
@@ -309,12 +311,13 @@ static float time_choice(struct tuner *t, const struct gemm_choice *c)
     return best;
 }
 
-/* Keeps a choice that is faster than the best so far, which it returns. */
+/* Keeps a choice that is clearly faster than the best so far, which it returns: the library's own
+ * order stands where times differ by chance, so that another start chooses alike. */
 static float try_choice(struct tuner *t, struct gemm_cublas_plan *p, const struct gemm_choice *c,
                         float best)
 {
     float ms = time_choice(t, c);
-    if (ms < 0.0f || (best >= 0.0f && ms >= best))
+    if (ms < 0.0f || (best >= 0.0f && ms >= best * TUNE_GAIN))
         return best;
     p->choices[bucket_index(t->rows)] = *c;
     return ms;

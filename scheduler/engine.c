@@ -59,6 +59,13 @@ static void stop(struct engine *e, int status)
         on_server_closed(e);
 }
 
+/* Nothing can run again: the ranks no longer agree, or the device has failed, and errors of a
+ * device stick. */
+static bool is_final(int err)
+{
+    return err == ERR_PEER || err == ERR_CUDA || err == ERR_CUBLAS || err == ERR_NCCL;
+}
+
 /* Collects a finished step. */
 static void collect(struct engine *e)
 {
@@ -69,8 +76,10 @@ static void collect(struct engine *e)
     (void)uv_timer_stop(&e->watchdog);
     int64_t begin = e->now_us = engine_now(e);
     int32_t n_tokens = done.batch->n_tokens;
-    if (done.status == ERR_PEER) { /* the ranks no longer agree: nothing can run again */
-        engine_fail(e, done.status, "a rank failed during a step");
+    if (is_final(done.status)) {
+        engine_fail(e, done.status,
+                    done.status == ERR_PEER ? "a rank failed during a step"
+                                            : "the device failed during a step");
         sched_update(e->sched, done.status, NULL, begin);
         return;
     }

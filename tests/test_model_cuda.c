@@ -2,6 +2,7 @@
  * chunks, batches, captured steps, gates; what a GPU refuses. The bound on logits is what 16-bit
  * activations cost: rounding of 2^-9 (bf16) or 2^-12 (f16), some ten times a layer. */
 #include "core/dev_cuda.h"
+#include "model/sampler.h"
 #include "tests/model_case.h"
 #include "tests/test.h"
 #include "tests/tiny_model.h"
@@ -234,6 +235,63 @@ static void test_gates(void **state)
     tiny_model_remove(m);
 }
 
+static const struct batch_sampling samplings[] = {
+    {.temperature = 0.8f, .top_p = 0.9f, .repetition_penalty = 1.3f, .seed = 1, .ignore_eos = true},
+    {.top_p = 1.0f, .repetition_penalty = 1.0f, .n_logprobs = 3, .ignore_eos = true},
+    {.temperature = 1.5f, .top_p = 1.0f, .top_k = 20, .repetition_penalty = 1.0f, .seed = 9},
+    {.top_p = 1.0f,
+     .repetition_penalty = 1.0f,
+     .presence_penalty = 0.7f,
+     .frequency_penalty = 0.2f,
+     .min_tokens = 4},
+};
+
+/* The device draws what the CPU's sampler draws from the same logits. */
+static void check_draws(struct pair *p, struct sampler *sampler, const struct batch_seq *seqs,
+                        int32_t n)
+{
+    assert_ok(case_step(&p->gpu, seqs, n));
+    for (int32_t i = 0; i < n; i++) {
+        struct batch_token want = {.token = -1};
+        const struct batch_token *got = &p->gpu.tokens[i];
+        if (seqs[i].sample)
+            sampler_draw(sampler, 0, &want, model_last_logits(p->gpu.model, i), &seqs[i]);
+        assert_int_equal(got->token, want.token);
+        assert_int_equal(got->n_top, want.n_top);
+        for (int32_t k = 0; k < want.n_top; k++) {
+            assert_int_equal(got->top_ids[k], want.top_ids[k]);
+            assert_close((double)got->top_logprobs[k], (double)want.top_logprobs[k], 1e-4, 1e-4);
+        }
+    }
+}
+
+static void test_draws(void **state)
+{
+    static const int32_t eos[] = {2};
+    struct batch_seq seqs[N_SEQS];
+    struct sampler *sampler;
+    struct pair p;
+    (void)state;
+    tiny_model_write(&tiny[2]);
+    open_pair(&p, tiny[2].dir, 11);
+    assert_ok(sampler_create(&sampler, p.vocab, 1, eos, 1));
+    for (int32_t step = 0; step < 6; step++) {
+        for (int32_t i = 0; i < N_SEQS; i++) {
+            seqs[i] = step == 0 ? rows_of(&p, i, 0, p.prompt[i])
+                                : rows_of(&p, i, p.prompt[i] + step - 1, 1);
+            seqs[i].sample = step % 3 != 1 || i != 1;
+            if (i > 0)
+                seqs[i].sampling = &samplings[i - 1];
+        }
+        check_draws(&p, sampler, seqs, N_SEQS);
+        seqs[0].sample = false; /* a step without any token */
+        check_draws(&p, sampler, seqs, 1);
+    }
+    sampler_destroy(sampler);
+    close_pair(&p);
+    tiny_model_remove(&tiny[2]);
+}
+
 static int32_t read_ids(const json_t *list, int32_t *ids)
 {
     int32_t n = (int32_t)json_array_size(list);
@@ -323,9 +381,9 @@ static void test_refusals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_logits),   cmocka_unit_test(test_gates),
-        cmocka_unit_test(test_needle),   cmocka_unit_test(test_repeat),
-        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_logits), cmocka_unit_test(test_gates),
+        cmocka_unit_test(test_draws),  cmocka_unit_test(test_needle),
+        cmocka_unit_test(test_repeat), cmocka_unit_test(test_refusals),
     };
     struct dev *d;
     if (dev_cuda_count() == 0 || dev_open(&d, &dev_cuda, 0, 1, NULL) < 0)
