@@ -1,6 +1,6 @@
 # The short commands. All they do is set-up (scripts/setup.sh), cmake presets and ctest; see CMakePresets.json.
 .DEFAULT_GOAL := all
-.PHONY: all demo test bench lint format fuzz asan tsan clean help
+.PHONY: all demo test bench lint format fuzz asan tsan gpu-check gpu-pack clean help
 .NOTPARALLEL:
 
 JOBS ?= $(shell nproc)
@@ -48,6 +48,15 @@ format: ## rewrite all sources in the house style
 	@scripts/setup.sh lint
 	scripts/lint.sh --format
 
+gpu-check: | build ## GPU tests and a short bench, from build/cuda/bin (built first where it is not there)
+	$(if $(wildcard build/cuda/bin/test_attn_sm90),,$(call build,cuda))
+	scripts/gpu-check.sh run build/cuda/bin
+
+gpu-pack: | build ## build/gpu.tar.xz: what gpu-check wants, to carry to a GPU machine without our libraries
+	@scripts/setup.sh build test
+	$(call build,cuda)
+	scripts/gpu-check.sh pack build/cuda/bin build/gpu.tar.xz
+
 fuzz: | build ## run every fuzz target for SECONDS=30 each
 	@scripts/setup.sh build test lint
 	$(call build,fuzz) --target fuzzers
@@ -67,4 +76,4 @@ clean: ## remove everything that was built
 	rm -rf build
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
