@@ -80,9 +80,10 @@ struct batch_counts {
 struct batch_result {
     struct batch_token *tokens;  /* [max_seqs] */
     struct batch_counts *counts; /* [max_seqs] */
-    /* The step, and within it attention and GEMMs (0 where the step is one captured graph); host_us
-     * of it the host planned, packed and launched while the device may have worked already. */
-    int64_t total_us, attention_us, gemm_us, host_us;
+    /* The step, and within it attention, GEMMs and the sums over ranks with the wait for slower
+     * ones (0 where the step is one captured graph), as rank 0 saw them; host_us of it the host
+     * planned, packed and launched while the device may have worked already. */
+    int64_t total_us, attention_us, gemm_us, comm_us, host_us;
 };
 
 #endif

@@ -35,7 +35,7 @@ struct llama_input {
     int32_t n_rows, n_seqs;
     const int32_t *ids, *positions; /* [n_rows] */
     const struct attn_seq *seqs;
-    const int32_t *outputs; /* [n_outputs] rows whose logits are wanted; rank 0 only */
+    const int32_t *outputs; /* [n_outputs] rows whose logits are wanted; the same on every rank */
     int32_t n_outputs;
     /* Tokens to draw, rank 0 only; NULL: none. output_of [n_seqs] is an index into outputs or -1,
      * which gives token -1. */
@@ -49,9 +49,10 @@ struct llama_input {
     void *on_tiles_arg;
 };
 
-/* attention_us and gemm_us are 0 where a step is one captured graph. */
+/* attention_us, gemm_us and comm_us are 0 where a step is one captured graph. */
 struct llama_times {
     int64_t attention_us, gemm_us;
+    int64_t comm_us; /* sums over the ranks, waiting for slower ones included */
     int64_t wait_us; /* the host computed or waited for the device */
 };
 
@@ -85,7 +86,7 @@ MUST_CHECK int llama_set_policy(struct llama *m, const struct attn_policy *polic
                                 struct err_msg *why);
 /* A whole step. Tokens and counters are there when it returns. */
 MUST_CHECK int llama_run(struct llama *m, const struct llama_input *in, struct llama_times *times);
-/* [vocab_size] of output i of the last step, on the host until the next call. */
+/* [vocab_size] of output i of the last step, on the host until the next call; rank 0 only. */
 const float *llama_logits(struct llama *m, int32_t i);
 /* Counters since creation: layer l's n_heads go to out + l * stride. */
 MUST_CHECK int llama_head_counts(struct llama *m, struct attn_counts *out, int64_t stride);

@@ -220,11 +220,15 @@ static void product(const struct llama_cpu_state *m, const struct gemm_plan *pla
 }
 
 /* Adds up the ranks' shares of a block's output. */
-static int reduce(const struct llama_cpu_state *m, float *x, int32_t rows)
+static int reduce(const struct llama_cpu_state *m, float *x, int32_t rows,
+                  struct llama_times *times)
 {
     if (m->shard->n_ranks == 1)
         return 0;
-    return comm_all_reduce(m->comm, x, (size_t)rows * (size_t)m->c->hidden_size);
+    int64_t start = clock_monotonic_us(NULL);
+    TRY(comm_all_reduce(m->comm, x, (size_t)rows * (size_t)m->c->hidden_size));
+    times->comm_us += clock_monotonic_us(NULL) - start;
+    return 0;
 }
 
 static void plan_spans(struct llama_cpu_state *m, const struct llama_input *in)
@@ -302,7 +306,7 @@ static int attention_block(struct llama_cpu_state *m, const struct llama_input *
     pool_run(m->dev->pool, write_span, &job, m->n_spans);
     TRY(attend(m, in, layer, times));
     product(m, &m->o_plan, a->hidden, a->attn, w->o, n, times);
-    TRY(reduce(m, a->hidden, n));
+    TRY(reduce(m, a->hidden, n, times));
     nn_residual(m->dev, a->residual, a->hidden, w->o_bias, n, hidden);
     return 0;
 }
@@ -321,7 +325,7 @@ static int mlp_block(struct llama_cpu_state *m, const struct llama_input *in, in
         nn_add_bias(m->dev, a->gate_up, w->gate_up_bias, n, 2 * n_inter);
     nn_swiglu(m->dev, a->act, a->gate_up, n, n_inter);
     product(m, &m->down_plan, a->hidden, a->act, w->down, n, times);
-    TRY(reduce(m, a->hidden, n));
+    TRY(reduce(m, a->hidden, n, times));
     nn_residual(m->dev, a->residual, a->hidden, w->down_bias, n, hidden);
     return 0;
 }

@@ -110,7 +110,7 @@ static int take_memory(struct llama_cuda_state *m, struct err_msg *why)
 static int make_marks(struct llama_cuda_state *m)
 {
     struct cuda_marks *k = &m->marks;
-    k->max = 9 * m->c->n_layers + 8;
+    k->max = 13 * m->c->n_layers + 8;
     k->events = mem_zalloc((size_t)k->max, sizeof *k->events);
     k->parts = mem_zalloc((size_t)k->max, sizeof *k->parts);
     for (int32_t i = 0; i < k->max; i++)

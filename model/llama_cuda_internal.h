@@ -40,7 +40,7 @@ struct cuda_rows {
 };
 
 /* Parts of a step whose time is told. */
-enum cuda_part { PART_OTHER, PART_GEMM, PART_ATTENTION, N_PARTS };
+enum cuda_part { PART_OTHER, PART_GEMM, PART_ATTENTION, PART_COMM, N_PARTS };
 
 struct cuda_marks {
     bool on;

@@ -116,7 +116,9 @@ static int reduce(struct llama_cuda_state *m)
     const size_t n = (size_t)m->step.n * (size_t)m->c->hidden_size;
     if (m->shard->n_ranks == 1)
         return 0;
-    return comm_all_reduce_dev(m->comm, m->a.delta, n, m->dtype, m->stream);
+    TRY(mark(m, PART_COMM));
+    TRY(comm_all_reduce_dev(m->comm, m->a.delta, n, m->dtype, m->stream));
+    return mark(m, PART_OTHER);
 }
 
 /* residual += delta + bias; hidden = norm(residual). */
@@ -243,6 +245,7 @@ static int add_times(struct llama_cuda_state *m, struct llama_times *times)
     }
     times->attention_us = (int64_t)(ms[PART_ATTENTION] * 1000.0f);
     times->gemm_us = (int64_t)(ms[PART_GEMM] * 1000.0f);
+    times->comm_us = (int64_t)(ms[PART_COMM] * 1000.0f);
     return 0;
 }
 

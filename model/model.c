@@ -41,9 +41,7 @@ struct model {
     struct step_plan plan;
     void *message;
     size_t message_bytes;
-    int32_t *outputs;   /* [max_seqs] rows whose logits are wanted */
-    int32_t *output_of; /* [max_seqs] index into outputs, -1: none */
-    int32_t n_outputs;
+    int32_t *output_of;              /* [max_seqs] index into the plan's outputs, -1: none */
     const struct batch *batch;       /* rank 0: of the step */
     struct batch_token *tokens;      /* rank 0: of its result */
     struct attn_counts *seq_counts;  /* [max_seqs] of the step */
@@ -148,7 +146,6 @@ static int take_scratch(struct model *m, const struct model_config *cfg, struct 
                                       .max_outputs = cfg->max_seqs,
                                       .max_position = m->plan.limits.max_position};
     TRY(llama_create(&m->llama, &setup, why));
-    m->outputs = mem_zalloc(max_seqs, sizeof *m->outputs);
     m->output_of = mem_zalloc(max_seqs, sizeof *m->output_of);
     m->seq_counts = mem_zalloc(max_seqs, sizeof *m->seq_counts);
     m->head_counts =
@@ -197,7 +194,6 @@ void model_close(struct model *m)
     weights_release(&m->weights);
     step_plan_deinit(&m->plan);
     mem_free(m->message);
-    mem_free(m->outputs);
     mem_free(m->output_of);
     mem_free(m->seq_counts);
     mem_free(m->head_counts);
@@ -328,8 +324,8 @@ static int run_plan(struct model *m, struct llama_times *times)
         .ids = m->plan.ids,
         .positions = m->plan.positions,
         .seqs = m->plan.seqs,
-        .outputs = m->outputs,
-        .n_outputs = m->n_outputs,
+        .outputs = m->plan.outputs,
+        .n_outputs = m->plan.n_outputs,
         .output_of = m->output_of,
         .tokens = m->tokens,
         .draws = m->batch ? m->batch->seqs : NULL,
@@ -366,15 +362,12 @@ static int sum_counts(struct model *m)
     return 0;
 }
 
-static void plan_outputs(struct model *m, const struct batch *b)
+/* The plan's outputs are in the order of the sequences. */
+static void number_outputs(struct model *m, const struct batch *b)
 {
-    m->n_outputs = 0;
-    for (int32_t i = 0; i < b->n_seqs; i++) {
-        const struct attn_seq *s = &m->plan.seqs[i];
-        m->output_of[i] = b->seqs[i].sample ? m->n_outputs : -1;
-        if (b->seqs[i].sample)
-            m->outputs[m->n_outputs++] = s->row + s->n_rows - 1;
-    }
+    int32_t n = 0;
+    for (int32_t i = 0; i < b->n_seqs; i++)
+        m->output_of[i] = b->seqs[i].sample ? n++ : -1;
 }
 
 int model_step(struct model *m, const struct batch *b, struct batch_result *r)
@@ -388,7 +381,7 @@ int model_step(struct model *m, const struct batch *b, struct batch_result *r)
         log_error("step %" PRIu64 " refused: %s", b->step_id, err_why(&why, err));
         return err;
     }
-    plan_outputs(m, b);
+    number_outputs(m, b);
     m->batch = b;
     m->tokens = r->tokens;
     if (m->shard.n_ranks > 1)
@@ -401,6 +394,7 @@ int model_step(struct model *m, const struct batch *b, struct batch_result *r)
                                              .kept = m->seq_counts[i].kept};
     r->attention_us = times.attention_us;
     r->gemm_us = times.gemm_us;
+    r->comm_us = times.comm_us;
     r->total_us = clock_monotonic_us(NULL) - start;
     r->host_us = r->total_us - times.wait_us;
     return 0;

@@ -294,6 +294,7 @@ struct rank_life {
     int32_t tokens[6];
     float logits[64];
     struct batch_counts counts;
+    int64_t comm_us, total_us; /* over all steps */
 };
 
 static int run_steps(struct model_case *c, struct rank_life *life)
@@ -308,6 +309,8 @@ static int run_steps(struct model_case *c, struct rank_life *life)
         if (err < 0)
             return err;
         tokens[200 + i] = life->tokens[i] = c->tokens[0].token;
+        life->comm_us += c->result.comm_us;
+        life->total_us += c->result.total_us;
     }
     memcpy(life->logits, model_last_logits(c->model, 0), sizeof life->logits);
     life->counts = c->counts[0];
@@ -378,6 +381,8 @@ static void check_lives(const struct rank_life *one, const struct rank_life *man
     assert_memory_equal(&one->counts, &many[0].counts, sizeof one->counts);
     for (int i = 0; i < 64; i++)
         assert_close((double)many[0].logits[i], (double)one->logits[i], 1e-4, 1e-4);
+    assert_int_equal(one->comm_us, 0);
+    assert_true(many[0].comm_us > 0 && many[0].comm_us < many[0].total_us);
     for (int i = 0; i < n_ranks; i++)
         assert_true(many[i].fingerprint == one->fingerprint);
 }
