@@ -8,7 +8,7 @@
 
 struct plan_head {
     uint64_t step_id;
-    int32_t n_seqs, n_rows;
+    int32_t n_seqs, n_rows, n_outputs, zero;
 };
 
 struct plan_seq {
@@ -22,6 +22,7 @@ void step_plan_init(struct step_plan *p, const struct plan_limits *limits)
     p->ids = mem_zalloc((size_t)limits->max_tokens, sizeof *p->ids);
     p->positions = mem_zalloc((size_t)limits->max_tokens, sizeof *p->positions);
     p->seqs = mem_zalloc((size_t)limits->max_seqs, sizeof *p->seqs);
+    p->outputs = mem_zalloc((size_t)limits->max_seqs, sizeof *p->outputs);
 }
 
 void step_plan_deinit(struct step_plan *p)
@@ -29,6 +30,7 @@ void step_plan_deinit(struct step_plan *p)
     mem_free(p->ids);
     mem_free(p->positions);
     mem_free(p->seqs);
+    mem_free(p->outputs);
     *p = (struct step_plan){0};
 }
 
@@ -107,6 +109,8 @@ static int add_rows(struct step_plan *p, const struct batch_seq *s, struct err_m
         p->ids[p->n_rows] = id;
         p->positions[p->n_rows] = s->start + i;
     }
+    if (s->sample)
+        p->outputs[p->n_outputs++] = p->n_rows - 1;
     return 0;
 }
 
@@ -116,7 +120,7 @@ int step_plan_from_batch(struct step_plan *p, const struct batch *b, struct err_
         return err_set(why, ERR_INVALID, "a batch of %d sequences, not 1 to %d", b->n_seqs,
                        p->limits.max_seqs);
     p->step_id = b->step_id;
-    p->n_rows = p->n_seqs = 0;
+    p->n_rows = p->n_seqs = p->n_outputs = 0;
     for (int32_t i = 0; i < b->n_seqs; i++) {
         const struct batch_seq *s = &b->seqs[i];
         TRY(check_extent(&p->limits, s, why));
@@ -136,7 +140,7 @@ size_t step_plan_max_message(int32_t max_seqs, int32_t max_tokens, int64_t max_p
 {
     size_t pages = (size_t)kv_pages_for(max_position);
     return sizeof(struct plan_head) +
-           (size_t)max_seqs * (sizeof(struct plan_seq) + pages * sizeof(int32_t)) +
+           (size_t)max_seqs * (sizeof(struct plan_seq) + (pages + 1) * sizeof(int32_t)) +
            (size_t)max_tokens * sizeof(int32_t);
 }
 
@@ -154,7 +158,7 @@ size_t step_plan_encode_stop(void *buf)
 
 size_t step_plan_encode(const struct step_plan *p, void *buf)
 {
-    const struct plan_head head = {p->step_id, p->n_seqs, p->n_rows};
+    const struct plan_head head = {p->step_id, p->n_seqs, p->n_rows, p->n_outputs, 0};
     char *at = put(buf, &head, sizeof head);
 
     for (int32_t i = 0; i < p->n_seqs; i++) {
@@ -167,6 +171,7 @@ size_t step_plan_encode(const struct step_plan *p, void *buf)
         at = put(at, &h, sizeof h);
     }
     at = put(at, p->ids, (size_t)p->n_rows * sizeof *p->ids);
+    at = put(at, p->outputs, (size_t)p->n_outputs * sizeof *p->outputs);
     for (int32_t i = 0; i < p->n_seqs; i++) {
         const struct attn_seq *s = &p->seqs[i];
         size_t n_pages = (size_t)kv_pages_for((int64_t)s->pos + s->n_rows);
@@ -192,34 +197,68 @@ static int decode_seq(struct step_plan *p, const struct plan_seq *h, int32_t n_r
     return 0;
 }
 
-/* Token ids and page tables, which follow the headers and end the message. */
-static int decode_tables(struct step_plan *p, const char *at, size_t left)
+/* What is left of a message. */
+struct rest {
+    const char *at;
+    size_t left;
+};
+
+/* The next n numbers of the message, where they are; NULL when it ends before. */
+static const int32_t *next(struct rest *r, int32_t n)
 {
-    size_t bytes = (size_t)p->n_rows * sizeof *p->ids;
-    if (left < bytes)
+    const char *at = r->at;
+    const size_t bytes = (size_t)n * sizeof(int32_t);
+    if (r->left < bytes)
+        return NULL;
+    r->at += bytes;
+    r->left -= bytes;
+    return (const int32_t *)(const void *)at;
+}
+
+static int decode_ids(struct step_plan *p, struct rest *r)
+{
+    const int32_t *ids = next(r, p->n_rows);
+    if (!ids)
         return ERR_PROTOCOL;
-    memcpy(p->ids, at, bytes);
     for (int32_t i = 0; i < p->n_rows; i++) {
-        if (p->ids[i] < 0 || p->ids[i] >= p->limits.vocab_size)
+        if (ids[i] < 0 || ids[i] >= p->limits.vocab_size)
             return ERR_PROTOCOL;
+        p->ids[i] = ids[i];
     }
-    at += bytes;
-    left -= bytes;
+    return 0;
+}
+
+/* At most one row of each sequence, so that as many fit as a step may have sequences. */
+static int decode_outputs(struct step_plan *p, struct rest *r, int32_t n)
+{
+    if (n < 0 || n > p->n_seqs)
+        return ERR_PROTOCOL;
+    const int32_t *rows = next(r, n);
+    if (!rows)
+        return ERR_PROTOCOL;
+    for (int32_t i = 0, least = 0; i < n; i++) {
+        if (rows[i] < least || rows[i] >= p->n_rows)
+            return ERR_PROTOCOL;
+        least = rows[i] + 1;
+        p->outputs[p->n_outputs++] = rows[i];
+    }
+    return 0;
+}
+
+static int decode_pages(struct step_plan *p, struct rest *r)
+{
     for (int32_t i = 0; i < p->n_seqs; i++) {
         struct attn_seq *s = &p->seqs[i];
         int32_t n_pages = kv_pages_for((int64_t)s->pos + s->n_rows);
-        bytes = (size_t)n_pages * sizeof *s->pages;
-        if (left < bytes)
+        s->pages = next(r, n_pages);
+        if (!s->pages)
             return ERR_PROTOCOL;
-        s->pages = (const int32_t *)(const void *)at;
         for (int32_t k = 0; k < n_pages; k++) {
             if (s->pages[k] < 0 || s->pages[k] >= p->limits.n_pages)
                 return ERR_PROTOCOL;
         }
-        at += bytes;
-        left -= bytes;
     }
-    return left == 0 ? 0 : ERR_PROTOCOL;
+    return 0;
 }
 
 int step_plan_decode(struct step_plan *p, const void *buf, size_t len, bool *stop)
@@ -227,7 +266,7 @@ int step_plan_decode(struct step_plan *p, const void *buf, size_t len, bool *sto
     struct plan_head head;
     const char *at = buf;
 
-    p->n_rows = p->n_seqs = 0;
+    p->n_rows = p->n_seqs = p->n_outputs = 0;
     if (len < sizeof head)
         return ERR_PROTOCOL;
     memcpy(&head, at, sizeof head);
@@ -247,5 +286,11 @@ int step_plan_decode(struct step_plan *p, const void *buf, size_t len, bool *sto
         at += sizeof h;
         len -= sizeof h;
     }
-    return p->n_rows == head.n_rows ? decode_tables(p, at, len) : ERR_PROTOCOL;
+    struct rest rest = {at, len};
+    if (p->n_rows != head.n_rows)
+        return ERR_PROTOCOL;
+    TRY(decode_ids(p, &rest));
+    TRY(decode_outputs(p, &rest, head.n_outputs));
+    TRY(decode_pages(p, &rest));
+    return rest.left == 0 ? 0 : ERR_PROTOCOL;
 }
