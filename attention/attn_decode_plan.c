@@ -55,12 +55,9 @@ static struct reach reach_of(const struct attn_head_policy *heads, int32_t n)
 static int32_t walk_of(struct dec_piece *p, const struct dec_seq *s, int32_t group,
                        const struct reach *r)
 {
-    int32_t oldest = s->pos, newest = s->pos;
-    if (s->n_rows > 1) {
-        int32_t first = p->tile * DEC_ROWS;
-        oldest += first / group;
-        newest += (min32(first + DEC_ROWS, s->n_rows * group) - 1) / group;
-    }
+    const int32_t first = p->tile * DEC_ROWS;
+    const int32_t oldest = s->pos + first / group;
+    const int32_t newest = s->pos + (min32(first + DEC_ROWS, s->n_rows * group) - 1) / group;
     int32_t diag = oldest / (PAGE * BLOCK_PAGES) * BLOCK_PAGES;
     int32_t near = r->local < 0 || r->local > diag ? 0 : diag - r->local;
     p->last = newest / PAGE;
