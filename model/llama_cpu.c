@@ -273,7 +273,7 @@ static int attend(struct llama_cpu_state *m, const struct llama_input *in, int l
         .seqs = in->seqs,
         .n_seqs = in->n_seqs,
         .seq_counts = in->seq_counts,
-        .head_counts = m->head_counts + layer * m->shard->n_heads,
+        .head_counts = m->head_counts + (ptrdiff_t)layer * m->shard->n_heads,
         .tile_max = in->tile_max,
         .workspace = m->workspace,
     };

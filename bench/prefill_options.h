@@ -1,0 +1,39 @@
+/* bench_prefill's options, and the lists in them as numbers. */
+#ifndef BENCH_PREFILL_OPTIONS_H
+#define BENCH_PREFILL_OPTIONS_H
+
+#include "core/err.h"
+#include "model/batch.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { PREFILL_MAX_TPS = 8, PREFILL_MAX_PROMPTS = 16, PREFILL_MAX_MODES = 16 };
+
+/* The page policy of a whole prompt. */
+struct prefill_mode {
+    char name[32]; /* "dense", "k=32", "rel=0.01" */
+    enum batch_gate gate;
+    int32_t k;       /* ABS */
+    float ln_lambda; /* REL */
+};
+
+struct prefill_options {
+    char *model, *device, *thresholds, *tp, *prompt, *k, *lambda, *shm;
+    bool random_weights, force_thresholds, json, verbose;
+    int64_t chunk, reps, threads, rank;
+
+    /* what the texts say */
+    int32_t tps[PREFILL_MAX_TPS], prompts[PREFILL_MAX_PROMPTS];
+    struct prefill_mode modes[PREFILL_MAX_MODES]; /* dense first */
+    int n_tps, n_prompts, n_modes;
+    int32_t longest; /* of the prompts */
+};
+
+/* 0; 1 when there is nothing to do but exit with 0 (--help); else an error. o is zeroed before;
+ * free with prefill_options_free whatever is returned. */
+MUST_CHECK int prefill_options_read(struct prefill_options *o, int argc, char **argv,
+                                    struct err_msg *why);
+void prefill_options_free(struct prefill_options *o);
+
+#endif
