@@ -61,9 +61,9 @@ __device__ __forceinline__ void issue_qk(float (&s)[64], uint64_t q_desc, uint32
     for (int i = 0; i < D / 16; i++) {
         uint64_t step = (uint64_t)((i / 4) * smem_layout<D>::half_bytes + (i % 4) * 32) >> 4;
         if (i == 0)
-            wgmma_ss_first<128, DT>(s, q_desc, k_desc);
+            wgmma_qk<DT, true>(s, q_desc, k_desc);
         else
-            wgmma_ss<128, DT>(s, q_desc + step, k_desc + step);
+            wgmma_qk<DT, false>(s, q_desc + step, k_desc + step);
     }
     wgmma_commit();
 }
@@ -74,7 +74,7 @@ __device__ __forceinline__ void issue_pv_page(float (&o)[D / 2], const uint32_t 
     uint64_t v_desc = desc_mn_major(v_addr, PAGE * 128);
 #pragma unroll
     for (int i = 0; i < PAGE / 16; i++)
-        wgmma_rs<D, DT>(o, p + 4 * i, v_desc + (uint64_t)(i * 2048 >> 4));
+        wgmma_pv<DT>(o, p + 4 * i, v_desc + (uint64_t)(i * 2048 >> 4));
 }
 
 /* A condition that is the same in all threads, in a form the compiler knows to be so: it serialises
