@@ -71,7 +71,7 @@ static void check_result(struct world *w)
         CK(cudaMemcpy(got, w->out + at, heads * d * 2, cudaMemcpyDeviceToHost));
         for (size_t i = 0; i < heads * d; i++) {
             double off = fabs((double)of16(got[i], w->shape.dtype) - want[i]);
-            worst = isnan(off) ? INFINITY : fmax(worst, off);
+            worst = isnan(off) ? (double)INFINITY : fmax(worst, off);
         }
     }
     free(want), free(got);
