@@ -12,7 +12,7 @@
 
 struct bench_options {
     struct cli_target target;
-    char *trace, *sparse, *goodput, *percentiles, *json, *tenant;
+    char *trace, *mix, *sparse, *goodput, *percentiles, *json, *tenant;
     double trace_speed, request_rate, burstiness, range_ratio, shared_prefix, temperature;
     int64_t num_prompts, input_len, output_len, num_prefixes, max_concurrency, connections;
     int64_t num_warmups, seed, gate_rows;
@@ -32,6 +32,9 @@ static const struct conf_opt options[] = {
     CLI_OPT(O, shared_prefix, "shared-prefix", CONF_FLOAT, "0", 0, 1, "SHARE",
             "share of input-len that requests of a group have in common"),
     CLI_INT(O, num_prefixes, "num-prefixes", "1", 1, 1e6, "such groups"),
+    CLI_TEXT(O, mix, "mix", NULL, "LIST",
+             "send several kinds of requests instead, PROMPT:OUTPUT:COUNT each, in an order drawn "
+             "from the seed: 131072:128:4,1024:128:60; each kind's figures are printed too"),
     CLI_TEXT(O, trace, "trace", NULL, "FILE",
              "replay a Mooncake trace instead: timestamp, input_length, output_length, hash_ids "
              "(blocks of 512 tokens, equal ids are equal tokens)"),
@@ -62,7 +65,8 @@ static const struct conf_program program = {
     "Sends load to a daemon and prints the figures of `vllm bench serve`.", options,
     sizeof options / sizeof options[0]};
 
-static int make_load(struct load *out, const struct bench_options *o, struct err_msg *why)
+static int make_load(struct load *out, const struct bench_options *o,
+                     const struct report_options *report, struct err_msg *why)
 {
     if (o->trace)
         return load_trace(out, o->trace, o->trace_speed, (int32_t)o->num_prompts, why);
@@ -73,7 +77,10 @@ static int make_load(struct load *out, const struct bench_options *o, struct err
                                .shared_prefix = o->shared_prefix,
                                .n_prefixes = (int32_t)o->num_prefixes,
                                .seed = (uint64_t)o->seed};
-    load_synthetic(out, &shape);
+    if (o->mix)
+        load_mix(out, report->classes, report->n_classes, (uint64_t)o->seed);
+    else
+        load_synthetic(out, &shape);
     load_arrivals(out, o->request_rate, o->burstiness, (uint64_t)o->seed);
     return 0;
 }
@@ -86,13 +93,16 @@ static int check(const struct bench_options *o, struct err_msg *why)
         return err_set(why, ERR_CONFIG, "--burstiness must be above 0");
     if (!(o->trace_speed > 0))
         return err_set(why, ERR_CONFIG, "--trace-speed must be above 0");
-    if (!o->trace && o->num_prompts < 1)
+    if (!o->trace && !o->mix && o->num_prompts < 1)
         return err_set(why, ERR_CONFIG, "--num-prompts must be at least 1 without a trace");
+    if (o->trace && o->mix)
+        return err_set(why, ERR_CONFIG, "--mix and --trace cannot go together");
     return 0;
 }
 
+/* classes [LOAD_MAX_CLASSES]: the report's, of a mix. */
 static int make_plan(struct bench_plan *plan, struct report_options *report,
-                     const struct bench_options *o, struct err_msg *why)
+                     struct load_class *classes, const struct bench_options *o, struct err_msg *why)
 {
     TRY(check(o, why));
     struct sluice_request *r = &plan->request;
@@ -112,6 +122,12 @@ static int make_plan(struct bench_plan *plan, struct report_options *report,
     int n = cli_parse_percentiles(report->percentiles, REPORT_MAX_PERCENTILES, o->percentiles, why);
     TRY(n);
     report->n_percentiles = n;
+    if (o->mix) {
+        n = cli_parse_mix(classes, LOAD_MAX_CLASSES, o->mix, why);
+        TRY(n);
+        report->classes = classes;
+        report->n_classes = n;
+    }
     report->max_concurrency = plan->max_concurrency;
     report->request_rate = o->trace ? HUGE_VAL : o->request_rate;
     return 0;
@@ -175,8 +191,9 @@ static int run(void *options_arg)
     struct err_msg why = {""};
     struct bench_plan plan = {0};
     struct report_options report = {0};
+    struct load_class classes[LOAD_MAX_CLASSES];
     struct load load = {NULL, 0};
-    if (make_plan(&plan, &report, o, &why) < 0 || make_load(&load, o, &why) < 0)
+    if (make_plan(&plan, &report, classes, o, &why) < 0 || make_load(&load, o, &report, &why) < 0)
         return cli_fail(CLI_USAGE, "bench: %s", why.text);
     plan.load = &load;
     int code = warm_up(&plan, o);

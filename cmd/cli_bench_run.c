@@ -132,6 +132,7 @@ static void send_next(struct bench *b)
     r.max_tokens = q->output_len;
     b->conn_of[i] = c;
     b->n_open++;
+    s->class = q->class;
     s->input_len = q->input_len;
     s->start_s = now_s(b);
     s->queue_s = s->start_s - due_s(b, i);

@@ -88,6 +88,37 @@ void load_synthetic(struct load *out, const struct load_shape *s)
     }
 }
 
+/* After Fisher and Yates. */
+static void shuffle(struct load *l, uint64_t *state)
+{
+    for (int32_t i = l->n_requests - 1; i > 0; i--) {
+        int32_t j = (int32_t)(next(state) % ((uint64_t)i + 1));
+        struct load_request r = l->requests[i];
+        l->requests[i] = l->requests[j];
+        l->requests[j] = r;
+    }
+}
+
+void load_mix(struct load *out, const struct load_class *classes, int32_t n_classes, uint64_t seed)
+{
+    uint64_t state = mix(seed ^ 0x317ull);
+    *out = (struct load){NULL, 0};
+    for (int32_t c = 0; c < n_classes; c++)
+        out->n_requests += classes[c].count;
+    out->requests = mem_zalloc((size_t)out->n_requests, sizeof *out->requests);
+    for (int32_t c = 0, i = 0; c < n_classes; c++) {
+        for (int32_t k = 0; k < classes[c].count; k++, i++) {
+            struct load_request *r = &out->requests[i];
+            r->input_len = classes[c].input_len;
+            r->output_len = classes[c].output_len;
+            r->class = c;
+            request_init(r, 1);
+            r->streams[0] = (struct load_stream){mix(seed ^ ((uint64_t)i << 1 | 1)), r->input_len};
+        }
+    }
+    shuffle(out, &state);
+}
+
 /* One stream a hash id, and one of its own for tokens that no id covers. */
 static int trace_streams(struct load_request *r, const json_t *ids, int32_t index,
                          struct err_msg *why)

@@ -10,7 +10,10 @@
 
 #include <stdint.h>
 
-enum { LOAD_TRACE_BLOCK = 512 /* tokens that one hash id of a Mooncake trace stands for */ };
+enum {
+    LOAD_TRACE_BLOCK = 512, /* tokens that one hash id of a Mooncake trace stands for */
+    LOAD_MAX_CLASSES = 8
+};
 
 struct load_stream {
     uint64_t name;
@@ -20,6 +23,7 @@ struct load_stream {
 struct load_request {
     int64_t at_us; /* arrival after the start of the run */
     int32_t input_len, output_len;
+    int32_t class; /* of a mix; 0 */
     int32_t n_streams;
     struct load_stream *streams;
 };
@@ -38,7 +42,14 @@ struct load_shape {
     uint64_t seed;
 };
 
+/* Requests of one shape in a mix of several. */
+struct load_class {
+    int32_t input_len, output_len, count;
+};
+
 void load_synthetic(struct load *out, const struct load_shape *shape);
+/* All classes' requests with tokens of their own, in an order drawn from the seed. */
+void load_mix(struct load *out, const struct load_class *classes, int32_t n_classes, uint64_t seed);
 /* Mooncake format, JSON lines: {"timestamp": ms, "input_length": n, "output_length": n, "hash_ids":
  * [...]}. Arrivals are the timestamps divided by speedup, from the first one on; at most
  * max_requests (0: all) are read. */

@@ -180,6 +180,44 @@ int cli_parse_goodput(struct report_slo *out, const char *text, struct err_msg *
     return err;
 }
 
+/* "A:B:C", each from 1 to 2^24. */
+static bool parse_class(struct load_class *out, const char *text)
+{
+    int32_t *fields[] = {&out->input_len, &out->output_len, &out->count};
+    for (int i = 0; i < 3; i++) {
+        char *end;
+        errno = 0;
+        long v = strtol(text, &end, 10);
+        if (end == text || errno || v < 1 || v > 1 << 24 || *end != (i < 2 ? ':' : '\0'))
+            return false;
+        *fields[i] = (int32_t)v;
+        text = end + 1;
+    }
+    return true;
+}
+
+int cli_parse_mix(struct load_class *out, int max, const char *text, struct err_msg *why)
+{
+    char *copy = mem_strdup(text), *save = NULL;
+    int64_t total = 0;
+    int n = 0, err = 0;
+    for (char *w = strtok_r(copy, ", ", &save); w && err == 0; w = strtok_r(NULL, ", ", &save)) {
+        struct load_class c;
+        if (!parse_class(&c, w))
+            err = err_set(why, ERR_INVALID, "'%.60s' is not PROMPT:OUTPUT:COUNT, whole numbers", w);
+        else if (n == max)
+            err = err_set(why, ERR_INVALID, "at most %d kinds of requests", max);
+        else if ((total += c.count) > 1 << 24)
+            err = err_set(why, ERR_INVALID, "too many requests");
+        else
+            out[n++] = c;
+    }
+    if (err == 0 && n == 0)
+        err = err_set(why, ERR_INVALID, "no requests");
+    mem_free(copy);
+    return err < 0 ? err : n;
+}
+
 int cli_parse_percentiles(double *out, int max, const char *text, struct err_msg *why)
 {
     char *copy = mem_strdup(text), *save = NULL;

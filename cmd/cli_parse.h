@@ -1,8 +1,10 @@
-/* Values that are written in one word on the command line: token lists, the sparse mode, SLOs.
+/* Values that are written in one word on the command line: token lists, the sparse mode, SLOs,
+ * mixes.
  * Errors name what is wrong and where. */
 #ifndef CMD_CLI_PARSE_H
 #define CMD_CLI_PARSE_H
 
+#include "cmd/cli_load.h"
 #include "cmd/cli_report.h"
 #include "core/err.h"
 #include "ipc/client.h"
@@ -25,6 +27,9 @@ MUST_CHECK int cli_parse_ids(int32_t *out, int max, const char *text, struct err
 MUST_CHECK int cli_parse_sparse(struct sluice_request *r, const char *text, struct err_msg *why);
 /* "ttft:500,tpot:50,e2el:2000", milliseconds. */
 MUST_CHECK int cli_parse_goodput(struct report_slo *out, const char *text, struct err_msg *why);
+/* "131072:128:4,1024:128:60", prompt:output:count; returns the number of classes. */
+MUST_CHECK int cli_parse_mix(struct load_class *out, int max, const char *text,
+                             struct err_msg *why);
 /* "50,90,99.9"; returns their number. */
 MUST_CHECK int cli_parse_percentiles(double *out, int max, const char *text, struct err_msg *why);
 

@@ -172,6 +172,43 @@ static void totals(struct report *out, const struct bench_sample *samples, int32
     out->total_token_throughput = (double)(out->total_input + out->total_output) / d;
 }
 
+enum { ALL_CLASSES = -1 };
+
+static bool is_of(const struct bench_sample *s, int32_t class)
+{
+    return class == ALL_CLASSES || s->class == class;
+}
+
+/* Every metric of a class's samples; values is scratch for all of them. */
+static void all_series(struct report_series out[REPORT_N], const struct bench_sample *samples,
+                       int32_t n, int32_t class, double *values, const struct report_options *o)
+{
+    for (int m = 0; m < REPORT_N; m++) {
+        int32_t n_values = 0;
+        for (int32_t i = 0; i < n; i++) {
+            if (samples[i].ok && is_of(&samples[i], class))
+                n_values += values_of(&samples[i], (enum report_metric)m, values + n_values);
+        }
+        summarise(&out[m], values, n_values, o);
+    }
+}
+
+static void class_totals(struct report_class *out, const struct bench_sample *samples, int32_t n,
+                         int32_t class)
+{
+    uint64_t reachable = 0, kept = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const struct bench_sample *s = &samples[i];
+        if (!is_of(s, class))
+            continue;
+        out->completed += s->ok;
+        out->failed += !s->ok;
+        reachable += s->ok ? s->reachable : 0;
+        kept += s->ok ? s->kept : 0;
+    }
+    out->density = reachable ? (double)kept / (double)reachable : 1.0;
+}
+
 void report_compute(struct report *out, const struct bench_sample *samples, int32_t n,
                     const struct report_options *o)
 {
@@ -183,13 +220,10 @@ void report_compute(struct report *out, const struct bench_sample *samples, int3
     for (int32_t i = 0; i < n; i++)
         room += (size_t)samples[i].n_itls + 1;
     double *values = mem_zalloc(room, sizeof *values);
-    for (int m = 0; m < REPORT_N; m++) {
-        int32_t n_values = 0;
-        for (int32_t i = 0; i < n; i++) {
-            if (samples[i].ok)
-                n_values += values_of(&samples[i], (enum report_metric)m, values + n_values);
-        }
-        summarise(&out->series[m], values, n_values, o);
+    all_series(out->series, samples, n, ALL_CLASSES, values, o);
+    for (int32_t c = 0; c < o->n_classes; c++) {
+        class_totals(&out->classes[c], samples, n, c);
+        all_series(out->classes[c].series, samples, n, c, values, o);
     }
     mem_free(values);
 }

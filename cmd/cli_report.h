@@ -7,6 +7,7 @@
 #ifndef CMD_CLI_REPORT_H
 #define CMD_CLI_REPORT_H
 
+#include "cmd/cli_load.h"
 #include "core/err.h"
 
 #include <stdbool.h>
@@ -17,6 +18,7 @@ enum { REPORT_MAX_PERCENTILES = 8 };
 
 struct bench_sample {
     bool ok;
+    int32_t class; /* load_request.class */
     int32_t input_len, output_len, cached;
     double start_s, ttft_s, latency_s; /* start: since the run began */
     double queue_s;                    /* due to sent */
@@ -40,6 +42,8 @@ struct report_options {
     struct report_slo slo;
     double percentiles[REPORT_MAX_PERCENTILES];
     int32_t n_percentiles;
+    const struct load_class *classes; /* of a mix, whose figures are also told apart */
+    int32_t n_classes;                /* 0: no mix */
 };
 
 struct report_series {
@@ -48,6 +52,13 @@ struct report_series {
 };
 
 enum report_metric { REPORT_TTFT, REPORT_TPOT, REPORT_ITL, REPORT_E2EL, REPORT_QUEUE, REPORT_N };
+
+/* The requests of one class of a mix. */
+struct report_class {
+    int32_t completed, failed;
+    double density;
+    struct report_series series[REPORT_N];
+};
 
 struct report {
     int32_t completed, failed;
@@ -58,6 +69,7 @@ struct report {
     struct report_series series[REPORT_N]; /* milliseconds */
     double density;                        /* kept / reachable pages; 1 where nothing was counted */
     int64_t preemptions;
+    struct report_class classes[LOAD_MAX_CLASSES]; /* [n_classes of the options] */
 };
 
 /* Of values (sorted in place); linear between the two neighbours, as numpy's. 0 when n is 0. */
@@ -65,7 +77,7 @@ double report_percentile(double *values, int32_t n, double p);
 void report_compute(struct report *out, const struct bench_sample *samples, int32_t n,
                     const struct report_options *o);
 void report_print(const struct report *r, const struct report_options *o, FILE *to);
-/* All keys, the per-request lists too. */
+/* All keys, the per-request lists too; under "classes" a mix's, one object each. */
 MUST_CHECK int report_write_json(const struct report *r, const struct report_options *o,
                                  const struct bench_sample *samples, int32_t n, const char *path,
                                  struct err_msg *why);

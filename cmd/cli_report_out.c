@@ -37,10 +37,12 @@ static void heading(FILE *to, const char *text, char fill)
     (void)fputc('\n', to);
 }
 
-static void print_series(const struct report *r, const struct report_options *o, int m, FILE *to)
+/* all: every metric of all requests, or of a class. */
+static void print_series(const struct report_series *all, const struct report_options *o, int m,
+                         FILE *to)
 {
     char label[64];
-    const struct report_series *s = &r->series[m];
+    const struct report_series *s = &all[m];
     heading(to, names[m].heading, '-');
     (void)snprintf(label, sizeof label, "Mean %s (ms):", names[m].label);
     line_real(to, label, s->mean);
@@ -50,6 +52,28 @@ static void print_series(const struct report *r, const struct report_options *o,
         (void)snprintf(label, sizeof label, "P%g %s (ms):", o->percentiles[i], names[m].label);
         line_real(to, label, s->percentiles[i]);
     }
+}
+
+static void print_all_series(const struct report_series *all, const struct report_options *o,
+                             FILE *to)
+{
+    for (int m = 0; m < REPORT_N; m++) {
+        if (m != REPORT_QUEUE || o->max_concurrency)
+            print_series(all, o, m, to);
+    }
+}
+
+static void print_class(const struct report_class *c, const struct load_class *is,
+                        const struct report_options *o, FILE *to)
+{
+    char title[64];
+    (void)snprintf(title, sizeof title, " Prompts of %d, %d generated ", is->input_len,
+                   is->output_len);
+    heading(to, title, '=');
+    line_int(to, "Successful requests:", c->completed);
+    line_int(to, "Failed requests:", c->failed);
+    (void)fprintf(to, "%-40s %-10.4f\n", "Measured density:", c->density);
+    print_all_series(c->series, o, to);
 }
 
 void report_print(const struct report *r, const struct report_options *o, FILE *to)
@@ -71,16 +95,15 @@ void report_print(const struct report *r, const struct report_options *o, FILE *
     line_real(to, "Peak output token throughput (tok/s):", r->peak_output);
     line_real(to, "Peak concurrent requests:", r->peak_concurrent);
     line_real(to, "Total token throughput (tok/s):", r->total_token_throughput);
-    for (int m = 0; m < REPORT_N; m++) {
-        if (m != REPORT_QUEUE || o->max_concurrency)
-            print_series(r, o, m, to);
-    }
+    print_all_series(r->series, o, to);
     heading(to, "Attention and Prefix Cache", '-');
     (void)fprintf(to, "%-40s %-10.4f\n", "Measured density:", r->density);
     line_int(to, "Prefix cache hit tokens:", r->total_cached);
     line_real(to, "Prefix cache hit rate (%):",
               r->total_input ? 100.0 * (double)r->total_cached / (double)r->total_input : 0.0);
     line_int(to, "Preemptions:", r->preemptions);
+    for (int32_t c = 0; c < o->n_classes; c++)
+        print_class(&r->classes[c], &o->classes[c], o, to);
     heading(to, "", '=');
 }
 
@@ -114,11 +137,12 @@ static json_t *lists(const struct bench_sample *samples, int32_t n)
     return out;
 }
 
-static void json_series(json_t *out, const struct report *r, const struct report_options *o)
+static void json_series(json_t *out, const struct report_series *all,
+                        const struct report_options *o)
 {
     char key[64];
     for (int m = 0; m < REPORT_N; m++) {
-        const struct report_series *s = &r->series[m];
+        const struct report_series *s = &all[m];
         if (m == REPORT_QUEUE && !o->max_concurrency)
             continue;
         (void)snprintf(key, sizeof key, "mean_%s_ms", names[m].key);
@@ -132,6 +156,20 @@ static void json_series(json_t *out, const struct report *r, const struct report
             (void)json_object_set_new(out, key, json_real(s->percentiles[i]));
         }
     }
+}
+
+static json_t *json_classes(const struct report *r, const struct report_options *o)
+{
+    json_t *list = json_array();
+    for (int32_t i = 0; i < o->n_classes; i++) {
+        const struct report_class *c = &r->classes[i];
+        json_t *out = json_pack("{s:i, s:i, s:i, s:i, s:f}", "input_len", o->classes[i].input_len,
+                                "output_len", o->classes[i].output_len, "completed", c->completed,
+                                "failed", c->failed, "density", c->density);
+        json_series(out, c->series, o);
+        (void)json_array_append_new(list, out);
+    }
+    return list;
 }
 
 int report_write_json(const struct report *r, const struct report_options *o,
@@ -151,7 +189,9 @@ int report_write_json(const struct report *r, const struct report_options *o,
         "max_concurrent_requests", r->peak_concurrent, "request_rate", rate, "max_concurrency",
         concurrency, "density", r->density, "cached_tokens", (json_int_t)r->total_cached,
         "preemptions", (json_int_t)r->preemptions);
-    json_series(out, r, o);
+    json_series(out, r->series, o);
+    if (o->n_classes)
+        (void)json_object_set_new(out, "classes", json_classes(r, o));
     json_t *per_request = lists(samples, n);
     (void)json_object_update(out, per_request);
     json_decref(per_request);

@@ -133,6 +133,72 @@ static void lists(void **state)
     assert_true(cli_parse_goodput(&slo, "ttft:-1", NULL) < 0);
 }
 
+static void mixes(void **state)
+{
+    (void)state;
+    struct load_class c[2];
+    assert_int_equal(cli_parse_mix(c, 2, "131072:128:4,1024:64:60", NULL), 2);
+    assert_int_equal(c[0].input_len, 131072);
+    assert_int_equal(c[0].output_len, 128);
+    assert_int_equal(c[0].count, 4);
+    assert_int_equal(c[1].output_len, 64);
+    assert_int_equal(c[1].count, 60);
+    static const struct {
+        const char *text, *names;
+    } bad[] = {
+        {"", "no requests"},
+        {"1:2", "'1:2'"},
+        {"1:2:3:4", "'1:2:3:4'"},
+        {"0:2:3", "'0:2:3'"},
+        {"1:2:x", "'1:2:x'"},
+        {"1:-2:3", "'1:-2:3'"},
+        {"1::3", "'1::3'"},
+        {"99999999:1:1", "999999"},
+        {"1:1:1,1:1:1,1:1:1", "at most 2"},
+        {"1:1:9999999999", "'"},
+        {"1:1:16777216,1:1:1", "too many"},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        struct err_msg why = {""};
+        assert_true(cli_parse_mix(c, 2, bad[i].text, &why) < 0);
+        if (!strstr(why.text, bad[i].names))
+            fail_msg("case %zu: '%s' does not name %s", i, why.text, bad[i].names);
+    }
+}
+
+/* Every request of every class is there, none twice, in an order that the seed decides. */
+static void mixed_load(void **state)
+{
+    (void)state;
+    static const struct load_class classes[] = {{3000, 7, 10}, {20, 9, 90}};
+    struct load a, b, other;
+    int32_t n[2] = {0, 0}, moved = 0, early = 0;
+    load_mix(&a, classes, 2, 5);
+    load_mix(&b, classes, 2, 5);
+    load_mix(&other, classes, 2, 6);
+    assert_int_equal(a.n_requests, 100);
+    for (int32_t i = 0; i < 100; i++) {
+        const struct load_request *r = &a.requests[i];
+        assert_in_range(r->class, 0, 1);
+        assert_int_equal(r->input_len, classes[r->class].input_len);
+        assert_int_equal(r->output_len, classes[r->class].output_len);
+        assert_int_equal(r->class, b.requests[i].class);
+        assert_true(r->streams[0].name == b.requests[i].streams[0].name);
+        for (int32_t j = 0; j < i; j++)
+            assert_true(r->streams[0].name != a.requests[j].streams[0].name);
+        n[r->class]++;
+        moved += r->class != other.requests[i].class;
+        early += i < 50 && r->class == 0;
+    }
+    assert_int_equal(n[0], 10);
+    assert_int_equal(n[1], 90);
+    assert_true(moved > 0);
+    assert_in_range(early, 1, 9);
+    load_deinit(&a);
+    load_deinit(&b);
+    load_deinit(&other);
+}
+
 static void synthetic_load(void **state)
 {
     (void)state;
@@ -338,6 +404,64 @@ static void figures(void **state)
     assert_close(r.peak_output, 0, 0, 0);
 }
 
+/* A long request and a short one beside it: the figures of each kind are its own. */
+static void figures_of_a_mix(void **state)
+{
+    (void)state;
+    static const struct load_class classes[] = {{100, 3, 1}, {50, 1, 2}};
+    struct bench_sample s[3];
+    struct report r;
+    struct report_options o = {.duration_s = 10,
+                               .request_rate = HUGE_VAL,
+                               .percentiles = {99},
+                               .n_percentiles = 1,
+                               .classes = classes,
+                               .n_classes = 2};
+    char *text = NULL, path[64];
+    size_t len = 0;
+    example(s);
+    s[1].class = s[2].class = 1;
+    report_compute(&r, s, 3, &o);
+    assert_int_equal(r.completed, 2);
+    assert_int_equal(r.classes[0].completed, 1);
+    assert_int_equal(r.classes[0].failed, 0);
+    assert_close(r.classes[0].series[REPORT_TTFT].median, 1000, 1e-9, 0);
+    assert_close(r.classes[0].series[REPORT_TPOT].mean, 1000, 1e-9, 0);
+    assert_close(r.classes[0].series[REPORT_ITL].percentiles[0], 1490, 1e-9, 0);
+    assert_close(r.classes[0].density, 0.4, 1e-12, 0);
+    assert_int_equal(r.classes[1].completed, 1);
+    assert_int_equal(r.classes[1].failed, 1);
+    assert_close(r.classes[1].series[REPORT_TTFT].percentiles[0], 2000, 1e-9, 0);
+    assert_close(r.classes[1].series[REPORT_ITL].mean, 0, 0, 0);
+    assert_close(r.classes[1].density, 1, 0, 0);
+
+    FILE *f = open_memstream(&text, &len);
+    report_print(&r, &o, f);
+    (void)fclose(f);
+    const char *long_part = strstr(text, " Prompts of 100, 3 generated "),
+               *short_part = strstr(text, " Prompts of 50, 1 generated ");
+    assert_true(long_part && short_part && long_part < short_part);
+    const char *line = strstr(short_part, "P99 TTFT (ms):");
+    assert_true(line && strtod(line + strlen("P99 TTFT (ms):"), NULL) > 1999.9);
+    free(text);
+
+    temp_file(path, sizeof path, "");
+    assert_ok(report_write_json(&r, &o, s, 3, path, NULL));
+    json_t *j = json_load_file(path, 0, NULL);
+    int input, completed, failed;
+    double ttft;
+    assert_int_equal(json_unpack(j, "{s:[{}, {s:i, s:i, s:i, s:F}]}", "classes", "input_len",
+                                 &input, "completed", &completed, "failed", &failed, "p99_ttft_ms",
+                                 &ttft),
+                     0);
+    assert_int_equal(input, 50);
+    assert_int_equal(completed + failed, 2);
+    assert_close(ttft, 2000, 1e-9, 0);
+    assert_int_equal(json_array_size(json_object_get(j, "classes")), 2);
+    json_decref(j);
+    (void)unlink(path);
+}
+
 /* What vLLM's benchmark prints, and its keys. */
 static const char *const labels[] = {"============ Serving Benchmark Result ============",
                                      "Successful requests:",
@@ -496,12 +620,15 @@ int main(void)
         cmocka_unit_test(bad_tokens_are_named),
         cmocka_unit_test(sparse_modes),
         cmocka_unit_test(lists),
+        cmocka_unit_test(mixes),
+        cmocka_unit_test(mixed_load),
         cmocka_unit_test(synthetic_load),
         cmocka_unit_test(arrivals),
         cmocka_unit_test(trace_load),
         cmocka_unit_test(bad_traces_are_refused),
         cmocka_unit_test(percentiles_are_numpys),
         cmocka_unit_test(figures),
+        cmocka_unit_test(figures_of_a_mix),
         cmocka_unit_test(results_have_vllms_names),
         cmocka_unit_test(generate_json),
     };

@@ -128,6 +128,20 @@ class Answers(unittest.TestCase):
         for key in ("usage", "timing_ms"):
             self.assertIn(key, row)
 
+    def test_bench_mix(self):
+        """Long prompts beside short ones: the figures of each kind by themselves."""
+        out = subprocess.run([os.path.join(BIN, "sluice"), "bench", "--connect", "unix:" + self.daemon.path,
+                              "--mix", "1500:4:3,60:8:9", "--connections", "3", "--sparse", "dense", "--json", "-"],
+                             stdout=subprocess.PIPE, check=True, timeout=PATIENCE)
+        r = json.loads(out.stdout)
+        self.assertEqual((r["completed"], r["failed"], r["total_input_tokens"]), (12, 0, 3 * 1500 + 9 * 60))
+        self.assertEqual(sorted(set(zip(r["input_lens"], r["output_lens"]))), [(60, 8), (1500, 4)])
+        self.assertEqual([(c["input_len"], c["completed"]) for c in r["classes"]], [(1500, 3), (60, 9)])
+        for c, n in zip(r["classes"], (3, 9)):
+            ttfts = sorted(t for t, length in zip(r["ttfts"], r["input_lens"]) if length == c["input_len"])
+            self.assertAlmostEqual(c["median_ttft_ms"], 1000 * ttfts[n // 2], places=3)
+            self.assertGreaterEqual(c["p99_ttft_ms"], c["median_ttft_ms"])
+
     def test_python_example(self):
         prompt, want = golden()[1]
         out = subprocess.run([sys.executable, os.path.join(ROOT, "ipc", "examples", "sluice_client.py"), "--connect",
