@@ -32,7 +32,9 @@ struct activations {
     float *gate_up;  /* [n, 2 n_inter] */
     float *act;      /* [n, n_inter] */
     float *last;     /* [max_outputs, hidden] */
-    float *logits;   /* [max_outputs, vocab] */
+    float *slice;    /* [max_outputs, vocab_width] this rank's logits */
+    float *slices;   /* [n_ranks, outputs of the step, vocab_width]; NULL: one rank */
+    float *logits;   /* [max_outputs, vocab] on rank 0; one rank's slice is that already */
 };
 
 struct llama_cpu_state {
@@ -69,9 +71,7 @@ static int make_plans(struct llama_cpu_state *m, struct err_msg *why)
     TRY(gemm_plan(m->gemm, &m->o_plan, hidden, m->q_width, why));
     TRY(gemm_plan(m->gemm, &m->gate_up_plan, 2 * n_inter, hidden, why));
     TRY(gemm_plan(m->gemm, &m->down_plan, hidden, n_inter, why));
-    if (m->shard->rank == 0)
-        TRY(gemm_plan(m->gemm, &m->head_plan, m->c->vocab_size, hidden, why));
-    return 0;
+    return gemm_plan(m->gemm, &m->head_plan, m->shard->vocab_width, hidden, why);
 }
 
 static int32_t padded_tokens(const struct llama_cpu_state *m)
@@ -93,6 +93,21 @@ static float *carve(float *base, size_t *used, int32_t rows, int32_t width)
     return p;
 }
 
+static void lay_out_logits(struct llama_cpu_state *m, float *base, size_t *used)
+{
+    struct activations *a = &m->a;
+    const struct llama_shard *s = m->shard;
+    const int32_t rows = gemm_padded_rows(&m->head_plan, m->max_outputs);
+
+    a->last = carve(base, used, rows, m->c->hidden_size);
+    a->slice = carve(base, used, rows, s->vocab_width);
+    a->logits = a->slice;
+    if (s->n_ranks == 1)
+        return;
+    a->slices = carve(base, used, m->max_outputs * s->n_ranks, s->vocab_width);
+    a->logits = s->rank == 0 ? carve(base, used, m->max_outputs, m->c->vocab_size) : NULL;
+}
+
 static size_t lay_out(struct llama_cpu_state *m, float *base)
 {
     struct activations *a = &m->a;
@@ -105,11 +120,7 @@ static size_t lay_out(struct llama_cpu_state *m, float *base)
     a->attn = carve(base, &used, rows, m->q_width);
     a->gate_up = carve(base, &used, rows, 2 * m->shard->n_inter);
     a->act = carve(base, &used, rows, m->shard->n_inter);
-    if (m->shard->rank == 0) {
-        const int32_t outputs = gemm_padded_rows(&m->head_plan, m->max_outputs);
-        a->last = carve(base, &used, outputs, hidden);
-        a->logits = carve(base, &used, outputs, m->c->vocab_size);
-    }
+    lay_out_logits(m, base, &used);
     return used * sizeof(float);
 }
 
@@ -330,6 +341,29 @@ static int mlp_block(struct llama_cpu_state *m, const struct llama_input *in, in
     return 0;
 }
 
+/* The ranks' slices of the logits, put together on rank 0, which samples. */
+static int gather(const struct llama_cpu_state *m, int32_t rows, struct llama_times *times)
+{
+    const struct activations *a = &m->a;
+    const struct llama_shard *s = m->shard;
+    const size_t width = (size_t)s->vocab_width, vocab = (size_t)m->c->vocab_size;
+
+    if (s->n_ranks == 1)
+        return 0;
+    const int64_t start = clock_monotonic_us(NULL);
+    TRY(comm_all_gather(m->comm, a->slices, a->slice, (size_t)rows * width));
+    times->comm_us += clock_monotonic_us(NULL) - start;
+    const float *from = a->slices;
+    for (int r = 0; r < s->n_ranks && s->rank == 0; r++) {
+        const size_t n = (size_t)llama_shard_vocab_rows(s, m->c, r);
+        float *to = a->logits + (size_t)r * width;
+        for (int32_t i = 0; i < rows && n > 0; i++)
+            memcpy(to + (size_t)i * vocab, from + (size_t)i * width, n * sizeof *to);
+        from += (size_t)rows * width;
+    }
+    return 0;
+}
+
 static int forward(struct llama_cpu_state *m, const struct llama_input *in,
                    struct llama_times *times)
 {
@@ -343,12 +377,12 @@ static int forward(struct llama_cpu_state *m, const struct llama_input *in,
         TRY(attention_block(m, in, layer, times));
         TRY(mlp_block(m, in, layer, times));
     }
-    if (m->shard->rank != 0 || in->n_outputs == 0)
+    if (in->n_outputs == 0)
         return 0;
     nn_gather(m->dev, a->last, a->residual, in->outputs, in->n_outputs, hidden);
     nn_rms_norm(m->dev, a->last, a->last, m->w->norm, in->n_outputs, hidden, (float)m->c->rms_eps);
-    product(m, &m->head_plan, a->logits, a->last, m->w->lm_head, in->n_outputs, times);
-    return 0;
+    product(m, &m->head_plan, a->slice, a->last, m->w->lm_head, in->n_outputs, times);
+    return gather(m, in->n_outputs, times);
 }
 
 struct draw_job {

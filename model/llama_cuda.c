@@ -37,10 +37,8 @@ static int make_plans(struct llama_cuda_state *m, struct err_msg *why)
     TRY(gemm_cublas_plan(g, &m->o_plan, hidden, m->q_width, rows, m->dtype, why));
     TRY(gemm_cublas_plan(g, &m->gate_up_plan, 2 * n_inter, hidden, rows, m->dtype, why));
     TRY(gemm_cublas_plan(g, &m->down_plan, hidden, n_inter, rows, m->dtype, why));
-    if (m->shard->rank == 0)
-        TRY(gemm_cublas_plan(g, &m->head_plan, m->c->vocab_size, hidden, m->max_outputs, DTYPE_F32,
-                             why));
-    return 0;
+    return gemm_cublas_plan(g, &m->head_plan, m->shard->vocab_width, hidden, m->max_outputs,
+                            DTYPE_F32, why);
 }
 
 /* Hands out bytes from base, or only counts while base is NULL. */
@@ -49,6 +47,21 @@ static void *carve(char *base, size_t *used, int32_t rows, int32_t width, size_t
     char *p = base ? base + *used : NULL;
     *used += ((size_t)rows * (size_t)width * size + 255) & ~(size_t)255;
     return p;
+}
+
+static void lay_out_logits(struct llama_cuda_state *m, char *base, size_t *used)
+{
+    struct cuda_activations *a = &m->a;
+    const struct llama_shard *s = m->shard;
+    const int32_t rows = m->out_rows;
+
+    a->last = carve(base, used, rows, m->c->hidden_size, dtype_bytes(m->dtype));
+    a->slice = carve(base, used, rows, s->vocab_width, sizeof(float));
+    a->logits = a->slice;
+    if (s->n_ranks == 1)
+        return;
+    a->slices = carve(base, used, rows * s->n_ranks, s->vocab_width, sizeof(float));
+    a->logits = s->rank == 0 ? carve(base, used, rows, m->c->vocab_size, sizeof(float)) : NULL;
 }
 
 static size_t lay_out(struct llama_cuda_state *m, char *base)
@@ -65,10 +78,7 @@ static size_t lay_out(struct llama_cuda_state *m, char *base)
     a->attn = carve(base, &used, rows, m->q_width, size);
     a->gate_up = carve(base, &used, rows, 2 * n_inter, size);
     a->act = carve(base, &used, rows, n_inter, size);
-    if (m->shard->rank == 0) {
-        a->last = carve(base, &used, m->out_rows, hidden, size);
-        a->logits = carve(base, &used, m->out_rows, m->c->vocab_size, sizeof(float));
-    }
+    lay_out_logits(m, base, &used);
     return used;
 }
 
@@ -137,9 +147,9 @@ static int tune_rows(struct llama_cuda_state *m, int32_t rows, const void **w)
     TRY(gemm_cublas_tune(m->gemm, m->gate_up_plan, a->gate_up, a->hidden, w, n, rows));
     collect(m, w, offsetof(struct llama_layer, down));
     TRY(gemm_cublas_tune(m->gemm, m->down_plan, a->delta, a->act, w, n, rows));
-    if (m->shard->rank != 0 || rows > m->out_rows)
+    if (rows > m->out_rows)
         return 0;
-    return gemm_cublas_tune(m->gemm, m->head_plan, a->logits, a->last,
+    return gemm_cublas_tune(m->gemm, m->head_plan, a->slice, a->last,
                             (const void *const *)&m->w->lm_head, 1, rows);
 }
 

@@ -27,7 +27,9 @@ struct cuda_activations {
     void *gate_up;  /* [n, 2 n_inter] */
     void *act;      /* [n, n_inter] */
     void *last;     /* [o, hidden] */
-    float *logits;  /* [o, vocab] f32 */
+    float *slice;   /* [o, vocab_width] f32, this rank's logits */
+    float *slices;  /* [n_ranks, outputs of the step, vocab_width]; NULL: one rank */
+    float *logits;  /* [o, vocab] on rank 0; one rank's slice is that already */
 };
 
 /* Where a step's rows lie on the device, and on the host while they are packed. */

@@ -36,7 +36,7 @@ static void pack_outputs(struct llama_cuda_state *m, const struct llama_input *i
 {
     struct cuda_rows *s = &m->step;
     const int32_t wanted = in ? in->n_outputs : 0;
-    s->n_outputs = m->shard->rank != 0 ? 0 : all_outputs ? rows : wanted;
+    s->n_outputs = all_outputs ? rows : wanted;
     const struct upload_piece p = take_rows(m, s->n_outputs);
     int32_t *rows_of = p.host;
     s->outputs = p.dev;
@@ -187,6 +187,28 @@ static int mlp_block(struct llama_cuda_state *m, int layer)
     return reduce(m);
 }
 
+/* The ranks' slices of the logits, put together on rank 0, which samples. */
+static int gather(struct llama_cuda_state *m)
+{
+    const struct llama_shard *s = m->shard;
+    const size_t rows = (size_t)m->step.n_outputs, width = (size_t)s->vocab_width;
+    const size_t pitch = (size_t)m->c->vocab_size * sizeof(float);
+
+    if (s->n_ranks == 1)
+        return 0;
+    TRY(mark(m, PART_COMM));
+    TRY(comm_all_gather_dev(m->comm, m->a.slices, m->a.slice, rows * width, DTYPE_F32, m->stream));
+    TRY(mark(m, PART_OTHER));
+    for (int r = 0; r < s->n_ranks && s->rank == 0; r++) {
+        const size_t n = (size_t)llama_shard_vocab_rows(s, m->c, r) * sizeof(float);
+        if (n > 0)
+            CUDA_TRY(cudaMemcpy2DAsync(
+                m->a.logits + (size_t)r * width, pitch, m->a.slices + (size_t)r * rows * width,
+                width * sizeof(float), n, rows, cudaMemcpyDeviceToDevice, m->stream));
+    }
+    return 0;
+}
+
 static int output_block(struct llama_cuda_state *m)
 {
     const struct cuda_activations *a = &m->a;
@@ -202,7 +224,8 @@ static int output_block(struct llama_cuda_state *m)
     if (norm.n == 0)
         return 0;
     CUDA_TRY(nn_cuda_residual_norm(&norm, dev_cuda_dtype(m->dtype), m->stream));
-    return product(m, m->head_plan, a->logits, a->last, m->w->lm_head, norm.n);
+    TRY(product(m, m->head_plan, a->slice, a->last, m->w->lm_head, norm.n));
+    return gather(m);
 }
 
 int llama_cuda_layers(struct llama_cuda_state *m)

@@ -7,7 +7,26 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { NAME_MAX_LEN = 96, ALIGN_BYTES = 256 /* what cuBLAS likes best */ };
+enum {
+    NAME_MAX_LEN = 96,
+    ALIGN_BYTES = 256, /* what cuBLAS likes best */
+    VOCAB_STEP = 16    /* slices of a 16-bit embedding start aligned so where 8 divides hidden */
+};
+
+/* One rank's slice is the whole, as it is. */
+static int32_t vocab_width(int32_t vocab_size, int32_t n_ranks)
+{
+    if (n_ranks == 1)
+        return vocab_size;
+    int32_t rows = vocab_size / n_ranks + (vocab_size % n_ranks != 0);
+    return (rows + VOCAB_STEP - 1) / VOCAB_STEP * VOCAB_STEP;
+}
+
+int32_t llama_shard_vocab_rows(const struct llama_shard *s, const struct llama_config *c, int rank)
+{
+    const int64_t left = c->vocab_size - (int64_t)rank * s->vocab_width;
+    return left < 0 ? 0 : left < s->vocab_width ? (int32_t)left : s->vocab_width;
+}
 
 int llama_shard_make(struct llama_shard *s, const struct llama_config *c, int rank, int n_ranks,
                      struct err_msg *why)
@@ -25,10 +44,13 @@ int llama_shard_make(struct llama_shard *s, const struct llama_config *c, int ra
                               .n_ranks = n_ranks,
                               .n_heads = c->n_heads / n_ranks,
                               .n_kv_heads = c->n_kv_heads < n_ranks ? 1 : c->n_kv_heads / n_ranks,
-                              .n_inter = c->intermediate_size / n_ranks};
+                              .n_inter = c->intermediate_size / n_ranks,
+                              .vocab_width = vocab_width(c->vocab_size, n_ranks)};
     s->head = rank * s->n_heads;
     s->kv_head = (int32_t)((int64_t)rank * c->n_kv_heads / n_ranks);
     s->inter = rank * s->n_inter;
+    s->vocab = rank * s->vocab_width;
+    s->n_vocab = llama_shard_vocab_rows(s, c, rank);
     return 0;
 }
 
@@ -110,9 +132,9 @@ static int load_slice(struct loader *l, const char *name, int64_t rows, struct w
 {
     TRY(find_source(l, name, rows, &s));
     const size_t n = (size_t)(s.n_rows * s.n_cols);
-    if (l->memory)
+    if (l->memory && n > 0)
         TRY(weights_fill(&l->sink, l->memory + l->used, &s));
-    else
+    else if (!l->memory)
         l->total += n * dtype_bytes(s.dtype);
     l->used += n * dtype_bytes(l->sink.dtype);
     return 0;
@@ -246,15 +268,48 @@ static int load_mlp(struct loader *l, int32_t layer, struct llama_layer *w)
     return load_hidden_vector(l, layer, "mlp.down_proj.bias");
 }
 
+/* Skips rows of the hidden width; device memory is zeroed. */
+static void pad_rows(struct loader *l, int64_t n_rows)
+{
+    l->used += (size_t)(n_rows * l->c->hidden_size) * dtype_bytes(l->sink.dtype);
+}
+
+static int load_embedding(struct loader *l, struct llama_weights *w)
+{
+    const struct llama_shard *s = l->shard;
+    const int64_t vocab = l->c->vocab_size, hidden = l->c->hidden_size;
+
+    w->embed = here(l);
+    TRY(load_rows(l, "model.embed_tokens.weight", vocab, hidden, 0, vocab));
+    if (l->c->tied) /* the last ranks' slices of it go beyond its end */
+        pad_rows(l, (int64_t)s->n_ranks * s->vocab_width - vocab);
+    align(l);
+    return 0;
+}
+
+static int load_output(struct loader *l, struct llama_weights *w)
+{
+    const struct llama_shard *s = l->shard;
+    const int64_t vocab = l->c->vocab_size, hidden = l->c->hidden_size;
+
+    if (l->c->tied) {
+        const size_t at = (size_t)(s->vocab * hidden) * dtype_bytes(l->sink.dtype);
+        w->lm_head = w->embed ? (const char *)w->embed + at : NULL;
+        return 0;
+    }
+    w->lm_head = here(l);
+    TRY(load_rows(l, "lm_head.weight", vocab, hidden, s->vocab, s->n_vocab));
+    pad_rows(l, s->vocab_width - s->n_vocab);
+    return 0;
+}
+
 /* One pass over everything, in a fixed order; see struct loader. */
 static int load_all(struct loader *l, struct llama_weights *w)
 {
     const struct llama_config *c = l->c;
-    const int64_t vocab = c->vocab_size, hidden = c->hidden_size;
+    const int64_t hidden = c->hidden_size;
 
-    w->embed = here(l);
-    TRY(load_rows(l, "model.embed_tokens.weight", vocab, hidden, 0, vocab));
-    align(l);
+    TRY(load_embedding(l, w));
     for (int32_t i = 0; i < c->n_layers; i++) {
         TRY(load_attention(l, i, &w->layers[i]));
         TRY(load_mlp(l, i, &w->layers[i]));
@@ -262,10 +317,7 @@ static int load_all(struct loader *l, struct llama_weights *w)
     w->norm = here(l);
     TRY(load_vector(l, "model.norm.weight", hidden, 0, hidden));
     align(l);
-    if (l->shard->rank != 0)
-        return 0;
-    w->lm_head = c->tied ? w->embed : here(l);
-    return c->tied ? 0 : load_rows(l, "lm_head.weight", vocab, hidden, 0, vocab);
+    return load_output(l, w);
 }
 
 /* Whether the configuration has a place for this name of a layer's tensor. */

@@ -2,8 +2,9 @@
  * share, in the device's memory, q/k/v and gate/up joined into one matrix each. Tensor parallelism
  * (Megatron-LM, arXiv 1909.08053): q, k, v, gate and up are split by rows, o and down by columns,
  * so that a layer needs two all-reduces; with more ranks than KV heads several ranks hold the same
- * KV head. The embedding is whole on every rank; the output projection is on rank 0 alone, which is
- * the one that samples.
+ * KV head. The embedding is whole on every rank. The output projection is split by rows, that is by
+ * the vocabulary, into slices of one width on all ranks, so that the ranks' logits can be gathered;
+ * the last slices hold fewer rows or none, and zeros behind them.
  *
  * Every tensor of the files must be one that the configuration calls for, and the other way round:
  * an ignored bias would be a silently different model. */
@@ -24,7 +25,13 @@ struct llama_shard {
     int32_t head, n_heads;       /* query heads [head, head + n_heads) of the model */
     int32_t kv_head, n_kv_heads; /* KV heads they read */
     int32_t inter, n_inter;      /* rows of gate and up */
+    /* Rows [vocab, vocab + n_vocab) of the output projection, which come padded to vocab_width.
+     * That is the same on every rank, and vocab is rank * vocab_width. */
+    int32_t vocab, n_vocab, vocab_width;
 };
+
+/* Rows of the output projection that a rank holds, without padding: 0 to vocab_width. */
+int32_t llama_shard_vocab_rows(const struct llama_shard *s, const struct llama_config *c, int rank);
 
 /* Refuses counts that the ranks do not divide. */
 MUST_CHECK int llama_shard_make(struct llama_shard *s, const struct llama_config *c, int rank,
@@ -44,7 +51,7 @@ struct llama_weights {
     struct llama_layer *layers;
     const void *embed;   /* [vocab, hidden] */
     const void *norm;    /* [hidden] */
-    const void *lm_head; /* [vocab, hidden]; embed where tied; NULL on followers */
+    const void *lm_head; /* [vocab_width, hidden] of the shard; a part of embed where tied */
     enum dtype dtype;    /* of all of them */
     struct dev *dev;
     void *memory; /* all of the above */

@@ -1,15 +1,13 @@
 /* A model's steps: bad batches are refused and harm nothing, numbers that are not numbers stay with
- * their sequence, ranks agree with one process, the calibrator's view. */
+ * their sequence, the plan as a message, the calibrator's view. */
 #include "attention/attention.h"
 #include "core/mem.h"
 #include "model/safetensors.h"
 #include "model/step_plan.h"
-#include "parallel/comm.h"
 #include "tests/model_case.h"
 #include "tests/test.h"
 
 #include <limits.h>
-#include <pthread.h>
 #include <unistd.h>
 
 enum { N_PAGES = 16, MAX_TOKENS = 256, MAX_POSITION = 512 };
@@ -286,125 +284,6 @@ static void test_numeric(void **state)
     drop_poisoned(dir);
 }
 
-/* One rank's whole life in a thread; rank 0 runs the steps and hands out what it saw. */
-struct rank_life {
-    const char *dir, *shm;
-    int rank, n_ranks, result;
-    uint64_t fingerprint;
-    int32_t tokens[6];
-    float logits[64];
-    struct batch_counts counts;
-    int64_t comm_us, total_us; /* over all steps */
-};
-
-static int run_steps(struct model_case *c, struct rank_life *life)
-{
-    static const int32_t pages[4] = {2, 0, 3, 1};
-    int32_t tokens[256];
-    for (int i = 0; i < 200; i++)
-        tokens[i] = i * 7 % 60;
-    for (int i = 0; i < 6; i++) {
-        struct batch_seq s = case_seq(tokens, i ? 199 + i : 0, i ? 1 : 200, 200, pages, 4);
-        int err = case_step(c, &s, 1);
-        if (err < 0)
-            return err;
-        tokens[200 + i] = life->tokens[i] = c->tokens[0].token;
-        life->comm_us += c->result.comm_us;
-        life->total_us += c->result.total_us;
-    }
-    memcpy(life->logits, model_last_logits(c->model, 0), sizeof life->logits);
-    life->counts = c->counts[0];
-    return 0;
-}
-
-static void *live(void *arg)
-{
-    struct rank_life *life = arg;
-    struct model_case c = {0};
-    struct comm *comm = NULL;
-    struct err_msg why = {{0}};
-    const struct comm_shm_config shm = {
-        .name = life->shm,
-        .rank = life->rank,
-        .n_ranks = life->n_ranks,
-        .max_floats = 4096,
-        .max_msg = model_plan_bytes(CASE_MAX_SEQS, MAX_TOKENS, MAX_POSITION),
-        .timeout_ms = 30000};
-
-    life->result = life->n_ranks > 1 ? comm_shm_create(&comm, &shm, &why) : 0;
-    if (life->result == 0)
-        life->result = dev_open(&c.dev, &dev_cpu, 0, 1, &why);
-    const struct model_config cfg = {.dir = life->dir,
-                                     .dev = c.dev,
-                                     .comm = comm,
-                                     .kv_dtype = DTYPE_F32,
-                                     .max_seqs = CASE_MAX_SEQS,
-                                     .max_tokens = MAX_TOKENS,
-                                     .max_position = MAX_POSITION};
-    if (life->result == 0)
-        life->result = model_open(&c.model, &cfg, &why);
-    if (life->result == 0)
-        life->result = model_take_pages(c.model, N_PAGES, &why);
-    if (life->result == 0) {
-        life->fingerprint = model_info(c.model)->fingerprint;
-        c.result = (struct batch_result){.tokens = c.tokens, .counts = c.counts};
-        life->result = life->rank ? model_follow(c.model) : run_steps(&c, life);
-        model_stop_followers(c.model);
-    }
-    if (life->result < 0)
-        printf("# rank %d: %s\n", life->rank, err_why(&why, life->result));
-    model_close(c.model);
-    dev_close(c.dev);
-    comm_close(comm);
-    return NULL;
-}
-
-static void live_together(struct rank_life *lives, const char *dir, int n_ranks)
-{
-    static int count;
-    char shm[64];
-    pthread_t threads[8];
-    (void)snprintf(shm, sizeof shm, "/sluice-test-%d-%d", (int)getpid(), count++);
-    for (int i = 0; i < n_ranks; i++) {
-        lives[i] = (struct rank_life){.dir = dir, .shm = shm, .rank = i, .n_ranks = n_ranks};
-        assert_int_equal(pthread_create(&threads[i], NULL, live, &lives[i]), 0);
-    }
-    for (int i = 0; i < n_ranks; i++)
-        (void)pthread_join(threads[i], NULL);
-    for (int i = 0; i < n_ranks; i++)
-        assert_int_equal(lives[i].result, 0);
-}
-
-static void check_lives(const struct rank_life *one, const struct rank_life *many, int n_ranks)
-{
-    assert_memory_equal(one->tokens, many[0].tokens, sizeof one->tokens);
-    assert_memory_equal(&one->counts, &many[0].counts, sizeof one->counts);
-    for (int i = 0; i < 64; i++)
-        assert_close((double)many[0].logits[i], (double)one->logits[i], 1e-4, 1e-4);
-    assert_int_equal(one->comm_us, 0);
-    assert_true(many[0].comm_us > 0 && many[0].comm_us < many[0].total_us);
-    for (int i = 0; i < n_ranks; i++)
-        assert_true(many[i].fingerprint == one->fingerprint);
-}
-
-/* Two ranks, and four over two KV heads, each of which two ranks then hold. */
-static void test_ranks(void **state)
-{
-    static const struct {
-        const char *dir;
-        int max_ranks;
-    } cases[] = {{GQA_DIR, 4}, {BIASES_DIR, 4}, {TEST_ROOT "/models/needle", 2}};
-    (void)state;
-    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
-        struct rank_life one, many[4];
-        live_together(&one, cases[k].dir, 1);
-        for (int n_ranks = 2; n_ranks <= cases[k].max_ranks; n_ranks *= 2) {
-            live_together(many, cases[k].dir, n_ranks);
-            check_lives(&one, many, n_ranks);
-        }
-    }
-}
-
 /* The message of a plan comes back as it was, and no cut or bent one is taken. */
 static void test_plan_message(void **state)
 {
@@ -438,6 +317,9 @@ static void test_plan_message(void **state)
     assert_memory_equal(got.positions, sent.positions, 131 * sizeof *got.positions);
     assert_memory_equal(got.seqs[0].pages, pages, 3 * sizeof *pages);
     assert_int_equal(got.seqs[1].pos, 99);
+    assert_int_equal(got.n_outputs, 2);
+    assert_int_equal(got.outputs[0], 129);
+    assert_int_equal(got.outputs[1], 130);
     for (size_t cut = 0; cut < len; cut++)
         assert_int_equal(step_plan_decode(&got, msg, cut, &stop), ERR_PROTOCOL);
     for (int i = 0; i < 20000; i++) {
@@ -449,6 +331,90 @@ static void test_plan_message(void **state)
     }
     assert_ok(step_plan_decode(&got, msg, step_plan_encode_stop(msg), &stop));
     assert_true(stop);
+    mem_free(msg);
+    step_plan_deinit(&sent);
+    step_plan_deinit(&got);
+}
+
+enum { OUTPUT_SEQS = 3, OUTPUT_ROWS = 7, OUTPUT_COUNT_AT = 16 /* n_outputs in the message */ };
+
+/* A message of three sequences with 4, 2 and 1 rows, where those of `sample` want a token. */
+static size_t encode_outputs(struct step_plan *p, unsigned char *msg, unsigned sample)
+{
+    static const int32_t tokens[8] = {1, 2, 3, 4, 5, 6, 7, 8}, pages[3] = {3, 1, 2};
+    struct batch_seq seqs[OUTPUT_SEQS] = {case_seq(tokens, 0, 4, 8, &pages[0], 1),
+                                          case_seq(tokens, 3, 2, 8, &pages[1], 1),
+                                          case_seq(tokens, 7, 1, 2, &pages[2], 1)};
+    const struct batch b = {.n_seqs = OUTPUT_SEQS, .n_tokens = OUTPUT_ROWS, .seqs = seqs};
+    for (int i = 0; i < OUTPUT_SEQS; i++)
+        seqs[i].sample = sample >> i & 1;
+    assert_ok(step_plan_from_batch(p, &b, NULL));
+    return step_plan_encode(p, msg);
+}
+
+/* Four rows of three sequences in a message that is whole otherwise. */
+static void refuses_more_outputs_than_sequences(struct step_plan *got, const unsigned char *msg,
+                                                size_t len)
+{
+    static const int32_t rows[OUTPUT_SEQS + 1] = {3, 4, 5, 6};
+    const int32_t n = OUTPUT_SEQS + 1;
+    const size_t pages = OUTPUT_SEQS * sizeof(int32_t), at = len - pages - (sizeof rows - sizeof n);
+    unsigned char *more = mem_alloc(len + sizeof n);
+    bool stop;
+
+    memcpy(more, msg, at);
+    memcpy(more + OUTPUT_COUNT_AT, &n, sizeof n);
+    memcpy(more + at, rows, sizeof rows);
+    memcpy(more + at + sizeof rows, msg + len - pages, pages);
+    assert_int_equal(step_plan_decode(got, more, len + sizeof n, &stop), ERR_PROTOCOL);
+    mem_free(more);
+}
+
+/* The output rows of a step travel with it; counts and rows that cannot be are refused. */
+static void test_plan_outputs(void **state)
+{
+    static const int32_t last[OUTPUT_SEQS] = {3, 5, 6};
+    static const int32_t bad_counts[] = {-1, 2, 4, 5, 1 << 20, INT32_MAX, INT32_MIN};
+    static const int32_t bad_rows[][3] = {{3, 5, 7}, {-1, 5, 6},        {3, 3, 6},
+                                          {5, 3, 6}, {3, 5, INT32_MAX}, {3, 6, 6},
+                                          {6, 6, 6}, {INT32_MIN, 5, 6}};
+    const struct plan_limits limits = {
+        .max_seqs = 4, .max_tokens = 8, .max_position = 64, .vocab_size = 64, .n_pages = N_PAGES};
+    struct step_plan sent, got;
+    bool stop;
+    (void)state;
+
+    step_plan_init(&sent, &limits);
+    step_plan_init(&got, &limits);
+    /* of just the message's size: ASan sees a step beyond it */
+    size_t len = step_plan_max_message(OUTPUT_SEQS, OUTPUT_ROWS, 64);
+    unsigned char *msg = mem_alloc(len);
+    for (unsigned sample = 0; sample < 1u << OUTPUT_SEQS; sample++) {
+        int32_t n = 0;
+        const size_t used = encode_outputs(&sent, msg, sample);
+        assert_true(sample + 1 < 1u << OUTPUT_SEQS ? used < len : used == len);
+        assert_ok(step_plan_decode(&got, msg, used, &stop));
+        for (int i = 0; i < OUTPUT_SEQS; i++) {
+            if (sample >> i & 1)
+                assert_int_equal(got.outputs[n++], last[i]);
+        }
+        assert_int_equal(got.n_outputs, n);
+        for (int i = 0; i < OUTPUT_SEQS; i++)
+            assert_int_equal(got.seqs[i].pages[0], sent.seqs[i].pages[0]);
+    }
+    for (size_t i = 0; i < sizeof bad_counts / sizeof *bad_counts; i++) {
+        memcpy(msg + OUTPUT_COUNT_AT, &bad_counts[i], sizeof *bad_counts);
+        assert_int_equal(step_plan_decode(&got, msg, len, &stop), ERR_PROTOCOL);
+    }
+    for (size_t i = 0; i < sizeof bad_rows / sizeof *bad_rows; i++) {
+        len = encode_outputs(&sent, msg, 7);
+        memcpy(msg + len - 3 * sizeof(int32_t) - sizeof bad_rows[i], bad_rows[i],
+               sizeof bad_rows[i]);
+        assert_int_equal(step_plan_decode(&got, msg, len, &stop), ERR_PROTOCOL);
+    }
+    (void)encode_outputs(&sent, msg, 7);
+    assert_ok(step_plan_decode(&got, msg, len, &stop));
+    refuses_more_outputs_than_sequences(&got, msg, len);
     mem_free(msg);
     step_plan_deinit(&sent);
     step_plan_deinit(&got);
@@ -547,8 +513,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_bad_batches),  cmocka_unit_test(test_refused_step),
-        cmocka_unit_test(test_numeric),      cmocka_unit_test(test_ranks),
-        cmocka_unit_test(test_plan_message), cmocka_unit_test(test_tiles),
+        cmocka_unit_test(test_numeric),      cmocka_unit_test(test_plan_message),
+        cmocka_unit_test(test_plan_outputs), cmocka_unit_test(test_tiles),
         cmocka_unit_test(test_policy),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

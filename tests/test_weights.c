@@ -212,12 +212,6 @@ static void check_rank(const struct built *b, const struct llama_config *c,
     }
     check_part(w->embed, b, "model.embed_tokens.weight", 0, c->vocab_size, 0, h);
     check_part(w->norm, b, "model.norm.weight", 0, h, 0, 1);
-    if (rank != 0)
-        assert_null(w->lm_head);
-    else if (c->tied)
-        assert_ptr_equal(w->lm_head, w->embed);
-    else
-        check_part(w->lm_head, b, "lm_head.weight", 0, c->vocab_size, 0, h);
 }
 
 static void check_ranks(const struct built *b, const struct llama_config *c, int n_ranks,
@@ -249,6 +243,77 @@ static void test_shares(void **state)
         build(&b, variant & 4);
         for (int n_ranks = 1; n_ranks <= 4; n_ranks *= 2)
             check_ranks(&b, &c, n_ranks, d);
+        drop(&b);
+    }
+    dev_close(d);
+}
+
+/* This rank's slice of the output projection: rows of the tensor, then zeros, all of it inside the
+ * memory that was taken. Counts the rows in `seen`. */
+static void check_slice(const struct built *b, const struct llama_config *c,
+                        const struct llama_weights *w, const struct llama_shard *s, int *seen)
+{
+    const int64_t h = c->hidden_size;
+    const float *slice = w->lm_head;
+
+    check_part(slice, b, c->tied ? "model.embed_tokens.weight" : "lm_head.weight", s->vocab,
+               s->n_vocab, 0, h);
+    for (int64_t i = s->n_vocab * h; i < s->vocab_width * h; i++)
+        assert_true(slice[i] == 0.0f);
+    assert_true((const char *)(slice + s->vocab_width * h) <= (const char *)w->memory + w->bytes);
+    if (c->tied)
+        assert_ptr_equal(slice, after(w->embed, s->vocab * h));
+    for (int32_t i = 0; i < s->n_vocab; i++)
+        seen[s->vocab + i]++;
+}
+
+static void check_slices(const struct built *b, const struct llama_config *c, int n_ranks,
+                         struct dev *d)
+{
+    int seen[128] = {0};
+    int32_t width = 0;
+    for (int rank = 0; rank < n_ranks; rank++) {
+        struct llama_weights w;
+        struct llama_shard s;
+        assert_ok(llama_shard_make(&s, c, rank, n_ranks, NULL));
+        assert_ok(load(&w, b, c, rank, n_ranks, d, NULL));
+        width = rank == 0 ? s.vocab_width : width;
+        assert_int_equal(s.vocab_width, width);
+        assert_int_equal(s.vocab, rank * width);
+        for (int r = 0; r < n_ranks; r++) {
+            struct llama_shard other;
+            assert_ok(llama_shard_make(&other, c, r, n_ranks, NULL));
+            assert_int_equal(llama_shard_vocab_rows(&s, c, r), other.n_vocab);
+        }
+        check_slice(b, c, &w, &s, seen);
+        weights_release(&w);
+    }
+    for (int32_t i = 0; i < c->vocab_size; i++)
+        assert_int_equal(seen[i], 1);
+    if (n_ranks == 1) /* nothing is added */
+        assert_int_equal(width, c->vocab_size);
+    else
+        assert_true(width % 8 == 0 && width < c->vocab_size / n_ranks + 17);
+}
+
+/* Every row of the output projection is on one rank, whatever the vocabulary; some ranks may hold
+ * none. */
+static void test_vocab_slices(void **state)
+{
+    static const int32_t sizes[] = {1, 5, 16, 17, 32, 33, 63, 64, 101};
+    struct dev *d;
+    (void)state;
+    assert_ok(dev_open(&d, &dev_cpu, 0, 2, NULL));
+    for (size_t i = 0; i < 2 * (sizeof sizes / sizeof *sizes); i++) {
+        struct llama_config c = config;
+        struct built b;
+        c.vocab_size = sizes[i / 2];
+        c.tied = i % 2;
+        c.n_heads = c.n_kv_heads = c.intermediate_size = 12;
+        describe(&b, &c);
+        build(&b, false);
+        for (int n_ranks = 1; n_ranks <= 4; n_ranks++)
+            check_slices(&b, &c, n_ranks, d);
         drop(&b);
     }
     dev_close(d);
@@ -363,29 +428,33 @@ static void test_random(void **state)
     struct llama_weights whole, part, half;
     struct llama_shard shard;
     double sum = 0, squares = 0;
-    struct weights_config cfg = {.dtype = DTYPE_F32, .config = &config, .shard = &shard};
+    struct llama_config c = config;
+    struct weights_config cfg = {.dtype = DTYPE_F32, .config = &c, .shard = &shard};
     const int64_t h = config.hidden_size, ni = config.intermediate_size / 2;
     (void)state;
     assert_ok(dev_open(&d, &dev_cpu, 0, 2, NULL));
     cfg.dev = d;
-    assert_ok(llama_shard_make(&shard, &config, 0, 1, NULL));
+    c.vocab_size = 40;
+    assert_ok(llama_shard_make(&shard, &c, 0, 1, NULL));
     assert_ok(weights_load(&whole, &cfg, NULL));
     cfg.dtype = DTYPE_BF16;
     assert_ok(weights_load(&half, &cfg, NULL));
     cfg.dtype = DTYPE_F32;
-    assert_ok(llama_shard_make(&shard, &config, 1, 2, NULL));
+    assert_ok(llama_shard_make(&shard, &c, 1, 2, NULL));
     assert_ok(weights_load(&part, &cfg, NULL));
+    assert_int_equal(shard.n_vocab, 8);
+    assert_memory_equal(part.lm_head, after(whole.lm_head, 32 * h), 8 * (size_t)h * sizeof(float));
 
     const float *down = whole.layers[1].down, *mine = part.layers[1].down;
     const uint16_t *rounded = half.layers[1].down;
     for (int64_t r = 0; r < h; r++) {
-        for (int64_t c = 0; c < 2 * ni; c++) {
-            float v = down[r * 2 * ni + c];
+        for (int64_t k = 0; k < 2 * ni; k++) {
+            float v = down[r * 2 * ni + k];
             sum += (double)v;
             squares += (double)v * (double)v;
-            assert_int_equal(rounded[r * 2 * ni + c], dtype_f32_bf16(v));
-            if (c >= ni)
-                assert_true(mine[r * ni + c - ni] == v);
+            assert_int_equal(rounded[r * 2 * ni + k], dtype_f32_bf16(v));
+            if (k >= ni)
+                assert_true(mine[r * ni + k - ni] == v);
         }
     }
     const double n = (double)(h * 2 * ni), deviation = sqrt(squares / n);
@@ -453,13 +522,10 @@ static void test_fingerprint_sample(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shares),
-        cmocka_unit_test(test_shard_refusals),
-        cmocka_unit_test(test_mismatches),
-        cmocka_unit_test(test_progress),
-        cmocka_unit_test(test_random),
-        cmocka_unit_test(test_fingerprint),
-        cmocka_unit_test(test_fingerprint_sample),
+        cmocka_unit_test(test_shares),         cmocka_unit_test(test_vocab_slices),
+        cmocka_unit_test(test_shard_refusals), cmocka_unit_test(test_mismatches),
+        cmocka_unit_test(test_progress),       cmocka_unit_test(test_random),
+        cmocka_unit_test(test_fingerprint),    cmocka_unit_test(test_fingerprint_sample),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
