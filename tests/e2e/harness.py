@@ -3,6 +3,7 @@
 The client here speaks bytes on purpose: it shares no code with the C library, and can send what no library would."""
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -22,8 +23,10 @@ except ImportError:  # ctest: skipped
 BIN = os.environ.get("SLUICE_BIN", "build/release/bin")
 ROOT = os.environ.get("SLUICE_ROOT", os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 NEEDLE = os.path.join(ROOT, "models", "needle")
-PATIENCE = 120  # seconds; sanitizers are slow
+PATIENCE = float(os.environ.get("SLUICE_TEST_PATIENCE", 120))  # seconds; sanitizers are slow
 DEVICE = os.environ.get("SLUICE_TEST_DEVICE")  # of every daemon that names none: cpu, cuda, cuda:1
+# A command put before every sluiced: "compute-sanitizer --error-exitcode 9". Its exit status must be sluiced's.
+WRAP = shlex.split(os.environ.get("SLUICE_TEST_WRAP", ""))
 SANITIZED = bool(os.environ.get("SLUICE_SANITIZED"))  # tests of speed use shorter prompts
 
 (HELLO, SUBMIT, CANCEL, STATS, HEALTH, DRAIN, SHUTDOWN, RESET, PING) = range(1, 10)
@@ -36,6 +39,28 @@ FIELD = {n: i for i, n in enumerate(
 DENSE, ABS, REL = 1, 2, 3
 
 
+def children_of(pid):
+    """Processes whose parent it is, oldest first."""
+    out = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open("/proc/%s/stat" % name) as f:
+                    if int(f.read().rsplit(")", 1)[1].split()[1]) == pid:
+                        out.append(int(name))
+            except (OSError, IndexError):  # it has just ended
+                pass
+    return sorted(out)
+
+
+def name_of(pid):
+    try:
+        with open("/proc/%d/comm" % pid) as f:
+            return f.read().strip()
+    except OSError:
+        return None
+
+
 class Daemon:
     """sluiced on a Unix socket in a private folder; `with` stops it and checks its exit code."""
 
@@ -44,7 +69,7 @@ class Daemon:
         self.path = os.path.join(self.dir, "s")
         self.expect = expect
         self.log = open(os.path.join(self.dir, "log"), "w+b")
-        args = [*prefix, os.path.join(BIN, "sluiced"), "--model", model, "--listen", listen or "unix:" + self.path, *options]
+        args = [*prefix, *WRAP, os.path.join(BIN, "sluiced"), "--model", model, "--listen", listen or "unix:" + self.path, *options]
         if DEVICE and "--device" not in options:
             args += ["--device", DEVICE]
         self.process = subprocess.Popen(args, stderr=self.log, stdout=self.log, stdin=subprocess.DEVNULL)
@@ -61,6 +86,18 @@ class Daemon:
             time.sleep(0.02)
         return self
 
+    def pid(self):
+        """sluiced itself, which is a child where the test wraps it."""
+        found = [self.process.pid]
+        for pid in found:
+            if name_of(pid) == "sluiced":
+                return pid
+            found += children_of(pid)
+        return self.process.pid
+
+    def send_signal(self, number):
+        os.kill(self.pid(), number)
+
     def wait_exit(self, seconds=PATIENCE):
         return self.process.wait(seconds)
 
@@ -70,7 +107,7 @@ class Daemon:
     def __exit__(self, kind, value, trace):
         try:
             if self.process.poll() is None:
-                self.process.send_signal(signal.SIGTERM)
+                self.send_signal(signal.SIGTERM)
             code = self.process.wait(PATIENCE)
             if kind is None and code != self.expect:
                 raise AssertionError("sluiced ended with %d, want %d:\n%s" % (code, self.expect, self.text()))

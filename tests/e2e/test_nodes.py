@@ -9,7 +9,7 @@ import tempfile
 import time
 import unittest
 
-from harness import ABS, BIN, DONE, ERROR, NEEDLE, PATIENCE, PROGRESS, REL, Client, Daemon, fails, golden, main
+from harness import ABS, BIN, DONE, ERROR, NEEDLE, PATIENCE, PROGRESS, REL, Client, Daemon, children_of, fails, golden, main
 
 ENGINE_DEAD = 14
 HEARTBEAT = 5  # seconds of silence after which a rank counts as lost
@@ -19,11 +19,6 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def children_of(pid):
-    with open("/proc/%d/task/%d/children" % (pid, pid)) as f:
-        return [int(p) for p in f.read().split()]
 
 
 class Host:

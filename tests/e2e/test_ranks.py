@@ -4,22 +4,9 @@ import signal
 import time
 import unittest
 
-from harness import DONE, ERROR, NEEDLE, PATIENCE, PROGRESS, REL, ABS, Client, Daemon, golden, main
+from harness import DONE, ERROR, NEEDLE, PATIENCE, PROGRESS, REL, ABS, Client, Daemon, children_of, golden, main
 
 ENGINE_DEAD = 14
-
-
-def follower_of(pid):
-    """The first child of a process."""
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open("/proc/%s/stat" % name) as f:
-                    if int(f.read().rsplit(")", 1)[1].split()[1]) == pid:
-                        return int(name)
-            except (OSError, IndexError):
-                pass
-    raise AssertionError("no follower of %d" % pid)
 
 
 class Ranks(unittest.TestCase):
@@ -49,7 +36,7 @@ class Ranks(unittest.TestCase):
                 c.submit("r", [20 + i] * 12000, max_tokens=4, ignore_eos=True)
             while clients[0].recv()[0] != PROGRESS:
                 pass
-            victim = follower_of(d.process.pid)
+            victim = children_of(d.pid())[0]
             os.kill(victim, sig)
             begin = time.monotonic()
             for c in clients:
@@ -76,7 +63,7 @@ class Ranks(unittest.TestCase):
         """No follower outlives its leader."""
         d = Daemon("--tp", "2", "--max-model-len", "512", expect=-signal.SIGKILL)
         with d:
-            victim = follower_of(d.process.pid)
+            victim = children_of(d.pid())[0]
             d.process.kill()
             d.process.wait()
             end = time.monotonic() + 10

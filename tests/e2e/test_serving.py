@@ -243,7 +243,7 @@ class Shutdown(unittest.TestCase):
 
     def test_sigterm_drains(self):
         d, c = self.start()
-        d.process.send_signal(signal.SIGTERM)
+        d.send_signal(signal.SIGTERM)
         while c.recv()[0] != GOAWAY:
             pass
         c.submit("new", [5], max_tokens=1)
@@ -261,10 +261,10 @@ class Shutdown(unittest.TestCase):
 
     def test_second_sigterm_stops(self):
         d, c = self.start()
-        d.process.send_signal(signal.SIGTERM)
+        d.send_signal(signal.SIGTERM)
         while c.recv()[0] != GOAWAY:
             pass
-        d.process.send_signal(signal.SIGTERM)
+        d.send_signal(signal.SIGTERM)
         kind, body, _, _ = c.until_end("work")
         self.assertEqual((kind, body[1]), (DONE, REASON_SHUTDOWN))
         self.assertEqual(d.wait_exit(), 0)
