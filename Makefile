@@ -49,12 +49,12 @@ format: ## rewrite all sources in the house style
 	scripts/lint.sh --format
 
 gpu-check: | build ## GPU tests and a short bench, from build/cuda/bin (built first where it is not there)
-	$(if $(wildcard build/cuda/bin/test_attn_sm90),,$(call build,cuda))
+	$(if $(wildcard build/cuda/bin/test_attn_sm90),,$(call build,cuda) --target gpu)
 	scripts/gpu-check.sh run build/cuda/bin
 
 gpu-pack: | build ## build/gpu.tar.xz: what gpu-check wants, to carry to a GPU machine without our libraries
 	@scripts/setup.sh build test
-	$(call build,cuda)
+	$(call build,cuda) --target gpu
 	scripts/gpu-check.sh pack build/cuda/bin build/gpu.tar.xz
 
 fuzz: | build ## run every fuzz target for SECONDS=30 each

@@ -60,6 +60,9 @@ function(sluice_test name)
     TEST_BIN="${CMAKE_BINARY_DIR}/bin" TEST_ROOT="${PROJECT_SOURCE_DIR}")
   add_test(NAME ${name} COMMAND test_${name} ${A_ARGS})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${A_TIMEOUT} LABELS "${A_LABELS}" SKIP_RETURN_CODE 77)
+  if(gpu IN_LIST A_LABELS)
+    add_dependencies(gpu test_${name})
+  endif()
 endfunction()
 
 # sluice_fuzz(frame LINK sluice_ipc [SOURCES extra.c]): fuzz_frame from tests/fuzz_frame.c, which defines
