@@ -60,8 +60,12 @@ function(sluice_test name)
     TEST_BIN="${CMAKE_BINARY_DIR}/bin" TEST_ROOT="${PROJECT_SOURCE_DIR}")
   add_test(NAME ${name} COMMAND test_${name} ${A_ARGS})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${A_TIMEOUT} LABELS "${A_LABELS}" SKIP_RETURN_CODE 77)
+  if(process IN_LIST A_LABELS OR e2e IN_LIST A_LABELS) # they wait for each other by the clock
+    set_tests_properties(${name} PROPERTIES RUN_SERIAL TRUE)
+  endif()
   if(gpu IN_LIST A_LABELS)
     add_dependencies(gpu test_${name})
+    set_tests_properties(${name} PROPERTIES RUN_SERIAL TRUE)
   endif()
 endfunction()
 
