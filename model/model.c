@@ -6,6 +6,7 @@
 #include "core/mem.h"
 #include "kvcache/kv_store.h"
 #include "model/config.h"
+#include "model/describe.h"
 #include "model/fingerprint.h"
 #include "model/llama.h"
 #include "model/step_plan.h"
@@ -13,10 +14,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
-#include <limits.h>
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 /* Page maxima of a layer, for the calibrator; fn == NULL: off. */
@@ -49,34 +47,6 @@ struct model {
     float *limbs;                    /* counters on their way through an all-reduce */
     struct probe probe;
 };
-
-static int name_of_dir(char *name, size_t size, const char *dir)
-{
-    char path[PATH_MAX];
-    if (!realpath(dir, path))
-        return -errno;
-    const char *slash = strrchr(path, '/');
-    (void)snprintf(name, size, "%.63s", slash ? slash + 1 : path);
-    return 0;
-}
-
-static void fill_info(struct model_info *i, const struct llama_config *c)
-{
-    i->vocab_size = c->vocab_size;
-    i->hidden_size = c->hidden_size;
-    i->n_layers = c->n_layers;
-    i->n_heads = c->n_heads;
-    i->n_kv_heads = c->n_kv_heads;
-    i->head_dim = c->head_dim;
-    i->intermediate_size = c->intermediate_size;
-    i->max_position = c->max_position;
-    i->rms_eps = (float)c->rms_eps;
-    i->softmax_scale = 1.0f / sqrtf((float)c->head_dim);
-    i->n_eos = c->n_eos;
-    memcpy(i->eos_ids, c->eos_ids, sizeof i->eos_ids);
-    i->bos_id = c->bos_id;
-    llama_rope_text(i->rope, sizeof i->rope, &c->rope);
-}
 
 /* The number formats: what was asked for, where the device can. st NULL: random weights. */
 static int choose_dtypes(struct model *m, const struct model_config *cfg,
@@ -123,13 +93,10 @@ static int load(struct model *m, const struct model_config *cfg, struct err_msg 
 
     TRY(llama_config_load(&m->config, cfg->dir, why));
     TRY(llama_shard_make(&m->shard, &m->config, rank, n_ranks, why));
-    int err = name_of_dir(m->info.name, sizeof m->info.name, cfg->dir);
-    if (err < 0)
-        return err_set(why, err, "%s: %s", cfg->dir, err_str(err));
-    fill_info(&m->info, &m->config);
+    TRY(model_describe_config(&m->info, cfg->dir, &m->config, why));
     if (!cfg->random_weights)
         TRY(safetensors_open_dir(&st, cfg->dir, why));
-    err = load_weights(m, cfg, st, why);
+    int err = load_weights(m, cfg, st, why);
     safetensors_close(st);
     return err;
 }
