@@ -102,6 +102,14 @@ static int scale_field(const struct reader *r, float *out)
     return 0;
 }
 
+/* `source` is optional: without it the file was calibrated. */
+static int source_field(const struct reader *r, bool *imported)
+{
+    const char *text = safetensors_metadata(r->st, "source");
+    *imported = text != NULL;
+    return text ? fixed_field(r, "source", THRESHOLDS_IMPORTED, ERR_FORMAT) : 0;
+}
+
 static int read_meta(const struct reader *r, struct thresholds_meta *m)
 {
     const char *rope;
@@ -116,7 +124,8 @@ static int read_meta(const struct reader *r, struct thresholds_meta *m)
                        r->name, m->gate_rows);
     }
     TRY(int_field(r, "n_max", 1, &m->n_max));
-    TRY(int_field(r, "samples", 1, &m->n_samples));
+    TRY(source_field(r, &m->imported));
+    TRY(int_field(r, "samples", m->imported ? 0 : 1, &m->n_samples));
     TRY(int_field(r, "auto_k", 0, &m->auto_k));
     TRY(int_field(r, "auto_min", 0, &m->auto_min));
     TRY(scale_field(r, &m->softmax_scale));

@@ -2,16 +2,18 @@
  * metadata (all strings): format "sluice-thresholds", version "1", model (fingerprint, 16 hex
  * digits), gate_rows, page "64", rope, softmax_scale, n_max (tokens), samples, set (hash of the
  * calibration set, 16 hex digits), auto_k (level that `--sparse auto` chooses), auto_min (prompt
- * tokens below which auto is dense). T[s][l][h][i] gates query head h of layer l at absolute query
- * block i (128 tokens); natural scaled-logit units. Levels are stored by increasing k; NB is n_max
- * in blocks. -inf (dense) and +inf (diagonal only) are values, NaN is not. Every error names the
- * file and the field. Source: BSFA section 4.2-4.3. */
+ * tokens below which auto is dense), and source "imported" where another program's file was
+ * converted (import.h): samples may then be 0, unknown. T[s][l][h][i] gates query head h of layer l
+ * at absolute query block i (128 tokens); natural scaled-logit units. Levels are stored by
+ * increasing k; NB is n_max in blocks. -inf (dense) and +inf (diagonal only) are values, NaN is
+ * not. Every error names the file and the field. Source: BSFA section 4.2-4.3. */
 #ifndef CALIBRATION_THRESHOLDS_H
 #define CALIBRATION_THRESHOLDS_H
 
 #include "attention/policy.h"
 #include "core/err.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 
 struct thresholds;
@@ -21,7 +23,8 @@ struct thresholds_meta {
     uint64_t set;      /* hash of the calibration samples */
     int32_t gate_rows; /* 128 or 64 */
     int32_t n_max;     /* calibrated positions, tokens; beyond them the last block's row is used */
-    int32_t n_samples;
+    int32_t n_samples; /* 0: unknown, where imported */
+    bool imported;     /* not calibrated by this program */
     float softmax_scale;
     char rope[64];
     int32_t auto_k; /* 0: auto is dense */

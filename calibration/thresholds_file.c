@@ -84,11 +84,11 @@ static json_t *make_meta(const struct thresholds_meta *m)
     (void)snprintf(samples, sizeof samples, "%d", m->n_samples);
     (void)snprintf(auto_k, sizeof auto_k, "%d", m->auto_k);
     (void)snprintf(auto_min, sizeof auto_min, "%d", m->auto_min);
-    return json_pack("{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s}", "format",
+    return json_pack("{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s*}", "format",
                      THRESHOLDS_FORMAT, "version", THRESHOLDS_VERSION, "page", THRESHOLDS_PAGE,
                      "model", model, "set", set, "gate_rows", gate_rows, "softmax_scale", scale,
                      "rope", m->rope, "n_max", n_max, "samples", samples, "auto_k", auto_k,
-                     "auto_min", auto_min);
+                     "auto_min", auto_min, "source", m->imported ? THRESHOLDS_IMPORTED : NULL);
 }
 
 /* The header as safetensors wants it: JSON padded with spaces so that the data is aligned. */

@@ -6,9 +6,10 @@
 
 #include <stddef.h>
 
-#define THRESHOLDS_FORMAT  "sluice-thresholds"
-#define THRESHOLDS_VERSION "1"
-#define THRESHOLDS_PAGE    "64"
+#define THRESHOLDS_FORMAT   "sluice-thresholds"
+#define THRESHOLDS_VERSION  "1"
+#define THRESHOLDS_PAGE     "64"
+#define THRESHOLDS_IMPORTED "imported"
 
 /* A whole file in memory, released with mem_free. */
 MUST_CHECK int thresholds_read_file(const char *path, void **data, size_t *len,
