@@ -31,17 +31,17 @@ static int32_t choose_auto(const struct calibrate_work *w)
 
 static int finish(const struct calibrate_work *w, int64_t start_us, struct err_msg *why)
 {
-    const struct model_info *info = model_info(w->model);
+    const struct model_info *info = &w->info;
     const struct samples_split *split = &w->split;
-    struct thresholds_meta meta = {
-        .model = info->fingerprint,
-        .set = samples_hash(&w->samples, split->calibrate, split->n_calibrate),
-        .gate_rows = calibrate_gate_rows(&w->o),
-        .n_max = w->n_blocks * KV_BLOCK_TOKENS,
-        .n_samples = split->n_calibrate,
-        .softmax_scale = info->softmax_scale,
-        .auto_k = choose_auto(w),
-        .auto_min = (int32_t)w->o.auto_min};
+    struct thresholds_meta meta = {.model = info->fingerprint,
+                                   .set = w->set,
+                                   .gate_rows = calibrate_gate_rows(&w->o),
+                                   .n_max = w->n_blocks * KV_BLOCK_TOKENS,
+                                   .n_samples = split->n_calibrate,
+                                   .imported = w->o.import != NULL,
+                                   .softmax_scale = info->softmax_scale,
+                                   .auto_k = choose_auto(w),
+                                   .auto_min = (int32_t)w->o.auto_min};
     memcpy(meta.rope, info->rope, sizeof meta.rope);
     if (w->o.out) {
         TRY(thresholds_save(w->o.out, &meta, w->t, w->k, w->n_levels, info->n_layers, info->n_heads,
@@ -71,6 +71,10 @@ static int run(struct calibrate_work *w, int argc, char **argv, struct err_msg *
     int64_t start_us = clock_monotonic_us(NULL);
     TRY(conf_args(&calibrate_program, &w->o, argc, argv, NULL, 0, NULL, why));
     TRY(calibrate_options_check(&w->o, why));
+    if (w->o.import) {
+        TRY(calibrate_import(w, why));
+        return finish(w, start_us, why);
+    }
     TRY(calibrate_read(w, why));
     TRY(calibrate_open(w, why));
     TRY(calibrate_dense(w, why));

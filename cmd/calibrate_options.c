@@ -29,7 +29,7 @@ static const struct conf_opt options[] = {
      {0},
      "FILE",
      "JSON lines with a `prompt` or `tokens` array of token ids and, optionally, a `task` "
-     "(required)"},
+     "(required, but with --import)"},
     {"out",
      CONF_TEXT,
      AT(out),
@@ -39,6 +39,15 @@ static const struct conf_opt options[] = {
      {0},
      "FILE",
      "threshold file to write; without one, nothing is written"},
+    {"import",
+     CONF_TEXT,
+     AT(import),
+     NULL,
+     0,
+     0,
+     {0},
+     "FILE",
+     "convert the reference implementation's .pt file for this model; nothing is run"},
     {"task",
      CONF_TEXT,
      AT(task),
@@ -156,15 +165,34 @@ static const struct conf_opt options[] = {
 };
 
 const struct conf_program calibrate_program = {
-    "sluice-calibrate --model DIR --samples FILE [--out FILE] [options]",
+    "sluice-calibrate --model DIR (--samples FILE | --import FILE) [--out FILE] [options]",
     "Runs prompts densely, derives page thresholds for the ABS gate, and compares predicted with "
-    "measured density on prompts it has not seen.",
+    "measured density on prompts it has not seen. Or converts thresholds made elsewhere.",
     options, sizeof options / sizeof *options};
+
+/* What would go unheard. */
+static int check_import(const struct calibrate_options *o, struct err_msg *why)
+{
+    const char *other = o->samples   ? "samples"
+                        : o->task    ? "task"
+                        : o->k       ? "k"
+                        : o->density ? "density"
+                                     : NULL;
+    if (other)
+        return err_set(why, ERR_CONFIG, "--import and --%s exclude each other", other);
+    if (calibrate_gate_rows(o) != KV_BLOCK_TOKENS) {
+        return err_set(why, ERR_CONFIG, "--gate-rows: imported thresholds are for %d",
+                       KV_BLOCK_TOKENS);
+    }
+    return 0;
+}
 
 int calibrate_options_check(const struct calibrate_options *o, struct err_msg *why)
 {
     if (!o->model)
         return err_set(why, ERR_CONFIG, "--model is required (see --help)");
+    if (o->import)
+        return check_import(o, why);
     if (!o->samples)
         return err_set(why, ERR_CONFIG, "--samples is required (see --help)");
     TRY(device_check(o->device, why));
@@ -224,7 +252,13 @@ int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
             k[unique++] = k[i];
     }
     *n = unique;
-    for (int32_t i = 0; i < unique; i++) {
+    return calibrate_check_auto(o, k, unique, why);
+}
+
+int calibrate_check_auto(const struct calibrate_options *o, const int32_t *k, int32_t n,
+                         struct err_msg *why)
+{
+    for (int32_t i = 0; i < n; i++) {
         if (k[i] == o->auto_k)
             return 0;
     }

@@ -7,7 +7,7 @@
 enum { CALIBRATE_MAX_LEVELS = 64 };
 
 struct calibrate_options {
-    char *model, *samples, *task, *out, *k, *density, *device;
+    char *model, *samples, *import, *task, *out, *k, *density, *device;
     int64_t holdout, limit, max_len, threads, chunk, auto_k, auto_min;
     int gate_rows;       /* index into the choices 128, 64 */
     int dtype, kv_dtype; /* index into DEVICE_DTYPES */
@@ -21,6 +21,9 @@ MUST_CHECK int calibrate_options_check(const struct calibrate_options *o, struct
 /* The levels, increasing: --k as given, or one for each --density at a prompt of n_tokens. */
 MUST_CHECK int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
                                 int32_t k[CALIBRATE_MAX_LEVELS], int32_t *n, struct err_msg *why);
+/* --auto-k is one of the n levels, or none of its own. */
+MUST_CHECK int calibrate_check_auto(const struct calibrate_options *o, const int32_t *k, int32_t n,
+                                    struct err_msg *why);
 
 static inline int32_t calibrate_gate_rows(const struct calibrate_options *o)
 {

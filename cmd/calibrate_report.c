@@ -64,8 +64,12 @@ static double deviation(const struct calibrate_density *d)
 void calibrate_report_text(const struct calibrate_report *r, FILE *to)
 {
     const struct thresholds_meta *m = r->meta;
-    (void)fprintf(to, "%s: %d samples, up to %d tokens, gate rows %d, %.1f s\n", r->model,
-                  m->n_samples, m->n_max, m->gate_rows, r->seconds);
+    if (m->imported)
+        (void)fprintf(to, "%s: imported, up to %d tokens, gate rows %d\n", r->model, m->n_max,
+                      m->gate_rows);
+    else
+        (void)fprintf(to, "%s: %d samples, up to %d tokens, gate rows %d, %.1f s\n", r->model,
+                      m->n_samples, m->n_max, m->gate_rows, r->seconds);
     (void)fprintf(to, "%8s %10s %10s %8s %16s\n", "k", "predicted", "measured", "+-", "[min max]");
     for (int32_t i = 0; i < r->n_levels; i++) {
         const struct calibrate_density *d = &r->levels[i];
@@ -122,11 +126,12 @@ int calibrate_report_json(const struct calibrate_report *r, FILE *to)
         (void)json_array_append_new(levels, level_json(&r->levels[i], m));
     for (int32_t i = 0; i < r->n_held_out; i++)
         (void)json_array_append_new(held_out, held_out_json(&r->held_out[i], r->n_levels));
-    json_t *o = json_pack("{s:s,s:s?,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:o,s:o}", "model",
-                          r->model, "out", r->out, "samples", m->n_samples, "n_max", m->n_max,
-                          "gate_rows", m->gate_rows, "shape", r->n_levels, r->n_layers, r->n_heads,
-                          r->n_blocks, "auto_k", m->auto_k, "auto_min", m->auto_min, "seconds",
-                          r->seconds, "levels", levels, "held_out", held_out);
+    json_t *o =
+        json_pack("{s:s,s:s?,s:b,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:o,s:o}", "model", r->model,
+                  "out", r->out, "imported", m->imported, "samples", m->n_samples, "n_max",
+                  m->n_max, "gate_rows", m->gate_rows, "shape", r->n_levels, r->n_layers,
+                  r->n_heads, r->n_blocks, "auto_k", m->auto_k, "auto_min", m->auto_min, "seconds",
+                  r->seconds, "levels", levels, "held_out", held_out);
     int failed = !o || json_dumpf(o, to, JSON_COMPACT | JSON_REAL_PRECISION(6)) < 0;
     json_decref(o);
     return failed || fputc('\n', to) == EOF ? -EIO : 0;

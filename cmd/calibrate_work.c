@@ -54,7 +54,9 @@ int calibrate_open(struct calibrate_work *w, struct err_msg *why)
                                .max_tokens = (int32_t)o->chunk,
                                .max_position = longest};
     TRY(model_open(&w->model, &cfg, why));
-    TRY(samples_check(&w->samples, o->samples, model_info(w->model)->vocab_size, why));
+    w->info = *model_info(w->model);
+    w->set = samples_hash(&w->samples, w->split.calibrate, w->split.n_calibrate);
+    TRY(samples_check(&w->samples, o->samples, w->info.vocab_size, why));
     TRY(calib_run_create(&w->run, w->model, longest, (int32_t)o->chunk, why));
     calib_run_on_chunk(w->run, calibrate_progress_add, &w->progress);
     return 0;

@@ -6,12 +6,15 @@
 #include "calibration/samples.h"
 #include "cmd/calibrate_options.h"
 #include "cmd/calibrate_report.h"
+#include "model/model.h"
 
 /* Everything the program builds, released in one place. */
 struct calibrate_work {
     struct calibrate_options o;
     struct samples samples;
     struct samples_split split;
+    struct model_info info; /* of the model, once it is open or described */
+    uint64_t set;           /* of what the thresholds come from */
     struct dev *dev;
     struct model *model;
     struct calib_run *run;
@@ -31,6 +34,8 @@ MUST_CHECK int calibrate_open(struct calibrate_work *w, struct err_msg *why);
 MUST_CHECK int calibrate_dense(struct calibrate_work *w, struct err_msg *why);
 /* Every held-out sample under every level. */
 MUST_CHECK int calibrate_measure(struct calibrate_work *w, struct err_msg *why);
+/* Instead of all these: levels and thresholds of the file that --import names. */
+MUST_CHECK int calibrate_import(struct calibrate_work *w, struct err_msg *why);
 void calibrate_work_free(struct calibrate_work *w); /* accepts zeroed memory */
 
 #endif

@@ -9,6 +9,7 @@ import unittest
 ROOT = os.environ.get("SLUICE_ROOT", os.path.join(os.path.dirname(__file__), "..", ".."))
 BIN = os.environ.get("SLUICE_BIN", os.path.join(ROOT, "build", "release", "bin"))
 NEEDLE = os.path.join(ROOT, "models", "needle")
+PT = os.path.join(ROOT, "tests", "data", "pt")
 SAMPLES = os.path.join(NEEDLE, "samples.jsonl")
 INF = float("inf")
 
@@ -118,6 +119,44 @@ class Calibrate(unittest.TestCase):
         self.refused("/none: No such file", "--model", NEEDLE, "--samples", "/none")
         self.refused("/none", "--model", "/none", "--samples", SAMPLES)
         self.refused("/none/t: cannot write: No such file", *both, "--k", "1", "--out", "/none/t")
+
+    def test_import(self):
+        """A file that torch wrote holds the same numbers afterwards; the densities are the formula's."""
+        out = os.path.join(self.dir, "t.safetensors")
+        args = ("--model", NEEDLE, "--import", os.path.join(PT, "needle.pt"), "--out", out)
+        r = calibrate(*args, "--auto-min", "256")
+        self.assertEqual((r.returncode, r.stderr), (0, ""))
+        self.assertIn("needle: imported, up to 3072 tokens, gate rows 128", r.stdout)
+        self.assertIn("auto: k=16 from 256 tokens on", r.stdout)
+        self.assertIn("wrote %s: [2, 6, 6, 24] thresholds" % out, r.stdout)
+        report = json.loads(calibrate(*args, "--auto-k", "32", "--json").stdout)
+        self.assertTrue(report["imported"])
+        for level in report["levels"]:
+            pages = [2 * i for i in range(24)]
+            kept = sum(min(level["k"], a) + 2 for a in pages)
+            self.assertAlmostEqual(level["predicted"], kept / sum(a + 2 for a in pages), 5)
+        (ours, mine), (theirs, needle) = (read_safetensors(p) for p in (out, os.path.join(NEEDLE, "thresholds.safetensors")))
+        self.assertEqual((ours["source"], ours["samples"], ours["n_max"], ours["auto_k"]), ("imported", "0", "3072", "32"))
+        for field in ("model", "rope", "softmax_scale", "gate_rows"):
+            self.assertEqual(ours[field], theirs[field])
+        self.assertEqual(mine["k"], ([2], (16, 32)))
+        shape, values = needle["thresholds"]
+        want = [values[(needle["k"][1].index(k) * 36 + row) * shape[3] + i]
+                for k in (16, 32) for row in range(36) for i in range(24)]
+        self.assertEqual(list(mine["thresholds"][1]), want)
+        self.assertEqual(os.listdir(self.dir), ["t.safetensors"])
+
+    def test_import_refusals(self):
+        file = ("--model", NEEDLE, "--import", os.path.join(PT, "needle.pt"))
+        self.refused("--import and --samples exclude", *file, "--samples", SAMPLES)
+        self.refused("--import and --k exclude", *file, "--k", "16")
+        self.refused("--gate-rows: imported thresholds are for 128", *file, "--gate-rows", "64")
+        self.refused("--auto-k: 17 is not one of the levels", *file, "--auto-k", "17")
+        self.refused("--model is required", *file[2:])
+        self.refused("for 3 layers of 4 heads, the model has 6 of 6", *file[:3], os.path.join(PT, "reference.pt"))
+        self.refused("no zip archive", *file[:3], SAMPLES)
+        self.refused("/none: No such file", *file[:3], "/none")
+        self.refused("/none/t: cannot write", *file, "--out", "/none/t")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,22 @@ class Answers(unittest.TestCase):
             if mode and mode[0] == REL:
                 self.assertLess(done[13], done[11])  # kept < reachable
 
+    def test_imported_thresholds(self):
+        """A file of the reference implementation, converted, serves: right answers from fewer pages."""
+        with tempfile.TemporaryDirectory() as d:
+            out = os.path.join(d, "t.safetensors")
+            subprocess.run([os.path.join(BIN, "sluice-calibrate"), "--model", NEEDLE, "--out", out, "--import",
+                            os.path.join(ROOT, "tests", "data", "pt", "needle.pt")],
+                           stdout=subprocess.DEVNULL, check=True, timeout=PATIENCE)
+            with Daemon("--thresholds", out, "--max-model-len", "8192") as daemon:
+                c = Client(daemon.path)
+                self.assertEqual(c.info[14], [16, 32])
+                prompt, want = prompts(4000)[2]  # a needle in noise, longer than the file's 24 rows
+                found, done = c.generate("i", prompt, sparse={0: ABS, 1: 16}, max_tokens=len(want))
+                c.close()
+        self.assertEqual(found[:len(want) - 1], want[:-1])
+        self.assertLess(done[13], 0.6 * done[11])  # kept, of the reachable; predicted: 0.49
+
     def test_sharing_a_prefix(self):
         """The second of two equal prompts is cached but for its last block; another tenant's salt sees nothing."""
         c = self.client()

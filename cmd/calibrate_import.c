@@ -1,0 +1,48 @@
+/* --import: thresholds come from a file of the reference implementation instead of dense runs. The
+ * model's folder is read for its shape and identity only. */
+#include "calibration/import.h"
+
+#include "cmd/calibrate_work.h"
+#include "kvcache/kv_view.h"
+#include "model/describe.h"
+
+#include <inttypes.h>
+
+_Static_assert((int)IMPORT_MAX_LEVELS <= (int)CALIBRATE_MAX_LEVELS, "every level has a place");
+
+/* What a file's own numbers do not explain; on stderr, so that --json stays one object. */
+static void warn(const char *path, const struct thresholds_import *t)
+{
+    const int64_t n = (int64_t)t->n_levels * t->n_layers * t->n_heads * t->n_blocks;
+    if (t->n_dense > 0) {
+        (void)fprintf(stderr,
+                      "sluice-calibrate: %s: %" PRId64 " of %" PRId64
+                      " thresholds are -inf where k "
+                      "leaves a choice: denser than predicted there\n",
+                      path, t->n_dense, n);
+    }
+    if (t->n_limited > 0) {
+        (void)fprintf(stderr,
+                      "sluice-calibrate: %s: %" PRId64 " of %" PRId64
+                      " thresholds are finite where "
+                      "k keeps all pages: was k counted otherwise?\n",
+                      path, t->n_limited, n);
+    }
+}
+
+int calibrate_import(struct calibrate_work *w, struct err_msg *why)
+{
+    struct thresholds_import t;
+    TRY(model_describe(&w->info, w->o.model, w->o.random_weights, why));
+    TRY(thresholds_import(&t, w->o.import, w->info.n_layers, w->info.n_heads, why));
+    w->t = t.t; /* released with w */
+    w->set = t.set;
+    w->n_levels = t.n_levels;
+    w->n_blocks = t.n_blocks;
+    for (int32_t i = 0; i < t.n_levels; i++) {
+        w->k[i] = t.k[i];
+        w->levels[i].k = t.k[i];
+    }
+    warn(w->o.import, &t);
+    return calibrate_check_auto(&w->o, w->k, w->n_levels, why);
+}
