@@ -20,10 +20,13 @@ static const struct conf_opt opts[] = {
     {"tp", CONF_TEXT, AT(tp), "1", 0, 0, {0}, "LIST", "numbers of ranks, one after the other"},
     {"prompt", CONF_TEXT, AT(prompt), "8192,32768,131072", 0, 0, {0}, "LIST", "prompts, tokens"},
     {"chunk", CONF_INT, AT(chunk), "8192", 1, 1e6, {0}, "N", "tokens a step"},
-    {"thresholds", CONF_TEXT, AT(thresholds), NULL, 0, 0, {0}, "FILE", "for --k"},
+    {"thresholds", CONF_TEXT, AT(thresholds), NULL, 0, 0, {0}, "FILE",
+     "for --k and --density"},
     {"force-thresholds", CONF_BOOL, AT(force_thresholds), "false", 0, 0, {0}, NULL,
      "though made for another model"},
     {"k", CONF_TEXT, AT(k), NULL, 0, 0, {0}, "LIST", "levels of the file to run beside dense"},
+    {"density", CONF_TEXT, AT(density), NULL, 0, 0, {0}, "LIST",
+     "likewise, levels found by the share of pages they keep, for every prompt"},
     {"lambda", CONF_TEXT, AT(lambda), NULL, 0, 0, {0}, "LIST", "REL gates to run beside dense"},
     {"reps", CONF_INT, AT(reps), "3", 1, 64, {0}, "N", "timed passes, after one that is checked"},
     {"threads", CONF_INT, AT(threads), "0", 0, 1024, {0}, "N",
@@ -81,14 +84,21 @@ static int add_mode(struct prefill_options *o, const struct prefill_mode *mode, 
 
 static int add_levels(struct prefill_options *o, struct err_msg *why)
 {
-    double k[PREFILL_MAX_MODES];
+    double k[PREFILL_MAX_MODES], density[PREFILL_MAX_MODES];
     int n = numbers_of(k, PREFILL_MAX_MODES, "k", o->k, 1, 1e7, why);
     TRY(n);
-    if (n > 0 && !o->thresholds)
-        return err_set(why, ERR_CONFIG, "--k: needs --thresholds FILE");
+    int n_densities = numbers_of(density, PREFILL_MAX_MODES, "density", o->density, 1e-6, 1, why);
+    TRY(n_densities);
+    if (n + n_densities > 0 && !o->thresholds)
+        return err_set(why, ERR_CONFIG, "--k and --density: need --thresholds FILE");
     for (int i = 0; i < n; i++) {
         struct prefill_mode mode = {.gate = BATCH_ABS, .k = (int32_t)k[i]};
         (void)snprintf(mode.name, sizeof mode.name, "k=%d", mode.k);
+        TRY(add_mode(o, &mode, why));
+    }
+    for (int i = 0; i < n_densities; i++) {
+        struct prefill_mode mode = {.gate = BATCH_ABS, .density = density[i]};
+        (void)snprintf(mode.name, sizeof mode.name, "density=%g", density[i]);
         TRY(add_mode(o, &mode, why));
     }
     return 0;

@@ -12,14 +12,15 @@ enum { PREFILL_MAX_TPS = 8, PREFILL_MAX_PROMPTS = 16, PREFILL_MAX_MODES = 16 };
 
 /* The page policy of a whole prompt. */
 struct prefill_mode {
-    char name[32]; /* "dense", "k=32", "rel=0.01" */
+    char name[32]; /* "dense", "k=32", "density=0.25", "rel=0.01" */
     enum batch_gate gate;
     int32_t k;       /* ABS */
+    double density;  /* ABS: instead of k, the level that is measured to keep so many; else 0 */
     float ln_lambda; /* REL */
 };
 
 struct prefill_options {
-    char *model, *device, *thresholds, *tp, *prompt, *k, *lambda, *shm;
+    char *model, *device, *thresholds, *tp, *prompt, *k, *density, *lambda, *shm;
     bool random_weights, force_thresholds, json, verbose;
     int64_t chunk, reps, threads, rank;
 
