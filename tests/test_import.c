@@ -55,6 +55,7 @@ static void genuine(void **state)
     (void)state;
     const int k[] = {2, 5, 9}, one[] = {300};
     check("reference.pt", k, 3, 3, 8);
+    check("torch_2_4.pt", k, 3, 3, 8);
     check("bf16_offset.pt", k, 3, 3, 8);
     check("f64_tuple.pt", k, 3, 3, 8);
     check("f16_one.pt", one, 1, 2, 160);
