@@ -7,7 +7,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 patterns=(test_*_cuda test_*_sm90 test_comm_nccl)
-benches=(bench_attn_sm90 bench_attn_decode)
+benches=(bench_attn_sm90 bench_attn_decode bench_prefill)
 passed=0 failed=0 skipped=0
 
 pack() { # pack BIN FILE
