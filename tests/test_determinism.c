@@ -10,7 +10,7 @@
 #include "scheduler/scheduler.h"
 
 #ifdef __SANITIZE_ADDRESS__
-enum { ROUNDS = 3 }; /* memory is what is looked at there, and all of it is slow */
+enum { ROUNDS = 2 }; /* memory is what is looked at there, and all of it is slow */
 #else
 enum { ROUNDS = 8 };
 #endif

@@ -1,5 +1,5 @@
 /* 64 client processes with mixed prompts, policies, cancels and rude departures, and a parent that
- * kills them at random, for SOAK_SECONDS (10; 30 in CI under ASan). Afterwards: every request has
+ * kills them at random, for SOAK_SECONDS (10; 20 in CI under ASan). Afterwards: every request has
  * had its terminal message, no page is lost, the daemon ends with 0 (under ASan: without a leak).
  */
 #include "tests/test.h"
