@@ -90,4 +90,7 @@ void abort_wakes_everybody(void **state);
         cmocka_unit_test_prestate(another_deadline_can_be_set, (void *)(uintptr_t)(kind)),         \
         cmocka_unit_test_prestate(abort_wakes_everybody, (void *)(uintptr_t)(kind))
 
+/* peers_alive of a parent whose children are all gone. */
+bool no_peer_alive(void *arg);
+
 #endif

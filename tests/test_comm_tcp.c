@@ -205,12 +205,6 @@ static void nobody_comes(void **state)
     job_end(&j);
 }
 
-static bool no_peer_alive(void *arg)
-{
-    (void)arg;
-    return false;
-}
-
 static void parent_knows_that_nobody_comes(void **state)
 {
     (void)state;
