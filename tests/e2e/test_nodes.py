@@ -209,22 +209,20 @@ class Namespaces(Pair):
     NAMES = ("sluice-a%d" % os.getpid(), "sluice-b%d" % os.getpid())
 
     def setUp(self):
+        if not shutil.which("ip"):
+            self.skipTest("no ip program")
         super().setUp()
         a, b = self.NAMES
-        try:
-            steps = [("netns", "add", a), ("netns", "add", b),
-                     ("link", "add", "v0", "netns", a, "type", "veth", "peer", "name", "v0", "netns", b),
-                     ("-n", a, "addr", "add", "10.251.7.1/24", "dev", "v0"),
-                     ("-n", b, "addr", "add", "10.251.7.2/24", "dev", "v0"),
-                     ("-n", a, "link", "set", "v0", "up"), ("-n", b, "link", "set", "v0", "up")]
-            for s in steps:
-                r = ip(*s)
-                if r.returncode:
-                    self.tearDown()
-                    self.skipTest("no network namespaces: " + r.stderr.decode().strip())
-        except FileNotFoundError:
-            self.tearDown()
-            self.skipTest("no ip program")
+        steps = [("netns", "add", a), ("netns", "add", b),
+                 ("link", "add", "v0", "netns", a, "type", "veth", "peer", "name", "v0", "netns", b),
+                 ("-n", a, "addr", "add", "10.251.7.1/24", "dev", "v0"),
+                 ("-n", b, "addr", "add", "10.251.7.2/24", "dev", "v0"),
+                 ("-n", a, "link", "set", "v0", "up"), ("-n", b, "link", "set", "v0", "up")]
+        for s in steps:
+            r = ip(*s)
+            if r.returncode:
+                self.tearDown()
+                self.skipTest("no network namespaces: " + r.stderr.decode().strip())
 
     def tearDown(self):
         super().tearDown()
