@@ -28,7 +28,11 @@ static const struct conf_opt opts[] = {
     {"density", CONF_TEXT, AT(density), NULL, 0, 0, {0}, "LIST",
      "likewise, levels found by the share of pages they keep, for every prompt"},
     {"lambda", CONF_TEXT, AT(lambda), NULL, 0, 0, {0}, "LIST", "REL gates to run beside dense"},
+    {"sums", CONF_TEXT, AT(sums), "copy", 0, 0, {0}, "WAY",
+     "over GPUs: copy or nccl, beside the products, or serial"},
     {"reps", CONF_INT, AT(reps), "3", 1, 64, {0}, "N", "timed passes, after one that is checked"},
+    {"quick", CONF_BOOL, AT(quick), "false", 0, 0, {0}, NULL,
+     "after the first prompt the checked pass is timed, and none follows 2 s"},
     {"threads", CONF_INT, AT(threads), "0", 0, 1024, {0}, "N",
      "on the CPU, of all ranks together; 0: one a processor"},
     {"json", CONF_BOOL, AT(json), "false", 0, 0, {0}, NULL, "JSON lines instead of CSV"},
@@ -117,6 +121,19 @@ static int add_lambdas(struct prefill_options *o, struct err_msg *why)
     return 0;
 }
 
+static int read_sums(struct prefill_options *o, struct err_msg *why)
+{
+    static const char *const ways[] = {
+        [COMM_OVERLAP_COPY] = "copy", [COMM_OVERLAP_SUMS] = "nccl", [COMM_OVERLAP_NONE] = "serial"};
+    for (int i = COMM_OVERLAP_COPY; i <= COMM_OVERLAP_NONE; i++) {
+        if (strcmp(o->sums, ways[i]) == 0) {
+            o->overlap = (enum comm_overlap)i;
+            return 0;
+        }
+    }
+    return err_set(why, ERR_CONFIG, "--sums: '%.40s' is not copy, nccl or serial", o->sums);
+}
+
 static int read_lists(struct prefill_options *o, struct err_msg *why)
 {
     const struct prefill_mode dense = {.name = "dense", .gate = BATCH_DENSE};
@@ -140,6 +157,7 @@ int prefill_options_read(struct prefill_options *o, int argc, char **argv, struc
     }
     TRY(conf_args(&program, o, argc, argv, NULL, 0, NULL, why));
     TRY(device_check(o->device, why));
+    TRY(read_sums(o, why));
     return read_lists(o, why);
 }
 

@@ -4,6 +4,7 @@
 
 #include "core/err.h"
 #include "model/batch.h"
+#include "parallel/comm.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -20,13 +21,14 @@ struct prefill_mode {
 };
 
 struct prefill_options {
-    char *model, *device, *thresholds, *tp, *prompt, *k, *density, *lambda, *shm;
-    bool random_weights, force_thresholds, json, verbose;
+    char *model, *device, *thresholds, *tp, *prompt, *k, *density, *lambda, *sums, *shm;
+    bool random_weights, force_thresholds, quick, json, verbose;
     int64_t chunk, reps, threads, rank;
 
     /* what the texts say */
     int32_t tps[PREFILL_MAX_TPS], prompts[PREFILL_MAX_PROMPTS];
     struct prefill_mode modes[PREFILL_MAX_MODES]; /* dense first */
+    enum comm_overlap overlap;
     int n_tps, n_prompts, n_modes;
     int32_t longest; /* of the prompts */
 };

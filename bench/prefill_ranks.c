@@ -1,6 +1,7 @@
 #include "bench/prefill_ranks.h"
 
 #include "core/mem.h"
+#include "parallel/comm.h"
 #include "parallel/ranks.h"
 
 #include <stdio.h>
@@ -57,7 +58,9 @@ int prefill_ranks_open(struct prefill_ranks *p, const struct prefill_options *o,
     if (tp > 1)
         TRY(start_copies(p, tp, argc, argv, why));
     const struct daemon_peers peers = {.shm = p->shm, .ranks = p->ranks};
-    return daemon_model_open(&p->parts, &p->opt, &peers, why);
+    TRY(daemon_model_open(&p->parts, &p->opt, &peers, why));
+    comm_set_overlap(p->parts.comm, o->overlap);
+    return 0;
 }
 
 void prefill_ranks_close(struct prefill_ranks *p)
@@ -79,6 +82,7 @@ int prefill_ranks_follow(const struct prefill_options *o, struct err_msg *why)
     TRY(ranks_follower_init(why));
     TRY(daemon_options_for(&d, o, o->tps[0], why));
     TRY(daemon_model_open(&parts, &d, &peers, why));
+    comm_set_overlap(parts.comm, o->overlap);
     TRY(model_follow(parts.model));
     daemon_model_close(&parts);
     conf_free(&daemon_program, &d);

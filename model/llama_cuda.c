@@ -120,7 +120,7 @@ static int take_memory(struct llama_cuda_state *m, struct err_msg *why)
 static int make_marks(struct llama_cuda_state *m)
 {
     struct cuda_marks *k = &m->marks;
-    k->max = 13 * m->c->n_layers + 8;
+    k->max = 26 * m->c->n_layers + 12; /* two halves, see llama_cuda_split.c */
     k->events = mem_zalloc((size_t)k->max, sizeof *k->events);
     k->parts = mem_zalloc((size_t)k->max, sizeof *k->parts);
     for (int32_t i = 0; i < k->max; i++)
@@ -164,6 +164,8 @@ static int tune(struct llama_cuda_state *m, struct err_msg *why)
         err = tune_rows(m, gemm_cublas_bucket(rows), w);
     if (err == 0)
         err = tune_rows(m, m->rows, w);
+    if (err == 0 && llama_cuda_split_rows(m, m->max_tokens) > 0)
+        err = tune_rows(m, llama_cuda_split_rows(m, m->max_tokens), w);
     mem_free((void *)w);
     if (err < 0)
         return err_set(why, err, "cannot time the matrix products: %s", err_str(err));
@@ -250,6 +252,8 @@ static int create(struct llama **out, const struct llama_setup *setup, struct er
         err = take_memory(m, why);
     if (err == 0)
         err = make_marks(m);
+    if (err == 0)
+        err = llama_cuda_reserve_sums(m, why);
     if (err == 0)
         err = tune(m, why);
     if (err < 0) {

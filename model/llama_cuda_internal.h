@@ -1,5 +1,6 @@
 /* What the files of the graph on a CUDA device share: llama_cuda.c (memory, the table),
- * llama_cuda_step.c (one step), llama_cuda_graph.c (captured steps), llama_cuda_draw.c (tokens). */
+ * llama_cuda_step.c (one step), llama_cuda_split.c (a long one over ranks),
+ * llama_cuda_times.c, llama_cuda_graph.c (captured steps), llama_cuda_draw.c (tokens). */
 #ifndef MODEL_LLAMA_CUDA_INTERNAL_H
 #define MODEL_LLAMA_CUDA_INTERNAL_H
 
@@ -104,6 +105,20 @@ MUST_CHECK int llama_cuda_layers(struct llama_cuda_state *m);
 MUST_CHECK int llama_cuda_wait(struct llama_cuda_state *m);
 MUST_CHECK int llama_cuda_run(struct llama *base, const struct llama_input *in,
                               struct llama_times *times);
+
+/* llama_cuda_split.c. Memory for the sums of the longest step that is split; collective. */
+MUST_CHECK int llama_cuda_reserve_sums(struct llama_cuda_state *m, struct err_msg *why);
+/* Rows of the first half of a step of `rows`; 0: it is not split. */
+int32_t llama_cuda_split_rows(const struct llama_cuda_state *m, int32_t rows);
+/* K and V into the cache, then attention, of all rows. */
+typedef int (*llama_cuda_layer_fn)(struct llama_cuda_state *m, int layer);
+/* All layers of the packed step, which llama_cuda_split_rows splits. */
+MUST_CHECK int llama_cuda_split_layers(struct llama_cuda_state *m, llama_cuda_layer_fn attend);
+
+/* llama_cuda_times.c. Ends the part that runs and begins another; nothing while a step is not
+ * timed. */
+MUST_CHECK int llama_cuda_mark(struct llama_cuda_state *m, enum cuda_part part);
+MUST_CHECK int llama_cuda_add_times(struct llama_cuda_state *m, struct llama_times *times);
 
 /* llama_cuda_graph.c. */
 MUST_CHECK int llama_cuda_capture(struct llama_cuda_state *m, struct err_msg *why);

@@ -90,24 +90,12 @@ int llama_cuda_send(struct llama_cuda_state *m)
 
 /* ---- kernels ---- */
 
-/* Ends the part that runs and begins another; nothing while a step is not timed. */
-static int mark(struct llama_cuda_state *m, enum cuda_part part)
-{
-    struct cuda_marks *k = &m->marks;
-    if (!k->on)
-        return 0;
-    ASSERT(k->n < k->max);
-    k->parts[k->n] = (uint8_t)part;
-    CUDA_TRY(cudaEventRecord(k->events[k->n++], m->stream));
-    return 0;
-}
-
 static int product(struct llama_cuda_state *m, const struct gemm_cublas_plan *plan, void *y,
                    const void *x, const void *w, int32_t rows)
 {
-    TRY(mark(m, PART_GEMM));
+    TRY(llama_cuda_mark(m, PART_GEMM));
     TRY(gemm_cublas_run(m->gemm, plan, y, x, w, rows));
-    return mark(m, PART_OTHER);
+    return llama_cuda_mark(m, PART_OTHER);
 }
 
 /* Adds up the ranks' shares of a block's output. */
@@ -116,9 +104,9 @@ static int reduce(struct llama_cuda_state *m)
     const size_t n = (size_t)m->step.n * (size_t)m->c->hidden_size;
     if (m->shard->n_ranks == 1)
         return 0;
-    TRY(mark(m, PART_COMM));
+    TRY(llama_cuda_mark(m, PART_COMM));
     TRY(comm_all_reduce_dev(m->comm, m->a.delta, n, m->dtype, m->stream));
-    return mark(m, PART_OTHER);
+    return llama_cuda_mark(m, PART_OTHER);
 }
 
 /* residual += delta + bias; hidden = norm(residual). */
@@ -156,6 +144,15 @@ static int append(struct llama_cuda_state *m, int layer, const void *bias)
     return 0;
 }
 
+/* K and V into the cache, then attention, of all rows. */
+static int attend(struct llama_cuda_state *m, int layer)
+{
+    TRY(append(m, layer, m->w->layers[layer].qkv_bias));
+    TRY(llama_cuda_mark(m, PART_ATTENTION));
+    TRY(attn_cuda_run(m->attn, layer));
+    return llama_cuda_mark(m, PART_OTHER);
+}
+
 /* delta = o(attention(norm(residual + delta))) */
 static int attention_block(struct llama_cuda_state *m, int layer)
 {
@@ -165,9 +162,7 @@ static int attention_block(struct llama_cuda_state *m, int layer)
 
     TRY(add_norm(m, layer > 0 ? a->delta : NULL, layer > 0 ? w[-1].down_bias : NULL, w->attn_norm));
     TRY(product(m, m->qkv_plan, a->qkv, a->hidden, w->qkv, n));
-    TRY(append(m, layer, w->qkv_bias));
-    TRY(mark(m, PART_ATTENTION));
-    TRY(attn_cuda_run(m->attn, layer));
+    TRY(attend(m, layer));
     TRY(product(m, m->o_plan, a->delta, a->attn, w->o, n));
     return reduce(m);
 }
@@ -196,9 +191,9 @@ static int gather(struct llama_cuda_state *m)
 
     if (s->n_ranks == 1)
         return 0;
-    TRY(mark(m, PART_COMM));
+    TRY(llama_cuda_mark(m, PART_COMM));
     TRY(comm_all_gather_dev(m->comm, m->a.slices, m->a.slice, rows * width, DTYPE_F32, m->stream));
-    TRY(mark(m, PART_OTHER));
+    TRY(llama_cuda_mark(m, PART_OTHER));
     for (int r = 0; r < s->n_ranks && s->rank == 0; r++) {
         const size_t n = (size_t)llama_shard_vocab_rows(s, m->c, r) * sizeof(float);
         if (n > 0)
@@ -228,18 +223,26 @@ static int output_block(struct llama_cuda_state *m)
     return gather(m);
 }
 
-int llama_cuda_layers(struct llama_cuda_state *m)
+static int layers(struct llama_cuda_state *m)
 {
-    m->marks.n = 0;
-    TRY(mark(m, PART_OTHER));
-    CUDA_TRY(nn_cuda_gather(m->a.residual, m->w->embed, m->step.ids, m->step.n, m->c->hidden_size,
-                            m->c->vocab_size, dev_cuda_dtype(m->dtype), m->stream));
+    if (llama_cuda_split_rows(m, m->step.n) > 0)
+        return llama_cuda_split_layers(m, attend);
     for (int layer = 0; layer < m->c->n_layers; layer++) {
         TRY(attention_block(m, layer));
         TRY(mlp_block(m, layer));
     }
+    return 0;
+}
+
+int llama_cuda_layers(struct llama_cuda_state *m)
+{
+    m->marks.n = 0;
+    TRY(llama_cuda_mark(m, PART_OTHER));
+    CUDA_TRY(nn_cuda_gather(m->a.residual, m->w->embed, m->step.ids, m->step.n, m->c->hidden_size,
+                            m->c->vocab_size, dev_cuda_dtype(m->dtype), m->stream));
+    TRY(layers(m));
     TRY(output_block(m));
-    return mark(m, PART_OTHER);
+    return llama_cuda_mark(m, PART_OTHER);
 }
 
 /* ---- the step ---- */
@@ -255,21 +258,6 @@ static int32_t graph_rows(const struct llama_cuda_state *m, const struct llama_i
     }
     int g = llama_cuda_find_graph(m, in->n_rows);
     return g < 0 ? 0 : m->graph_rows[g];
-}
-
-static int add_times(struct llama_cuda_state *m, struct llama_times *times)
-{
-    const struct cuda_marks *k = &m->marks;
-    float ms[N_PARTS] = {0};
-    for (int32_t i = 0; k->on && i + 1 < k->n; i++) {
-        float part = 0.0f;
-        CUDA_TRY(cudaEventElapsedTime(&part, k->events[i], k->events[i + 1]));
-        ms[k->parts[i]] += part;
-    }
-    times->attention_us = (int64_t)(ms[PART_ATTENTION] * 1000.0f);
-    times->gemm_us = (int64_t)(ms[PART_GEMM] * 1000.0f);
-    times->comm_us = (int64_t)(ms[PART_COMM] * 1000.0f);
-    return 0;
 }
 
 static int enqueue(struct llama_cuda_state *m, const struct llama_input *in)
@@ -309,5 +297,5 @@ int llama_cuda_run(struct llama *base, const struct llama_input *in, struct llam
     attn_cuda_counts(m->attn, m->up.host, in->seq_counts, in->n_seqs);
     if (in->draws)
         memcpy(in->tokens, m->up.host + m->counts_bytes, (size_t)in->n_seqs * sizeof *in->tokens);
-    return add_times(m, times);
+    return llama_cuda_add_times(m, times);
 }

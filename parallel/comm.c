@@ -55,6 +55,32 @@ int comm_all_gather_dev(struct comm *c, void *out, const void *in, size_t n, enu
                                   : ERR_UNSUPPORTED;
 }
 
+int comm_reserve_sums(struct comm *c, size_t max_bytes, struct err_msg *why)
+{
+    return c->ops->reserve_sums ? c->ops->reserve_sums(c, max_bytes, why) : 0;
+}
+
+int comm_sum_begin(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream)
+{
+    return c->ops->sum_begin ? c->ops->sum_begin(c, buf, n, dt, stream) : ERR_UNSUPPORTED;
+}
+
+int comm_sum_end(struct comm *c, void *stream)
+{
+    return c->ops->sum_end ? c->ops->sum_end(c, stream) : ERR_UNSUPPORTED;
+}
+
+bool comm_overlaps(const struct comm *c)
+{
+    return c->ops->overlaps && c->ops->overlaps(c);
+}
+
+void comm_set_overlap(struct comm *c, enum comm_overlap way)
+{
+    if (c->ops->set_overlap)
+        c->ops->set_overlap(c, way);
+}
+
 int comm_poll(struct comm *c)
 {
     return c->ops->poll ? c->ops->poll(c) : 0;

@@ -14,6 +14,15 @@
 
 struct comm;
 
+/* How sums that are begun and ended are made. */
+enum comm_overlap {
+    COMM_OVERLAP_COPY, /* by copy engines where they can, else as COMM_OVERLAP_SUMS */
+    COMM_OVERLAP_SUMS, /* by the communicator's kernels, beside those of the stream */
+    COMM_OVERLAP_NONE  /* not at all: sums are made in the stream's order */
+};
+
+enum { COMM_SUMS_OPEN = 2 /* begun and not ended at a time */ };
+
 struct comm_ops {
     const char *name;
     void (*close)(struct comm *c);
@@ -33,6 +42,12 @@ struct comm_ops {
     int (*all_reduce_dev)(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream);
     int (*all_gather_dev)(struct comm *c, void *out, const void *in, size_t n, enum dtype dt,
                           void *stream);
+    /* NULL: sums do not run beside other work */
+    int (*reserve_sums)(struct comm *c, size_t max_bytes, struct err_msg *why);
+    int (*sum_begin)(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream);
+    int (*sum_end)(struct comm *c, void *stream);
+    bool (*overlaps)(const struct comm *c);
+    void (*set_overlap)(struct comm *c, enum comm_overlap way);
     int (*poll)(struct comm *c);
     int (*wait_stream)(struct comm *c, void *stream, int64_t timeout_ms);
     void (*set_timeout)(struct comm *c, int64_t timeout_ms); /* NULL: none to set */
@@ -91,6 +106,19 @@ MUST_CHECK int comm_all_reduce_dev(struct comm *c, void *buf, size_t n, enum dty
                                    void *stream);
 MUST_CHECK int comm_all_gather_dev(struct comm *c, void *out, const void *in, size_t n,
                                    enum dtype dt, void *stream);
+/* Sums of device memory that run beside what the stream does next, of at most max_bytes each, which
+ * comm_reserve_sums tells at start (a collective; it takes device memory). comm_sum_begin takes buf
+ * as the stream leaves it; nobody may touch it until comm_sum_end has made the stream wait for the
+ * sum. Ends follow the order of begins, at most COMM_SUMS_OPEN are open, and no other collective of
+ * device memory comes between. Not to be captured. The bits are those of f32 sums of two ranks,
+ * else comm_all_reduce_dev's. */
+MUST_CHECK int comm_reserve_sums(struct comm *c, size_t max_bytes, struct err_msg *why);
+MUST_CHECK int comm_sum_begin(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream);
+MUST_CHECK int comm_sum_end(struct comm *c, void *stream);
+/* False where comm_sum_begin cannot be called, or had better not. The same on all ranks. */
+bool comm_overlaps(const struct comm *c);
+/* For benches and tests, on all ranks alike and with no sum open. */
+void comm_set_overlap(struct comm *c, enum comm_overlap way);
 /* Have the peers or the device's collectives failed? 0, ERR_PEER or ERR_NCCL; never blocks. For the
  * thread that runs the collectives. A peer that has left is a failure here. */
 MUST_CHECK int comm_poll(struct comm *c);

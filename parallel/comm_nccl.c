@@ -12,6 +12,7 @@
 #include "core/log.h"
 #include "core/mem.h"
 #include "parallel/nccl_lib.h"
+#include "parallel/overlap.h"
 #include "parallel/peer_reduce.h"
 
 #include <cuda_runtime_api.h>
@@ -41,6 +42,10 @@ struct comm_nccl {
     struct nccl_lib lib;
     ncclComm_t nccl; /* NULL: not made, or taken down */
     struct peer_reduce *peer, *peer_off;
+    struct overlap *overlap; /* NULL: nothing is reserved */
+    enum comm_overlap way;
+    int device;
+    bool one_host;
     int64_t timeout_ms;
     atomic_bool aborted;
     bool torn; /* only touched by the thread that runs collectives */
@@ -115,6 +120,7 @@ static void tear_down(struct comm_nccl *s)
     atomic_store(&s->aborted, true);
     comm_abort(s->host);
     peer_reduce_abort(s->peer ? s->peer : s->peer_off);
+    overlap_abort(s->overlap);
     if (s->nccl)
         abort_nccl(s);
 }
@@ -239,6 +245,50 @@ static int nccl_all_gather_dev(struct comm *c, void *out, const void *in, size_t
                     "all_gather");
 }
 
+static int nccl_reserve_sums(struct comm *c, size_t max_bytes, struct err_msg *why)
+{
+    struct comm_nccl *s = self(c);
+    const struct overlap_config cfg = {
+        .comm = c, .host = s->host, .one_host = s->one_host, .max_bytes = max_bytes};
+    ASSERT(!s->overlap);
+    cudaError_t e = cudaSetDevice(s->device);
+    if (e != cudaSuccess)
+        return err_set(why, ERR_CUDA, "GPU %d: %s", s->device, cudaGetErrorString(e));
+    TRY(overlap_create(&s->overlap, &cfg, why));
+    log_debug("rank=%d sums beside other work over %s", c->rank,
+              overlap_copies(s->overlap) ? "copy engines" : "NCCL");
+    return 0;
+}
+
+static int nccl_sum_begin(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream)
+{
+    struct comm_nccl *s = self(c);
+    if (!usable(s))
+        return fail(s, ERR_PEER);
+    int err = overlap_begin(s->overlap, buf, n, dt, s->way, stream);
+    return err < 0 ? fail(s, err) : 0;
+}
+
+static int nccl_sum_end(struct comm *c, void *stream)
+{
+    struct comm_nccl *s = self(c);
+    if (!usable(s))
+        return fail(s, ERR_PEER);
+    int err = overlap_end(s->overlap, stream);
+    return err < 0 ? fail(s, err) : 0;
+}
+
+static bool nccl_overlaps(const struct comm *c)
+{
+    const struct comm_nccl *s = (const struct comm_nccl *)c;
+    return s->overlap && s->way != COMM_OVERLAP_NONE;
+}
+
+static void nccl_set_overlap(struct comm *c, enum comm_overlap way)
+{
+    self(c)->way = way;
+}
+
 static int nccl_poll(struct comm *c)
 {
     struct comm_nccl *s = self(c);
@@ -338,6 +388,7 @@ static void finish(struct comm_nccl *s)
         (void)s->lib.CommDestroy(s->nccl);
         s->nccl = NULL;
         peer_reduce_close(peer, s->host);
+        overlap_close(s->overlap, s->host);
     } else {
         tear_down(s);
     }
@@ -367,6 +418,11 @@ static const struct comm_ops comm_nccl_ops = {
     .abort = nccl_abort,
     .all_reduce_dev = nccl_all_reduce_dev,
     .all_gather_dev = nccl_all_gather_dev,
+    .reserve_sums = nccl_reserve_sums,
+    .sum_begin = nccl_sum_begin,
+    .sum_end = nccl_sum_end,
+    .overlaps = nccl_overlaps,
+    .set_overlap = nccl_set_overlap,
     .poll = nccl_poll,
     .wait_stream = nccl_wait_stream,
     .set_timeout = nccl_set_timeout,
@@ -455,6 +511,8 @@ int comm_nccl_create(struct comm **out, const struct comm_nccl_config *cfg, stru
     s->base = (struct comm){&comm_nccl_ops, cfg->host->rank, cfg->host->n_ranks};
     s->host = cfg->host;
     s->timeout_ms = cfg->timeout_ms;
+    s->device = cfg->device;
+    s->one_host = cfg->one_host;
     int err = open_all(s, cfg, why);
     if (err < 0) {
         tear_down(s);

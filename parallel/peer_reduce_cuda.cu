@@ -4,10 +4,8 @@
  * microseconds for each of the two one-way trips (flag out, data back), below about 256 KiB, by its
  * bandwidth above. A block meets only the same block of its peers, so the blocks need not all run
  * at once. */
+#include "parallel/pack.cuh"
 #include "parallel/peer_reduce_kernel.h"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 static __device__ __forceinline__ void store_release(uint32_t *p, uint32_t v)
 {
@@ -43,45 +41,6 @@ static __device__ __forceinline__ void meet(const peer_view &v, uint32_t call)
     }
     __syncthreads();
 }
-
-/* 16 bytes as floats, added and packed again. */
-template <class T>
-struct pack;
-
-template <>
-struct pack<float> {
-    enum { N = 4 };
-    static __device__ __forceinline__ float at(const uint4 &u, int i)
-    {
-        return __uint_as_float((&u.x)[i]);
-    }
-    static __device__ __forceinline__ uint4 make(const float *f)
-    {
-        return make_uint4(__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]),
-                          __float_as_uint(f[3]));
-    }
-};
-
-template <class T>
-struct pack {
-    enum { N = 8 };
-    static __device__ __forceinline__ float at(const uint4 &u, int i)
-    {
-        const unsigned short bits = static_cast<unsigned short>((&u.x)[i / 2] >> (i % 2 * 16));
-        return static_cast<float>(reinterpret_cast<const T &>(bits));
-    }
-    static __device__ __forceinline__ uint4 make(const float *f)
-    {
-        uint4 u;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const T lo = static_cast<T>(f[2 * i]), hi = static_cast<T>(f[2 * i + 1]);
-            (&u.x)[i] = reinterpret_cast<const unsigned short &>(lo) |
-                        static_cast<unsigned>(reinterpret_cast<const unsigned short &>(hi)) << 16;
-        }
-        return u;
-    }
-};
 
 /* The sum of element i of all ranks, in rank order; four loads are under way at a time. */
 template <class T>

@@ -3,13 +3,14 @@
 #define PARALLEL_PEER_REDUCE_KERNEL_H
 
 #include "core/dtype.h"
+#include "parallel/peer_max.h"
 
 #include <cuda_runtime_api.h>
 
 #include <stddef.h>
 #include <stdint.h>
 
-enum { PEER_MAX = 8, PEER_BLOCKS = 32, PEER_THREADS = 512, PEER_VECTOR = 16 };
+enum { PEER_BLOCKS = 32, PEER_THREADS = 512, PEER_VECTOR = 16 };
 
 /* One rank's region: flags | state | two halves of data. Flag [block][source] holds the number of
  * the last call that `source` has entered with that block. */

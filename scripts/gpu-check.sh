@@ -2,6 +2,8 @@
 # GPU tests and a short bench, on a machine that may have nothing but CUDA and a driver.
 #   scripts/gpu-check.sh pack BIN FILE       strips what is needed out of BIN (build/cuda/bin) into FILE (.tar.xz), to carry it there
 #   scripts/gpu-check.sh run BIN|FILE        every test that wants a GPU, then the attention benches beside PyTorch where it is installed
+#   scripts/gpu-check.sh ranks BIN|FILE      two GPUs: communicator, model and daemon over ranks, prefill on one and on two with a model
+#                                            of Llama-3.1-8B's shape (CSV in OUT, or build/), the mixed load under compute-sanitizer
 #   scripts/gpu-check.sh sanitize BIN|FILE   the reduced sets under compute-sanitizer: memcheck, racecheck, synccheck
 # Exit status 1 when anything failed. A test that finds no device, or too few, counts as skipped.
 set -euo pipefail
@@ -9,6 +11,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 patterns=(test_*_cuda test_*_sm90 test_comm_nccl)
 benches=(bench_attn_sm90 bench_attn_decode bench_prefill)
 passed=0 failed=0 skipped=0
+LOAD_SECONDS=${LOAD_SECONDS:-80} # for 5000 steps of the mixed load
 
 pack() { # pack BIN FILE
     local stage lib
@@ -40,7 +43,7 @@ check() {
     local name=$1 log status=0 begin=$SECONDS
     shift
     log=$(mktemp)
-    timeout "${LIMIT:-180}" "$@" >"$log" 2>&1 || status=$?
+    timeout -k 5 "${LIMIT:-180}" "$@" >"$log" 2>&1 || status=$?
     case $status in
     0) passed=$((passed + 1)) ;;
     77) skipped=$((skipped + 1)) ;;
@@ -51,6 +54,7 @@ check() {
     esac
     printf '%-40s %-8s %4d s\n' "$name" "$([ $status -eq 0 ] && echo ok || { [ $status -eq 77 ] && echo skipped || echo "FAILED $status"; })" \
         $((SECONDS - begin))
+    [ -z "${NOTES:-}" ] || grep -E '^# |^signal|steps,' "$log" || true
     rm -f "$log"
 }
 
@@ -71,6 +75,59 @@ run() {
     fi
 }
 
+# What NCCL and Python need that is not where the loader and the tests look.
+find_libraries() {
+    if ! ldconfig -p | grep -q libnccl.so.2; then
+        LD_LIBRARY_PATH+=$(python3 -c 'import nvidia.nccl, os; print(":" + os.path.join(list(nvidia.nccl.__path__)[0], "lib"))' 2>/dev/null || true)
+    fi
+    export SLUICE_BIN=$bin SLUICE_ROOT=$here SLUICE_TEST_DEVICE=cuda PYTHONDONTWRITEBYTECODE=1
+}
+
+# A folder with a configuration alone, and threshold files for levels found by their density.
+make_8b() { # make_8b FOLDER
+    cat >"$1/config.json" <<EOF
+{"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+ "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1e-05,
+ "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+ "original_max_position_embeddings": 8192}, "tie_word_embeddings": false, "bos_token_id": 128000, "eos_token_id": 128001,
+ "hidden_act": "silu", "torch_dtype": "bfloat16"}
+EOF
+    python3 "$here/bench/uniform_thresholds.py" "$1" "$1/t.safetensors" 10 4
+}
+
+# prefill NAME OPTIONS...: into OUT/prefill_NAME.csv, with what it was made on.
+prefill() {
+    local csv=$out/prefill_$1.csv name="prefill $1"
+    shift
+    {
+        nvidia-smi --query-gpu=count,name,driver_version --format=csv,noheader | head -n 1 | sed 's/^/# /'
+        echo "# git ${GIT:-$(git -C "$here" describe --always --dirty 2>/dev/null)}; bench_prefill --random-weights --device cuda $*"
+    } >"$csv"
+    # shellcheck disable=SC2016
+    check "$name" bash -c 'exec "$@" >>"$0"' "$csv" stdbuf -oL "$bin/bench_prefill" --random-weights --model "$model" --device cuda "$@"
+}
+
+ranks() {
+    out=${OUT:-$here/build} NOTES=1
+    find_libraries
+    nvidia-smi --query-gpu=name,memory.used --format=csv,noheader
+    LIMIT=60 check comm_nccl "$bin/test_comm_nccl"
+    LIMIT=20 check attn_ranks_cuda "$bin/test_attn_ranks_cuda"
+    LIMIT=45 check model_ranks_cuda "$bin/test_model_ranks_cuda"
+    LIMIT=75 check daemon_over_ranks env SLUICE_TEST_PATIENCE=30 python3 "$here/tests/e2e/test_ranks.py"
+    model=$(mktemp -d)
+    make_8b "$model"
+    LIMIT=100 prefill scaling --tp 1,2 --prompt 8192,32768,131072 --quick --thresholds "$model/t.safetensors" \
+        --force-thresholds --density 0.25
+    for way in nccl serial; do
+        LIMIT=25 prefill $way --tp 2 --prompt 8192,32768 --quick --sums $way
+    done
+    rm -r "$model"
+    LIMIT=$((LOAD_SECONDS + 40)) check load_sanitized env SLUICE_LOAD_STEPS=5000 SLUICE_LOAD_SECONDS="$LOAD_SECONDS" \
+        SLUICE_TEST_PATIENCE=$((LOAD_SECONDS + 30)) SLUICE_TEST_WRAP="compute-sanitizer --target-processes all --report-api-errors no --error-exitcode 9" python3 "$here/tests/e2e/test_load.py"
+    grep -h '^[0-9t]' "$out"/prefill_*.csv
+}
+
 sanitize() {
     local tool t
     for tool in memcheck racecheck synccheck; do
@@ -85,12 +142,12 @@ pack)
     pack "${2:?BIN}" "${3:?FILE}"
     exit
     ;;
-run | sanitize)
+run | ranks | sanitize)
     open_bin "${2:?BIN or FILE}"
     "$1"
     ;;
 *)
-    sed -n '2,6s/^# \{0,1\}//p' "$0"
+    sed -n '2,8s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

@@ -37,6 +37,7 @@ struct job {
     int n_ranks;
     int64_t timeout_ms;
     size_t n; /* of the failure tests */
+    bool beside;
     int pipe[2];
     int (*run)(struct job *j, struct comm *c);
     pid_t pids[MAX_RANKS];
@@ -328,6 +329,92 @@ static void small_sums_are_in_rank_order(void **state)
     run_all(small_rank);
 }
 
+/* ---- sums beside the stream ---- */
+
+/* One after the other begun, both open at a time, as the halves of a layer are; the second is
+ * shorter and begins at another place of the same buffer. */
+static int sums_once(struct comm *c, char *dev, void *host, size_t n, enum dtype dt, cudaStream_t s)
+{
+    const size_t size = dtype_bytes(dt), first = n / 2, bytes = n * size;
+    const uint64_t seed = n * 10 + dt;
+    fill(host, n, dt, seed, c->rank);
+    CUDA(cudaMemcpyAsync(dev, host, bytes, cudaMemcpyHostToDevice, s));
+    CHECK(comm_sum_begin(c, dev, first, dt, s) == 0);
+    CHECK(comm_sum_begin(c, dev + first * size, n - first, dt, s) == 0);
+    CHECK(comm_sum_end(c, s) == 0);
+    CHECK(comm_sum_end(c, s) == 0);
+    CHECK(comm_wait_stream(c, s, 0) == 0);
+    memset(host, 0xff, bytes);
+    CUDA(cudaMemcpy(host, dev, bytes, cudaMemcpyDeviceToHost));
+    CHECK(sums_right(host, n, dt, seed, c->n_ranks));
+    CHECK(same_bits(c, host, bytes));
+    return 0;
+}
+
+/* Sums of sums without a wait of the host, one rank late by turns: stale halves would show. */
+static int sums_in_a_row(struct comm *c, float *dev, cudaStream_t s)
+{
+    enum { N = MAX_N / 4, ROUNDS = 400, CALLS = 8 };
+    static float host[2 * N];
+    const float n = (float)c->n_ranks;
+    for (int round = 0; round < ROUNDS; round++) {
+        for (size_t i = 0; i < 2 * N; i++)
+            host[i] = (float)(round % 5 + 1 + (i >= N));
+        CUDA(cudaMemcpyAsync(dev, host, sizeof host, cudaMemcpyHostToDevice, s));
+        if (round % 16 == c->rank)
+            usleep(3000);
+        CHECK(comm_sum_begin(c, dev, N, DTYPE_F32, s) == 0);
+        CHECK(comm_sum_begin(c, dev + N, N, DTYPE_F32, s) == 0);
+        for (int k = 0; k < CALLS; k++) {
+            CHECK(comm_sum_end(c, s) == 0);
+            CHECK(comm_sum_begin(c, dev + (size_t)(k % 2) * N, N - 4 * (size_t)k, DTYPE_F32, s) ==
+                  0);
+        }
+        CHECK(comm_sum_end(c, s) == 0 && comm_sum_end(c, s) == 0);
+        CUDA(cudaMemcpyAsync(host, dev, sizeof host, cudaMemcpyDeviceToHost, s));
+        CHECK(comm_wait_stream(c, s, 0) == 0);
+        for (size_t i = 0; i < 2 * N; i++) {
+            const size_t half = i >= N, at = i % N;
+            float want = (float)(round % 5 + 1 + (int)half) * n;
+            for (size_t k = half; k < CALLS; k += 2)
+                want *= at < N - 4 * k ? n : 1.0f;
+            CHECK(host[i] == want);
+        }
+    }
+    return 0;
+}
+
+static int beside_rank(struct job *j, struct comm *c)
+{
+    static float host[MAX_N];
+    struct err_msg why = {""};
+    char *dev;
+    cudaStream_t s;
+    (void)j;
+    CUDA(cudaMalloc((void **)&dev, sizeof host));
+    CUDA(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
+    CHECK(!comm_overlaps(c));
+    CHECK(comm_reserve_sums(c, sizeof host / 2 + 16, &why) == 0);
+    for (enum comm_overlap way = COMM_OVERLAP_COPY; way <= COMM_OVERLAP_SUMS; way++) {
+        comm_set_overlap(c, way);
+        CHECK(comm_overlaps(c));
+        for (int dt = 0; dt < N_TYPES; dt++) {
+            for (size_t i = 1; i < N_SIZES; i++)
+                CHECK(sums_once(c, dev, host, sizes[i], (enum dtype)dt, s) == 0);
+        }
+        CHECK(sums_in_a_row(c, (float *)(void *)dev, s) == 0);
+    }
+    comm_set_overlap(c, COMM_OVERLAP_NONE);
+    CHECK(!comm_overlaps(c));
+    return 0;
+}
+
+static void sums_run_beside_the_stream(void **state)
+{
+    (void)state;
+    run_all(beside_rank);
+}
+
 /* ---- graphs ---- */
 
 enum { GRAPH_SMALL = 8192, GRAPH_BIG = MAX_N };
@@ -390,6 +477,12 @@ static void graphs_replay(void **state)
 
 /* ---- failures ---- */
 
+static int sum_beside(struct comm *c, float *dev, size_t n, cudaStream_t s)
+{
+    TRY(comm_sum_begin(c, dev, n, DTYPE_F32, s));
+    return comm_sum_end(c, s);
+}
+
 static int reduce_until_failure(struct job *j, struct comm *c)
 {
     float *dev;
@@ -398,11 +491,14 @@ static int reduce_until_failure(struct job *j, struct comm *c)
     CUDA(cudaMalloc((void **)&dev, j->n * sizeof *dev));
     CUDA(cudaMemset(dev, 0, j->n * sizeof *dev));
     CUDA(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
+    if (j->beside)
+        CHECK(comm_reserve_sums(c, j->n * sizeof *dev, NULL) == 0);
     if (write(j->pipe[1], "x", 1) != 1)
         return 3;
     while (err == 0) {
         for (int k = 0; k < 8 && err == 0; k++)
-            err = comm_all_reduce_dev(c, dev, j->n, DTYPE_F32, s);
+            err = j->beside ? sum_beside(c, dev, j->n, s)
+                            : comm_all_reduce_dev(c, dev, j->n, DTYPE_F32, s);
         if (err == 0)
             err = comm_wait_stream(c, s, j->timeout_ms);
     }
@@ -415,10 +511,11 @@ static int reduce_until_failure(struct job *j, struct comm *c)
 }
 
 /* Signals the last rank in mid-collective; the seconds until all others have given up and ended. */
-static double lose(size_t n, int sig, int64_t timeout_ms)
+static double lose(size_t n, bool beside, int sig, int64_t timeout_ms)
 {
     struct job j = {.n_ranks = n_devices() < MAX_RANKS ? n_devices() : MAX_RANKS,
                     .n = n,
+                    .beside = beside,
                     .timeout_ms = timeout_ms,
                     .run = reduce_until_failure};
     const int victim = j.n_ranks - 1;
@@ -437,24 +534,30 @@ static double lose(size_t n, int sig, int64_t timeout_ms)
     (void)kill(j.pids[victim], SIGKILL);
     assert_int_equal(waitpid(j.pids[victim], &status, 0), j.pids[victim]);
     job_end(&j);
-    printf("# signal %d, %zu floats: the others ended after %.2f s\n", sig, n, seconds);
+    printf("# signal %d, %zu floats%s: the others ended after %.2f s\n", sig, n,
+           beside ? " beside the stream" : "", seconds);
     return seconds;
 }
 
-static const size_t lose_sizes[] = {4096, MAX_N};
+static const struct {
+    size_t n;
+    bool beside;
+} lose_cases[] = {{4096, false}, {MAX_N, false}, {MAX_N, true}};
+enum { N_LOSE = sizeof lose_cases / sizeof *lose_cases };
 
 static void a_killed_rank_fails_the_others(void **state)
 {
     (void)state;
-    for (int i = 0; i < 2; i++)
-        assert_true(lose(lose_sizes[i], SIGKILL, TIMEOUT_MS) < 5.0);
+    for (int i = 0; i < N_LOSE; i++)
+        assert_true(lose(lose_cases[i].n, lose_cases[i].beside, SIGKILL, TIMEOUT_MS) < 5.0);
 }
 
 static void a_stopped_rank_fails_the_others(void **state)
 {
     (void)state;
-    for (int i = 0; i < 2; i++)
-        assert_true(lose(lose_sizes[i], SIGSTOP, SHORT_MS) < SHORT_MS * 1e-3 + 5.0);
+    for (int i = 0; i < N_LOSE; i++)
+        assert_true(lose(lose_cases[i].n, lose_cases[i].beside, SIGSTOP, SHORT_MS) <
+                    SHORT_MS * 1e-3 + 5.0);
 }
 
 /* An abort from another place than the collectives, as the leader's loop thread does. */
@@ -495,6 +598,7 @@ int main(void)
         cmocka_unit_test(sums_match_the_host),
         cmocka_unit_test(gathers_keep_rank_order),
         cmocka_unit_test(small_sums_are_in_rank_order),
+        cmocka_unit_test(sums_run_beside_the_stream),
         cmocka_unit_test(graphs_replay),
         cmocka_unit_test(a_killed_rank_fails_the_others),
         cmocka_unit_test(a_stopped_rank_fails_the_others),

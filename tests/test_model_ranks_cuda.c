@@ -1,6 +1,7 @@
 /* A model over several GPUs beside the CPU's in f32: whole and captured steps, logits put together
- * from the ranks' slices of vocabularies that do not divide. One process a GPU: every rank is a
- * forked child whose exit status reports; only children touch CUDA. */
+ * from the ranks' slices of vocabularies that do not divide; and one GPU's greedy tokens beside
+ * several's, with prompts long enough that their steps are split. One process a GPU: every rank is
+ * a forked child whose exit status reports; only children touch CUDA. */
 #include "tests/test.h"
 
 #include "core/dev_cuda.h"
@@ -10,6 +11,7 @@
 #include "tests/tiny_model.h"
 
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -25,10 +27,15 @@ enum { MAX_RANKS = 4, MAX_POSITION = 512, TIMEOUT_MS = 30000, LIFE_S = 150, STAT
         }                                                                                          \
     } while (0)
 
+struct told;
+
 struct job {
     char shm[64];
-    const struct tiny_model *tiny;
+    const struct tiny_model *tiny; /* for run_steps; NULL: told */
+    const char *dir;
+    struct told *told; /* memory shared with the parent */
     int n_ranks;
+    int32_t max_tokens, max_position, n_pages;
 };
 
 static int n_devices(void)
@@ -49,7 +56,7 @@ static int open_comm(struct comm **out, const struct job *j, int rank, struct er
         .rank = rank,
         .n_ranks = j->n_ranks,
         .max_floats = 4096,
-        .max_msg = model_plan_bytes(CASE_MAX_SEQS, SCRIPT_MAX_TOKENS, MAX_POSITION),
+        .max_msg = model_plan_bytes(CASE_MAX_SEQS, j->max_tokens, j->max_position),
         .timeout_ms = TIMEOUT_MS};
     TRY(comm_shm_create(&host, &shm, why));
     const struct comm_nccl_config cfg = {
@@ -60,18 +67,19 @@ static int open_comm(struct comm **out, const struct job *j, int rank, struct er
     return err;
 }
 
-static int open_model(struct model_case *c, struct comm *comm, const char *dir, struct err_msg *why)
+static int open_model(struct model_case *c, struct comm *comm, const struct job *j,
+                      struct err_msg *why)
 {
-    const struct model_config cfg = {.dir = dir,
+    const struct model_config cfg = {.dir = j->dir,
                                      .dev = c->dev,
                                      .comm = comm,
                                      .dtype = MODEL_DTYPE_AUTO,
                                      .kv_dtype = MODEL_DTYPE_AUTO,
                                      .max_seqs = CASE_MAX_SEQS,
-                                     .max_tokens = SCRIPT_MAX_TOKENS,
-                                     .max_position = MAX_POSITION};
+                                     .max_tokens = j->max_tokens,
+                                     .max_position = j->max_position};
     TRY(model_open(&c->model, &cfg, why));
-    TRY(model_take_pages(c->model, SCRIPT_PAGES, why));
+    TRY(model_take_pages(c->model, j->n_pages, why));
     c->result = (struct batch_result){.tokens = c->tokens, .counts = c->counts};
     return 0;
 }
@@ -131,30 +139,129 @@ static int run_steps(struct model_case *gpu, struct model_case *cpu, const struc
     return 0;
 }
 
+/* ---- one GPU's greedy tokens beside several's ---- */
+
+enum { LONG_PROMPT = 3000, LONG_CHUNK = 1600, LONG_OUT = 24, MAX_VOCAB = 512, N_MODES = 2 };
+
+/* What one number of ranks made of a prompt: the logits that each token was chosen from. */
+struct told_mode {
+    int32_t tokens[LONG_OUT];
+    float logits[LONG_OUT][MAX_VOCAB];
+    struct batch_counts prompt; /* of its chunks */
+};
+
+struct told {
+    int32_t vocab;
+    bool split; /* the steps ran in halves */
+    struct told_mode modes[N_MODES];
+};
+
+static const struct batch_policy long_policies[N_MODES] = {
+    {.gate = BATCH_DENSE, .gate_rows = 128},
+    {.gate = BATCH_REL, .gate_rows = 128, .ln_lambda = -4.0f},
+};
+
+static int tell_mode(struct model_case *c, struct told_mode *out, const struct batch_policy *policy,
+                     int32_t vocab)
+{
+    static int32_t tokens[LONG_PROMPT + LONG_OUT], pages[LONG_PROMPT / 64 + 2];
+    const int32_t n_pages = (int32_t)(sizeof pages / sizeof *pages);
+    struct rng g = {11};
+
+    for (int32_t i = 0; i < LONG_PROMPT; i++)
+        tokens[i] = 3 + (int32_t)(rng_u64(&g) % (uint64_t)(vocab - 3));
+    for (int32_t i = 0; i < n_pages; i++)
+        pages[i] = i * 7 % n_pages;
+    for (int32_t at = 0, made = 0, n; made < LONG_OUT; at += n) {
+        const int32_t left = LONG_PROMPT - at;
+        n = left > LONG_CHUNK ? LONG_CHUNK : left > 0 ? left : 1;
+        struct batch_seq s = case_seq(tokens, at, n, LONG_PROMPT, pages, n_pages);
+        s.policy = *policy;
+        s.sample = at + n >= LONG_PROMPT;
+        CHECK(case_step(c, &s, 1) == 0);
+        if (at < LONG_PROMPT) {
+            out->prompt.reachable += c->counts[0].reachable;
+            out->prompt.kept += c->counts[0].kept;
+        }
+        if (!s.sample)
+            continue;
+        memcpy(out->logits[made], model_last_logits(c->model, 0), (size_t)vocab * sizeof(float));
+        tokens[at + n] = out->tokens[made] = c->tokens[0].token;
+        made++;
+    }
+    return 0;
+}
+
+static int tell(struct model_case *c, struct told *out, const struct comm *comm)
+{
+    out->vocab = model_info(c->model)->vocab_size;
+    out->split = comm && comm_overlaps(comm);
+    CHECK(out->vocab <= MAX_VOCAB);
+    for (int i = 0; i < N_MODES; i++)
+        CHECK(tell_mode(c, &out->modes[i], &long_policies[i], out->vocab) == 0);
+    return 0;
+}
+
+/* Tokens are the same; where the lead is within the error of 16-bit sums they may part, and what
+ * follows is another text. */
+static void compare_mode(const struct told *one, const struct told *many, int mode, const char *dir)
+{
+    const struct told_mode *a = &one->modes[mode], *b = &many->modes[mode];
+    int32_t i = 0;
+    double worst = 0.0, most = 0.0, lead = 0.0;
+
+    for (; i < LONG_OUT; i++) {
+        for (int32_t k = 0; k < one->vocab; k++) {
+            assert_true(isfinite(a->logits[i][k]) && isfinite(b->logits[i][k]));
+            most = fmax(most, fabs((double)a->logits[i][k]));
+            worst = fmax(worst, fabs((double)a->logits[i][k] - (double)b->logits[i][k]));
+        }
+        assert_true(worst <= 0.05 * most);
+        assert_int_equal(a->tokens[i], best_of(a->logits[i], one->vocab, &lead));
+        if (a->tokens[i] != b->tokens[i])
+            break;
+    }
+    printf("# %s, %s: %d of %d tokens the same, logits within %.2g of %.2g\n", dir,
+           mode == 0 ? "dense" : "REL", i, LONG_OUT, worst, most);
+    if (i < LONG_OUT && lead > 2.0 * worst)
+        fail_msg("token %d: %d, not %d, by %g", i, b->tokens[i], a->tokens[i], lead);
+    assert_true(a->prompt.reachable == b->prompt.reachable);
+    const double kept = fabs((double)a->prompt.kept - (double)b->prompt.kept);
+    assert_true(kept <= 0.02 * (double)a->prompt.reachable); /* a gate near its threshold */
+}
+
+/* ---- ranks ---- */
+
+static int open_all(const struct job *j, int rank, struct model_case *gpu, struct model_case *cpu,
+                    struct comm **comm)
+{
+    struct err_msg why = {""};
+    int err = dev_open(&gpu->dev, &dev_cuda, rank, 2, &why);
+    if (err == 0 && j->n_ranks > 1)
+        err = open_comm(comm, j, rank, &why);
+    if (err == 0)
+        err = open_model(gpu, *comm, j, &why);
+    if (err == 0 && rank == 0 && j->tiny)
+        err = dev_open(&cpu->dev, &dev_cpu, 0, 2, &why);
+    if (err == 0 && rank == 0 && j->tiny)
+        err = open_model(cpu, NULL, j, &why);
+    if (err < 0)
+        (void)fprintf(stderr, "rank %d: %s\n", rank, err_why(&why, err));
+    return err;
+}
+
 static int live(const struct job *j, int rank)
 {
     struct model_case gpu = {0}, cpu = {0};
-    struct err_msg why = {""};
     struct comm *comm = NULL;
     int status = 0;
 
-    int err = dev_open(&gpu.dev, &dev_cuda, rank, 2, &why);
-    if (err == 0)
-        err = open_comm(&comm, j, rank, &why);
-    if (err == 0)
-        err = open_model(&gpu, comm, j->tiny->dir, &why);
-    if (err == 0 && rank == 0)
-        err = dev_open(&cpu.dev, &dev_cpu, 0, 2, &why);
-    if (err == 0 && rank == 0)
-        err = open_model(&cpu, NULL, j->tiny->dir, &why);
-    if (err < 0) {
-        (void)fprintf(stderr, "rank %d: %s\n", rank, err_why(&why, err));
+    if (open_all(j, rank, &gpu, &cpu, &comm) < 0)
         return 2;
-    }
-    if (rank == 0)
-        status = run_steps(&gpu, &cpu, j->tiny);
-    else
+    if (rank > 0)
         CHECK(model_follow(gpu.model) == 0);
+    else
+        status = j->tiny ? run_steps(&gpu, &cpu, j->tiny) : tell(&gpu, j->told, comm);
     model_stop_followers(gpu.model);
     model_case_close(&cpu);
     model_close(gpu.model);
@@ -163,12 +270,11 @@ static int live(const struct job *j, int rank)
     return status;
 }
 
-static void live_together(const struct tiny_model *tiny, int n_ranks)
+static void live_together(struct job j)
 {
-    struct job j = {.tiny = tiny, .n_ranks = n_ranks};
     pid_t pids[MAX_RANKS];
     assert_ok(comm_shm_name(j.shm, sizeof j.shm));
-    for (int r = 0; r < n_ranks; r++) {
+    for (int r = 0; r < j.n_ranks; r++) {
         (void)fflush(NULL);
         pids[r] = fork();
         assert_true(pids[r] >= 0);
@@ -179,12 +285,54 @@ static void live_together(const struct tiny_model *tiny, int n_ranks)
             _exit(status ? status : STATUS_OK);
         }
     }
-    for (int r = 0; r < n_ranks; r++) {
+    for (int r = 0; r < j.n_ranks; r++) {
         int status;
         assert_int_equal(waitpid(pids[r], &status, 0), pids[r]);
         if (!WIFEXITED(status) || WEXITSTATUS(status) != STATUS_OK)
-            fail_msg("rank %d of %d: wait status %#x", r, n_ranks, status);
+            fail_msg("rank %d of %d: wait status %#x", r, j.n_ranks, status);
     }
+}
+
+static void compare_ranks(const char *dir)
+{
+    const size_t bytes = sizeof(struct told);
+    struct told *told[2];
+    for (int i = 0; i < 2; i++) {
+        told[i] = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        assert_true(told[i] != MAP_FAILED);
+    }
+    struct job j = {.dir = dir,
+                    .told = told[0],
+                    .n_ranks = 1,
+                    .max_tokens = LONG_CHUNK,
+                    .max_position = LONG_PROMPT + LONG_OUT,
+                    .n_pages = LONG_PROMPT / 64 + 2};
+    live_together(j);
+    j.told = told[1];
+    for (j.n_ranks = 2; j.n_ranks <= n_devices() && j.n_ranks <= MAX_RANKS; j.n_ranks *= 2) {
+        memset(told[1], 0, bytes);
+        live_together(j);
+        assert_true(told[1]->split && !told[0]->split);
+        for (int mode = 0; mode < N_MODES; mode++)
+            compare_mode(told[0], told[1], mode, dir);
+    }
+    for (int i = 0; i < 2; i++)
+        (void)munmap(told[i], bytes);
+}
+
+static void test_same_tokens(void **state)
+{
+    const char *root = getenv("SLUICE_ROOT"); // NOLINT(concurrency-mt-unsafe): one thread
+    char needle[4096];
+    static struct tiny_model tiny = {
+        512, 512, 1024, 4, 8, 4, 64, .llama3 = true, .dtype = DTYPE_BF16, .seed = 9};
+    (void)state;
+    tiny_model_write(&tiny);
+    compare_ranks(tiny.dir);
+    tiny_model_remove(&tiny);
+    (void)snprintf(needle, sizeof needle, "%s/models/needle", root ? root : TEST_ROOT);
+    if (n_devices() < 4) /* it has two KV heads and six of queries */
+        compare_ranks(needle);
 }
 
 /* Slices that are full and ragged, of an output projection of its own and of the embedding; with
@@ -203,14 +351,20 @@ static void test_ranks(void **state)
     for (size_t i = 0; i < sizeof tiny / sizeof *tiny; i++) {
         tiny_model_write(&tiny[i]);
         for (int n_ranks = 2; n_ranks <= n && n_ranks <= MAX_RANKS; n_ranks *= 2)
-            live_together(&tiny[i], n_ranks);
+            live_together((struct job){.tiny = &tiny[i],
+                                       .dir = tiny[i].dir,
+                                       .n_ranks = n_ranks,
+                                       .max_tokens = SCRIPT_MAX_TOKENS,
+                                       .max_position = MAX_POSITION,
+                                       .n_pages = SCRIPT_PAGES});
         tiny_model_remove(&tiny[i]);
     }
 }
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_ranks)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_ranks),
+                                       cmocka_unit_test(test_same_tokens)};
     if (n_devices() < 2) {
         (void)printf("fewer than two GPUs\n");
         return 77;
