@@ -11,7 +11,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 patterns=(test_*_cuda test_*_sm90 test_comm_nccl)
 benches=(bench_attn_sm90 bench_attn_decode bench_prefill)
 passed=0 failed=0 skipped=0
-LOAD_SECONDS=${LOAD_SECONDS:-80} # for 5000 steps of the mixed load
+LOAD_SECONDS=${LOAD_SECONDS:-60} # for 5000 steps of the mixed load
 
 pack() { # pack BIN FILE
     local stage lib
@@ -111,20 +111,21 @@ ranks() {
     out=${OUT:-$here/build} NOTES=1
     find_libraries
     nvidia-smi --query-gpu=name,memory.used --format=csv,noheader
-    LIMIT=60 check comm_nccl "$bin/test_comm_nccl"
-    LIMIT=20 check attn_ranks_cuda "$bin/test_attn_ranks_cuda"
-    LIMIT=45 check model_ranks_cuda "$bin/test_model_ranks_cuda"
-    LIMIT=75 check daemon_over_ranks env SLUICE_TEST_PATIENCE=30 python3 "$here/tests/e2e/test_ranks.py"
+    LIMIT=45 check comm_nccl "$bin/test_comm_nccl"
+    LIMIT=15 check attn_ranks_cuda "$bin/test_attn_ranks_cuda"
+    LIMIT=35 check model_ranks_cuda "$bin/test_model_ranks_cuda"
     model=$(mktemp -d)
     make_8b "$model"
-    LIMIT=100 prefill scaling --tp 1,2 --prompt 8192,32768,131072 --quick --thresholds "$model/t.safetensors" \
+    LIMIT=80 prefill scaling --tp 1,2 --prompt 8192,32768,131072 --quick --thresholds "$model/t.safetensors" \
         --force-thresholds --density 0.25
+    LIMIT=60 check daemon_over_ranks env SLUICE_TEST_PATIENCE=25 python3 "$here/tests/e2e/test_ranks.py"
+    LIMIT=$((LOAD_SECONDS + 30)) check load_sanitized env SLUICE_LOAD_STEPS=5000 SLUICE_LOAD_SECONDS="$LOAD_SECONDS" \
+        SLUICE_TEST_PATIENCE=$((LOAD_SECONDS + 20)) SLUICE_TEST_WRAP="compute-sanitizer --target-processes all --report-api-errors no \
+        --error-exitcode 9" python3 "$here/tests/e2e/test_load.py"
     for way in nccl serial; do
-        LIMIT=25 prefill $way --tp 2 --prompt 8192,32768 --quick --sums $way
+        LIMIT=18 prefill $way --tp 2 --prompt 8192,32768 --quick --sums $way
     done
     rm -r "$model"
-    LIMIT=$((LOAD_SECONDS + 40)) check load_sanitized env SLUICE_LOAD_STEPS=5000 SLUICE_LOAD_SECONDS="$LOAD_SECONDS" \
-        SLUICE_TEST_PATIENCE=$((LOAD_SECONDS + 30)) SLUICE_TEST_WRAP="compute-sanitizer --target-processes all --report-api-errors no --error-exitcode 9" python3 "$here/tests/e2e/test_load.py"
     grep -h '^[0-9t]' "$out"/prefill_*.csv
 }
 
