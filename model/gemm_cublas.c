@@ -14,10 +14,16 @@
 enum {
     WORKSPACE_BYTES = 32 << 20, /* what cuBLAS itself takes on Hopper */
     N_CANDIDATES = 6,           /* algorithms looked at when tuning */
-    TUNE_RUNS = 12
+    TUNE_RUNS = 6,
+    TUNE_CHAIN = 8,      /* products that follow each other in a run: of few rows, they overlap */
+    TUNE_CHAIN_ROWS = 64 /* at most, for that */
 };
 
-#define TUNE_GAIN 0.97f /* of a time, at most, for a choice to replace an earlier one */
+/* Share of a time, at most, for a choice to replace an earlier one. Below 1, the library's own
+ * order stands where times differ by chance, so that another start chooses alike. Our kernel may be
+ * a little slower: in a step it overlaps with others than itself, and does their work besides. */
+#define TUNE_GAIN 0.98f
+#define TUNE_OURS 1.04f
 
 /* What we call of the library, by name. */
 #define CUBLAS_FUNCTIONS(XX)                                                                       \
@@ -244,40 +250,71 @@ void gemm_cublas_plan_free(struct gemm_cublas_plan *p)
     mem_free(p);
 }
 
-static int skinny(const struct gemm_cublas *g, const struct gemm_cublas_plan *p, int variant,
-                  void *y, const void *x, const void *w, int32_t rows)
+static int launched(int cuda_error)
 {
-    const struct gemm_skinny product = {y, x, w, rows, p->n, p->k};
-    int err = gemm_skinny_launch(&product, variant, g->type == CUDA_R_16F, p->y_type == CUDA_R_32F,
-                                 g->stream);
-    return err == (int)cudaSuccess ? 0 : ERR_CUDA;
+    return cuda_error == (int)cudaSuccess ? 0 : ERR_CUDA;
 }
 
 static int multiply(const struct gemm_cublas *g, const struct gemm_cublas_plan *p,
-                    const struct gemm_choice *c, void *y, const void *x, const void *w,
-                    int32_t rows)
+                    const struct gemm_choice *c, const struct gemm_skinny *product)
 {
     const float one = 1.0f, zero = 0.0f;
     struct layouts l;
     if (c->skinny)
-        return skinny(g, p, c->skinny, y, x, w, rows);
-    cublasStatus_t s = make_layouts(g, p, rows, &l);
+        return launched(gemm_skinny_launch(product, c->skinny, g->type == CUDA_R_16F,
+                                           p->y_type == CUDA_R_32F, g->stream));
+    cublasStatus_t s = make_layouts(g, p, product->rows, &l);
     cublasLtMatmulDescOpaque_t op = p->op;
     if (s == CUBLAS_STATUS_SUCCESS)
-        s = g->lib.cublasLtMatmul(g->lt, &op, &one, w, &l.w, x, &l.x, &zero, y, &l.y, y, &l.y,
-                                  &c->algo, g->workspace, WORKSPACE_BYTES, g->stream);
+        s = g->lib.cublasLtMatmul(g->lt, &op, &one, product->w, &l.w, product->x, &l.x, &zero,
+                                  product->y, &l.y, product->y, &l.y, &c->algo, g->workspace,
+                                  WORKSPACE_BYTES, g->stream);
     return s == CUBLAS_STATUS_SUCCESS ? 0 : ERR_CUBLAS;
+}
+
+static const struct gemm_choice *choice_of(const struct gemm_cublas_plan *p, int32_t rows)
+{
+    const int32_t bucket = bucket_index(rows);
+    ASSERT(rows > 0 && bucket < p->n_buckets);
+    return &p->choices[bucket];
+}
+
+static int report(int err, const struct gemm_cublas_plan *p, int32_t rows)
+{
+    if (err < 0)
+        log_error("matrix product failed rows=%d n=%d k=%d: %s", rows, p->n, p->k, err_str(err));
+    return err;
 }
 
 int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y, const void *x,
                     const void *w, int32_t rows)
 {
-    const int32_t bucket = bucket_index(rows);
-    ASSERT(rows > 0 && bucket < p->n_buckets);
-    int err = multiply(g, p, &p->choices[bucket], y, x, w, rows);
-    if (err < 0)
-        log_error("matrix product failed rows=%d n=%d k=%d: %s", rows, p->n, p->k, err_str(err));
-    return err;
+    const struct gemm_skinny product = {.y = y, .x = x, .w = w, .rows = rows, .n = p->n, .k = p->k};
+    return report(multiply(g, p, choice_of(p, rows), &product), p, rows);
+}
+
+bool gemm_cublas_is_skinny(const struct gemm_cublas_plan *p, int32_t rows)
+{
+    return choice_of(p, rows)->skinny != 0;
+}
+
+int gemm_cublas_swiglu(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
+                       const void *x, const void *w, const void *bias, int32_t rows)
+{
+    const struct gemm_skinny product = {
+        .y = y, .x = x, .w = w, .rows = rows, .n = p->n, .k = p->k, .bias = bias};
+    return report(launched(gemm_skinny_swiglu(&product, choice_of(p, rows)->skinny,
+                                              g->type == CUDA_R_16F, g->stream)),
+                  p, rows);
+}
+
+int gemm_cublas_append(struct gemm_cublas *g, const struct gemm_cublas_plan *p, const void *x,
+                       const void *w, const struct kv_append *a)
+{
+    const struct gemm_skinny product = {.x = x, .w = w, .rows = a->n_rows, .n = p->n, .k = p->k};
+    return report(launched(gemm_skinny_append(&product, a, choice_of(p, a->n_rows)->skinny,
+                                              g->type == CUDA_R_16F, g->stream)),
+                  p, a->n_rows);
 }
 
 struct tuner {
@@ -291,33 +328,48 @@ struct tuner {
     cudaEvent_t events[2];
 };
 
+/* Enqueues n products, each over other weights. */
+static int enqueue(struct tuner *t, const struct gemm_choice *c, int n)
+{
+    for (int i = 0; i < n; i++) {
+        const struct gemm_skinny product = {.y = t->y,
+                                            .x = t->x,
+                                            .w = t->w[t->next++ % t->n_w],
+                                            .rows = t->rows,
+                                            .n = t->p->n,
+                                            .k = t->p->k};
+        TRY(multiply(t->g, t->p, c, &product));
+    }
+    return 0;
+}
+
 /* Milliseconds of one product, the least of a few; negative: the algorithm does not run. */
 static float time_choice(struct tuner *t, const struct gemm_choice *c)
 {
+    const int chain = t->rows <= TUNE_CHAIN_ROWS ? TUNE_CHAIN : 1;
     float best = -1.0f;
     for (int i = 0; i < TUNE_RUNS; i++) {
-        const void *w = t->w[t->next++ % t->n_w];
         float ms = 0.0f;
         (void)cudaEventRecord(t->events[0], t->g->stream);
-        if (multiply(t->g, t->p, c, t->y, t->x, w, t->rows) < 0)
+        if (enqueue(t, c, chain) < 0)
             return -1.0f;
         (void)cudaEventRecord(t->events[1], t->g->stream);
         if (cudaEventSynchronize(t->events[1]) != cudaSuccess ||
             cudaEventElapsedTime(&ms, t->events[0], t->events[1]) != cudaSuccess)
             return -1.0f;
+        ms /= (float)chain;
         if (i > 0 && (best < 0.0f || ms < best)) /* the first loads the kernel */
             best = ms;
     }
     return best;
 }
 
-/* Keeps a choice that is clearly faster than the best so far, which it returns: the library's own
- * order stands where times differ by chance, so that another start chooses alike. */
+/* Keeps a choice that takes less than `share` of the time of the best so far, which it returns. */
 static float try_choice(struct tuner *t, struct gemm_cublas_plan *p, const struct gemm_choice *c,
-                        float best)
+                        float best, float share)
 {
     float ms = time_choice(t, c);
-    if (ms < 0.0f || (best >= 0.0f && ms >= best * TUNE_GAIN))
+    if (ms < 0.0f || (best >= 0.0f && ms >= best * share))
         return best;
     p->choices[bucket_index(t->rows)] = *c;
     return ms;
@@ -331,12 +383,12 @@ static int tune(struct tuner *t, struct gemm_cublas_plan *p)
     TRY(find_algos(t->g, p, t->rows, found, N_CANDIDATES, &n));
     for (int i = 0; i < n; i++) {
         const struct gemm_choice c = {.algo = found[i].algo};
-        best = try_choice(t, p, &c, best);
+        best = try_choice(t, p, &c, best, TUNE_GAIN);
     }
     library = best;
     for (int v = 1; t->rows <= GEMM_SKINNY_ROWS && v <= GEMM_SKINNY_VARIANTS; v++) {
         const struct gemm_choice c = {.skinny = v};
-        best = try_choice(t, p, &c, best);
+        best = try_choice(t, p, &c, best, v == 1 ? TUNE_OURS : TUNE_GAIN);
     }
     if (best < 0.0f)
         return ERR_CUBLAS;

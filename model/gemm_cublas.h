@@ -13,10 +13,12 @@
 #include "core/dtype.h"
 #include "core/err.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 struct gemm_cublas;
 struct gemm_cublas_plan;
+struct kv_append;
 
 /* dtype of x and w: DTYPE_BF16 or DTYPE_F16. stream is a cudaStream_t. */
 MUST_CHECK int gemm_cublas_open(struct gemm_cublas **out, struct dev *d, enum dtype dtype,
@@ -37,6 +39,14 @@ MUST_CHECK int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *
 /* y [rows, n] = x [rows, k] w [n, k]^T, dense row-major. Enqueued on the stream. */
 MUST_CHECK int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
                                const void *x, const void *w, int32_t rows);
+/* Whether so many rows are made by our own kernel, which alone has the two functions below. */
+bool gemm_cublas_is_skinny(const struct gemm_cublas_plan *p, int32_t rows);
+/* gemm_skinny_swiglu: y [rows, n / 2]; bias [n] or NULL. */
+MUST_CHECK int gemm_cublas_swiglu(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
+                                  const void *x, const void *w, const void *bias, int32_t rows);
+/* gemm_skinny_append: a->n_rows rows. */
+MUST_CHECK int gemm_cublas_append(struct gemm_cublas *g, const struct gemm_cublas_plan *p,
+                                  const void *x, const void *w, const struct kv_append *a);
 /* The row count that stands for `rows`: the smallest bucket that holds it. */
 int32_t gemm_cublas_bucket(int32_t rows);
 

@@ -120,37 +120,80 @@ static int add_norm(struct llama_cuda_state *m, const void *delta, const void *b
                                       .weight = weight,
                                       .n = m->step.n,
                                       .width = m->c->hidden_size,
-                                      .eps = (float)m->c->rms_eps};
+                                      .eps = (float)m->c->rms_eps,
+                                      .early = m->shard->n_ranks == 1};
     CUDA_TRY(nn_cuda_residual_norm(&norm, dev_cuda_dtype(m->dtype), m->stream));
     return 0;
 }
 
-static int append(struct llama_cuda_state *m, int layer, const void *bias)
+/* Where a layer's q, k and v go. */
+static struct kv_append append_of(const struct llama_cuda_state *m, int layer)
 {
-    const struct kv_append p = {.qkv = m->a.qkv,
-                                .bias = bias,
-                                .cos_sin = m->cos_sin,
-                                .positions = m->step.positions,
-                                .slots = m->step.slots,
-                                .tails = m->step.tails,
-                                .k = m->kv->k[layer],
-                                .v = m->kv->v[layer],
-                                .stride = m->qkv_width,
-                                .n_rows = m->step.n,
-                                .n_heads = m->shard->n_heads,
-                                .n_kv_heads = m->shard->n_kv_heads,
-                                .head_dim = m->c->head_dim};
+    return (struct kv_append){.qkv = m->a.qkv,
+                              .bias = m->w->layers[layer].qkv_bias,
+                              .cos_sin = m->cos_sin,
+                              .positions = m->step.positions,
+                              .slots = m->step.slots,
+                              .tails = m->step.tails,
+                              .k = m->kv->k[layer],
+                              .v = m->kv->v[layer],
+                              .stride = m->qkv_width,
+                              .n_rows = m->step.n,
+                              .n_heads = m->shard->n_heads,
+                              .n_kv_heads = m->shard->n_kv_heads,
+                              .head_dim = m->c->head_dim};
+}
+
+static int append(struct llama_cuda_state *m, int layer)
+{
+    const struct kv_append p = append_of(m, layer);
     CUDA_TRY(kv_append_cuda(&p, dev_cuda_dtype(m->dtype), m->stream));
     return 0;
+}
+
+/* q of all rows into qkv, k and v into their pages. */
+static int project(struct llama_cuda_state *m, int layer)
+{
+    const struct llama_layer *w = &m->w->layers[layer];
+    if (gemm_cublas_is_skinny(m->qkv_plan, m->step.n)) {
+        const struct kv_append p = append_of(m, layer);
+        TRY(llama_cuda_mark(m, PART_GEMM));
+        TRY(gemm_cublas_append(m->gemm, m->qkv_plan, m->a.hidden, w->qkv, &p));
+        return llama_cuda_mark(m, PART_OTHER);
+    }
+    TRY(product(m, m->qkv_plan, m->a.qkv, m->a.hidden, w->qkv, m->step.n));
+    return append(m, layer);
+}
+
+/* act = silu(gate(hidden)) * up(hidden) */
+static int activate(struct llama_cuda_state *m, const struct llama_layer *w)
+{
+    const struct cuda_activations *a = &m->a;
+    const int32_t n = m->step.n;
+    if (gemm_cublas_is_skinny(m->gate_up_plan, n)) {
+        TRY(llama_cuda_mark(m, PART_GEMM));
+        TRY(gemm_cublas_swiglu(m->gemm, m->gate_up_plan, a->act, a->hidden, w->gate_up,
+                               w->gate_up_bias, n));
+        return llama_cuda_mark(m, PART_OTHER);
+    }
+    TRY(product(m, m->gate_up_plan, a->gate_up, a->hidden, w->gate_up, n));
+    CUDA_TRY(nn_cuda_swiglu(a->act, a->gate_up, w->gate_up_bias, n, m->shard->n_inter,
+                            dev_cuda_dtype(m->dtype), m->stream));
+    return 0;
+}
+
+static int attention(struct llama_cuda_state *m, int layer)
+{
+    TRY(llama_cuda_mark(m, PART_ATTENTION));
+    TRY(attn_cuda_run(m->attn, layer));
+    return llama_cuda_mark(m, PART_OTHER);
 }
 
 /* K and V into the cache, then attention, of all rows. */
 static int attend(struct llama_cuda_state *m, int layer)
 {
-    TRY(append(m, layer, m->w->layers[layer].qkv_bias));
-    TRY(llama_cuda_mark(m, PART_ATTENTION));
-    TRY(attn_cuda_run(m->attn, layer));
-    return llama_cuda_mark(m, PART_OTHER);
+    TRY(append(m, layer));
+    return attention(m, layer);
 }
 
 /* delta = o(attention(norm(residual + delta))) */
@@ -158,12 +201,11 @@ static int attention_block(struct llama_cuda_state *m, int layer)
 {
     const struct llama_layer *w = &m->w->layers[layer];
     const struct cuda_activations *a = &m->a;
-    const int32_t n = m->step.n;
 
     TRY(add_norm(m, layer > 0 ? a->delta : NULL, layer > 0 ? w[-1].down_bias : NULL, w->attn_norm));
-    TRY(product(m, m->qkv_plan, a->qkv, a->hidden, w->qkv, n));
-    TRY(attend(m, layer));
-    TRY(product(m, m->o_plan, a->delta, a->attn, w->o, n));
+    TRY(project(m, layer));
+    TRY(attention(m, layer));
+    TRY(product(m, m->o_plan, a->delta, a->attn, w->o, m->step.n));
     return reduce(m);
 }
 
@@ -172,13 +214,10 @@ static int mlp_block(struct llama_cuda_state *m, int layer)
 {
     const struct llama_layer *w = &m->w->layers[layer];
     const struct cuda_activations *a = &m->a;
-    const int32_t n = m->step.n;
 
     TRY(add_norm(m, a->delta, w->o_bias, w->mlp_norm));
-    TRY(product(m, m->gate_up_plan, a->gate_up, a->hidden, w->gate_up, n));
-    CUDA_TRY(nn_cuda_swiglu(a->act, a->gate_up, w->gate_up_bias, n, m->shard->n_inter,
-                            dev_cuda_dtype(m->dtype), m->stream));
-    TRY(product(m, m->down_plan, a->delta, a->act, w->down, n));
+    TRY(activate(m, w));
+    TRY(product(m, m->down_plan, a->delta, a->act, w->down, m->step.n));
     return reduce(m);
 }
 
@@ -215,7 +254,8 @@ static int output_block(struct llama_cuda_state *m)
                                       .rows = m->step.outputs,
                                       .n = m->step.n_outputs,
                                       .width = m->c->hidden_size,
-                                      .eps = (float)m->c->rms_eps};
+                                      .eps = (float)m->c->rms_eps,
+                                      .early = m->shard->n_ranks == 1};
     if (norm.n == 0)
         return 0;
     CUDA_TRY(nn_cuda_residual_norm(&norm, dev_cuda_dtype(m->dtype), m->stream));

@@ -2,7 +2,9 @@
  * 16-byte accesses, and what a kernel needs twice stays in registers. Shapes of the grid depend on
  * the width alone, so that a row's sums are added in the same order whatever the batch. */
 #include "core/pack.cuh"
+#include "model/early.cuh"
 #include "model/nn_cuda.h"
+#include "model/swiglu.cuh"
 
 #include <cuda_runtime.h>
 
@@ -140,25 +142,32 @@ __device__ __forceinline__ float squares(const float (&x)[W])
 
 template <typename T, int W>
 __device__ __forceinline__ void norm_pack(const struct nn_cuda_norm &p, const float (&x)[W],
-                                          float scale, int col)
+                                          const pack<T, W> &w, float scale, int col)
 {
-    float w[W], y[W];
-    load_pack<W>(w, (const T *)p.weight + col);
+    float y[W];
 #pragma unroll
     for (int i = 0; i < W; i++)
-        y[i] = w[i] * (x[i] * scale);
+        y[i] = to_f32(w.v[i]) * (x[i] * scale);
     store_pack<W>((T *)p.out + (int64_t)blockIdx.x * p.width + col, y);
 }
 
-/* One thread block a row. KEEP packs of a thread stay in registers between the two passes; KEEP 0:
- * rows of any width, whose second pass reads the rounded sum again (mostly from L1). */
+/* One thread block a row; it reads its weights before it waits for the row. KEEP packs of a thread
+ * stay in registers between the two passes; KEEP 0: rows of any width, whose second pass reads the
+ * rounded sum again (mostly from L1). */
 template <typename T, int W, int KEEP>
 __global__ void residual_norm(const __grid_constant__ struct nn_cuda_norm p)
 {
-    const int64_t row = p.rows ? p.rows[blockIdx.x] : (int64_t)blockIdx.x, start = row * p.width;
     const int step = blockDim.x * W, first = threadIdx.x * W;
     struct operands<T, W> o[KEEP ? KEEP : 1];
+    pack<T, W> w[KEEP ? KEEP : 1];
     float x[KEEP ? KEEP : 1][W], sum = 0.0f;
+    begin_next();
+#pragma unroll
+    for (int k = 0; k < KEEP; k++)
+        if (p.out && first + k * step < p.width)
+            w[k] = *(const pack<T, W> *)((const T *)p.weight + first + k * step);
+    wait_for_inputs();
+    const int64_t row = p.rows ? p.rows[blockIdx.x] : (int64_t)blockIdx.x, start = row * p.width;
     if (KEEP) {
 #pragma unroll
         for (int k = 0; k < KEEP; k++)
@@ -185,28 +194,31 @@ __global__ void residual_norm(const __grid_constant__ struct nn_cuda_norm p)
 #pragma unroll
         for (int k = 0; k < KEEP; k++)
             if (first + k * step < p.width)
-                norm_pack<T, W>(p, x[k], scale, first + k * step);
+                norm_pack<T, W>(p, x[k], w[k], scale, first + k * step);
     } else {
         for (int col = first; col < p.width; col += step) {
             load_pack<W>(x[0], (const T *)p.residual + start + col);
-            norm_pack<T, W>(p, x[0], scale, col);
+            w[0] = *(const pack<T, W> *)((const T *)p.weight + col);
+            norm_pack<T, W>(p, x[0], w[0], scale, col);
         }
     }
 }
 
 template <typename T, int W>
-static void launch_norm(const struct nn_cuda_norm *p, cudaStream_t stream)
+static cudaError_t launch_norm(const struct nn_cuda_norm *p, cudaStream_t stream)
 {
+    constexpr bool keep = W == PACK;
     const int chunks = (p->width + W - 1) / W;
     const int threads = chunks < THREADS ? (chunks + 31) / 32 * 32 : THREADS;
-    if (W == PACK && chunks <= threads)
-        residual_norm<T, W, W == PACK ? 1 : 0><<<p->n, threads, 0, stream>>>(*p);
-    else if (W == PACK && chunks <= 2 * threads)
-        residual_norm<T, W, W == PACK ? 2 : 0><<<p->n, threads, 0, stream>>>(*p);
-    else if (W == PACK && chunks <= 4 * threads)
-        residual_norm<T, W, W == PACK ? 4 : 0><<<p->n, threads, 0, stream>>>(*p);
-    else
-        residual_norm<T, W, 0><<<p->n, threads, 0, stream>>>(*p);
+    void (*kernel)(struct nn_cuda_norm) = residual_norm<T, W, 0>;
+    if (keep && chunks <= threads)
+        kernel = residual_norm < T, W, keep ? 1 : 0 > ;
+    else if (keep && chunks <= 2 * threads)
+        kernel = residual_norm < T, W, keep ? 2 : 0 > ;
+    else if (keep && chunks <= 4 * threads)
+        kernel = residual_norm < T, W, keep ? 4 : 0 > ;
+    const struct launch l = {dim3((unsigned)p->n), (unsigned)threads, 0, p->early, stream};
+    return launch_early(kernel, l, *p);
 }
 
 int nn_cuda_residual_norm(const struct nn_cuda_norm *p, int dtype, void *stream)
@@ -217,10 +229,11 @@ int nn_cuda_residual_norm(const struct nn_cuda_norm *p, int dtype, void *stream)
         return 0;
     if (p->width < 1)
         return (int)cudaErrorInvalidValue;
-#define CALL(T, W) launch_norm<T, W>(p, (cudaStream_t)stream)
+    cudaError_t e;
+#define CALL(T, W) e = launch_norm<T, W>(p, (cudaStream_t)stream)
     DISPATCH(dtype, wide, CALL);
 #undef CALL
-    return (int)cudaGetLastError();
+    return (int)e;
 }
 
 /* ---- pointwise ---- */
@@ -230,6 +243,8 @@ __global__ void __launch_bounds__(THREADS)
     swiglu(T *out, const T *gate_up, const T *bias, int chunks)
 {
     const int c = blockIdx.y * blockDim.x + threadIdx.x, col = c * W, width = chunks * W;
+    begin_next();
+    wait_for_inputs();
     if (c >= chunks)
         return;
     const T *in = gate_up + (int64_t)blockIdx.x * 2 * width + col;
@@ -246,7 +261,7 @@ __global__ void __launch_bounds__(THREADS)
     }
 #pragma unroll
     for (int k = 0; k < W; k++)
-        y[k] = __fdividef(g[k], 1.0f + __expf(-g[k])) * u[k];
+        y[k] = swiglu_of(g[k], u[k]);
     store_pack<W>(out + (int64_t)blockIdx.x * width + col, y);
 }
 
@@ -257,12 +272,13 @@ int nn_cuda_swiglu(void *out, const void *gate_up, const void *bias, int32_t n, 
     if (n == 0)
         return 0;
     const struct row_shape s = shape_rows(n, width, wide);
+    const struct launch l = {s.grid, s.threads, 0, true, stream};
+    cudaError_t e;
 #define CALL(T, W)                                                                                 \
-    swiglu<T, W><<<s.grid, s.threads, 0, (cudaStream_t)stream>>>((T *)out, (const T *)gate_up,     \
-                                                                 (const T *)bias, s.chunks)
+    e = launch_early(swiglu<T, W>, l, (T *)out, (const T *)gate_up, (const T *)bias, s.chunks)
     DISPATCH(dtype, wide, CALL);
 #undef CALL
-    return (int)cudaGetLastError();
+    return (int)e;
 }
 
 template <typename T, int W>

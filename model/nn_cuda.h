@@ -7,6 +7,7 @@
 #ifndef MODEL_NN_CUDA_H
 #define MODEL_NN_CUDA_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -29,11 +30,12 @@ struct nn_cuda_norm {
                             and only those rows of residual change (the last norm of a step) */
     int32_t n, width;
     float eps;
+    bool early; /* what precedes on the stream is a kernel: begin while it ends (early.cuh) */
 };
 int nn_cuda_residual_norm(const struct nn_cuda_norm *p, int dtype, void *stream);
 
 /* out [n, width] = silu(g) * u, rows of gate_up are g [width], u [width]; bias [2 width] or NULL is
- * added to gate_up first. */
+ * added to gate_up first. Begins while a kernel before it ends. */
 int nn_cuda_swiglu(void *out, const void *gate_up, const void *bias, int32_t n, int32_t width,
                    int dtype, void *stream);
 /* x [n, width] += bias [width] */

@@ -1,8 +1,11 @@
 /* Products on a GPU, the library's and our own for few rows, beside double precision: both dtypes,
- * 16-bit and f32 results, shapes that no tile divides. */
+ * 16-bit and f32 results, shapes that no tile divides. Products with what follows on them
+ * beside the kernels that they stand for; a chain of kernels that begin early beside the same ones
+ * one by one. */
 #include "core/dev_cuda.h"
 #include "model/gemm_cublas.h"
 #include "model/gemm_skinny.h"
+#include "model/nn_cuda.h"
 #include "tests/cuda_case.h"
 
 #include <float.h>
@@ -81,6 +84,7 @@ static void test_skinny(void **state)
 {
     static const int32_t shapes[][2] = {{8, 8},     {40, 136},  {64, 1024}, {256, 264},
                                         {520, 512}, {24, 3000}, {1000, 128}};
+    static const char *const names[GEMM_SKINNY_VARIANTS] = {"variant 1", "variant 2"};
     struct rng rng = test_rng("gemm_skinny", 21);
     (void)state;
     for (size_t i = 0; i < 2 * sizeof shapes / sizeof *shapes; i++) {
@@ -90,14 +94,294 @@ static void test_skinny(void **state)
             make(&p, &rng);
             for (int v = 1; v <= GEMM_SKINNY_VARIANTS; v++) {
                 void *y = poisoned(&p);
-                const struct gemm_skinny s = {y, p.d_x, p.d_w, rows, p.n, p.k};
+                const struct gemm_skinny s = {
+                    .y = y, .x = p.d_x, .w = p.d_w, .rows = rows, .n = p.n, .k = p.k};
                 assert_int_equal(gemm_skinny_launch(&s, v, p.dtype, p.f32, dev_cuda_stream(dev)),
                                  0);
-                check(&p, y, v == 1 ? "variant 1" : "variant 2");
+                check(&p, y, names[v - 1]);
             }
             drop(&p);
         }
     }
+}
+
+static void check_swiglu(int variant, int32_t rows, int32_t n, int32_t k, bool with_bias,
+                         struct rng *rng)
+{
+    const int dtype = rng_range(rng, 0, 1);
+    const size_t bytes = ((size_t)rows + 1) * (size_t)n / 2 * 2;
+    void *stream = dev_cuda_stream(dev);
+    struct product p = {rows, n, k, dtype, .f32 = false};
+    make(&p, rng);
+    uint16_t *bias = random16((size_t)n, dtype, 1.0, rng);
+    unsigned char *got = host_alloc(bytes), *want = host_alloc(bytes);
+    void *d_bias = device_copy(bias, (size_t)n * 2), *both = poisoned(&p);
+    void *d_got = device_copy(NULL, bytes), *d_want = device_copy(NULL, bytes);
+    struct gemm_skinny s = {.y = both, .x = p.d_x, .w = p.d_w, .rows = rows, .n = n, .k = k};
+    assert_int_equal(gemm_skinny_launch(&s, variant, dtype, 0, stream), 0);
+    assert_int_equal(
+        nn_cuda_swiglu(d_want, both, with_bias ? d_bias : NULL, rows, n / 2, dtype, stream), 0);
+    s.y = d_got;
+    s.bias = with_bias ? d_bias : NULL;
+    assert_int_equal(gemm_skinny_swiglu(&s, variant, dtype, stream), 0);
+    device_take(got, d_got, bytes);
+    device_take(want, d_want, bytes);
+    assert_memory_equal(got, want, bytes); /* what is behind the last row, too */
+    dev_release(dev, d_bias, 0);
+    dev_release(dev, both, 0);
+    free(bias);
+    free(got);
+    free(want);
+    drop(&p);
+}
+
+static void test_swiglu(void **state)
+{
+    static const int32_t shapes[][2] = {{16, 8}, {40, 136}, {96, 1024}, {248, 520}, {1040, 3000}};
+    struct rng rng = test_rng("gemm_skinny_swiglu", 23);
+    const struct gemm_skinny odd = {.rows = 1, .n = 9, .k = 8};
+    (void)state;
+    for (size_t i = 0; i < 4 * sizeof shapes / sizeof *shapes; i++) /* some of each */
+        check_swiglu(1 + (int)(i % 2), rng_range(&rng, 1, GEMM_SKINNY_ROWS), shapes[i / 4][0],
+                     shapes[i / 4][1], i / 2 % 2 == 1, &rng);
+    assert_int_not_equal(gemm_skinny_swiglu(&odd, 1, 0, dev_cuda_stream(dev)), 0);
+}
+
+/* Memory of a layer's cache and of the rows that go there, as kv_append_cuda has it. */
+struct cache {
+    struct kv_append a;
+    size_t pool_bytes, qkv_bytes;
+};
+
+enum { C_PAGES = 40, C_POSITIONS = 500 };
+
+static void make_cache(struct cache *c, int32_t rows, int32_t heads, int32_t kv_heads,
+                       int32_t head_dim, struct rng *rng)
+{
+    int32_t slots[GEMM_SKINNY_ROWS], positions[GEMM_SKINNY_ROWS], tails[GEMM_SKINNY_ROWS];
+    const int32_t width = (heads + 2 * kv_heads) * head_dim;
+    float *table = host_alloc((size_t)C_POSITIONS * (size_t)head_dim * sizeof *table);
+    for (int32_t i = 0; i < C_POSITIONS * head_dim; i++)
+        table[i] = (float)rng_normal(rng);
+    for (int32_t i = 0; i < rows; i++) { /* a page each */
+        const int32_t in_page = rng_range(rng, 0, KV_PAGE_TOKENS - 1);
+        slots[i] = i % 5 == 4 ? -1 : (rows - i) * 2 * KV_PAGE_TOKENS + in_page;
+        tails[i] = i % 2 ? 0 : KV_PAGE_TOKENS - 1 - in_page;
+        positions[i] = rng_range(rng, 0, C_POSITIONS - 1);
+    }
+    c->pool_bytes = (size_t)C_PAGES * (size_t)(kv_heads * KV_PAGE_TOKENS * head_dim) * 2;
+    c->qkv_bytes = (size_t)rows * (size_t)width * 2;
+    c->a = (struct kv_append){
+        .qkv = device_copy(NULL, c->qkv_bytes),
+        .cos_sin = device_copy(table, (size_t)C_POSITIONS * (size_t)head_dim * sizeof *table),
+        .positions = device_copy(positions, sizeof positions),
+        .slots = device_copy(slots, sizeof slots),
+        .tails = device_copy(tails, sizeof tails),
+        .k = device_copy(NULL, c->pool_bytes),
+        .v = device_copy(NULL, c->pool_bytes),
+        .stride = width,
+        .n_rows = rows,
+        .n_heads = heads,
+        .n_kv_heads = kv_heads,
+        .head_dim = head_dim};
+    free(table);
+}
+
+static unsigned char *taken(void *p, size_t bytes)
+{
+    unsigned char *out = host_alloc(bytes);
+    device_take(out, p, bytes);
+    return out;
+}
+
+/* The same numbers up to one rounding: the compiler may fuse a rotation's products otherwise. What
+ * neither wrote is still the poison. */
+static void same16(const unsigned char *got, const unsigned char *want, size_t n, int dtype)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint16_t a, b;
+        memcpy(&a, got + 2 * i, sizeof a);
+        memcpy(&b, want + 2 * i, sizeof b);
+        const double x = (double)from16(a, dtype), y = (double)from16(b, dtype);
+        if (a != b && !(fabs(x - y) <= fabs(y) * (dtype ? 0x1p-10 : 0x1p-7) + 1e-5))
+            fail_msg("element %zu: %.9g, want %.9g", i, x, y);
+    }
+}
+
+static void same_pool(void *got, void *want, size_t bytes, int dtype)
+{
+    unsigned char *a = taken(got, bytes), *b = taken(want, bytes);
+    same16(a, b, bytes / 2, dtype);
+    free(a);
+    free(b);
+}
+
+/* q of the rows that have a slot; what stands in other places of qkv is nobody's. */
+static void same_q(const struct cache *got, const struct cache *want, int dtype)
+{
+    const struct kv_append *a = &got->a;
+    unsigned char *x = taken(a->qkv, got->qkv_bytes), *y = taken(want->a.qkv, got->qkv_bytes);
+    for (int32_t i = 0; i < a->n_rows; i++) {
+        if (i % 5 != 4)
+            same16(x + i * a->stride * 2, y + i * a->stride * 2,
+                   (size_t)a->n_heads * (size_t)a->head_dim, dtype);
+    }
+    free(x);
+    free(y);
+}
+
+static void check_append(int variant, int32_t rows, const int32_t *heads, int32_t k, bool with_bias,
+                         struct rng *rng)
+{
+    const int32_t n = (heads[0] + 2 * heads[1]) * heads[2];
+    const int dtype = rng_range(rng, 0, 1);
+    void *stream = dev_cuda_stream(dev);
+    struct product p = {rows, n, k, dtype, .f32 = false};
+    struct cache got, want;
+    make(&p, rng);
+    make_cache(&got, rows, heads[0], heads[1], heads[2], rng);
+    want = got;
+    want.a.qkv = device_copy(NULL, got.qkv_bytes);
+    want.a.k = device_copy(NULL, got.pool_bytes);
+    want.a.v = device_copy(NULL, got.pool_bytes);
+    uint16_t *bias = random16((size_t)n, dtype, 1.0, rng);
+    void *d_bias = device_copy(bias, (size_t)n * 2);
+    got.a.bias = want.a.bias = with_bias ? d_bias : NULL;
+    const struct gemm_skinny s = {
+        .y = want.a.qkv, .x = p.d_x, .w = p.d_w, .rows = rows, .n = n, .k = k};
+    assert_int_equal(gemm_skinny_launch(&s, variant, dtype, 0, stream), 0);
+    assert_int_equal(kv_append_cuda(&want.a, dtype, stream), 0);
+    assert_int_equal(gemm_skinny_append(&s, &got.a, variant, dtype, stream), 0);
+    same_q(&got, &want, dtype);
+    same_pool(got.a.k, want.a.k, got.pool_bytes, dtype);
+    same_pool(got.a.v, want.a.v, got.pool_bytes, dtype);
+    dev_release(dev, (void *)(uintptr_t)got.a.cos_sin, 0);
+    dev_release(dev, (void *)(uintptr_t)got.a.positions, 0);
+    dev_release(dev, (void *)(uintptr_t)got.a.slots, 0);
+    dev_release(dev, (void *)(uintptr_t)got.a.tails, 0);
+    dev_release(dev, d_bias, 0);
+    free(bias);
+    drop(&p);
+}
+
+static void test_append(void **state)
+{
+    static const int32_t heads[][3] = {{4, 2, 64}, {4, 1, 128}, {3, 3, 64}, {8, 2, 128}};
+    struct rng rng = test_rng("gemm_skinny_append", 25);
+    (void)state;
+    for (size_t i = 0; i < 4 * sizeof heads / sizeof *heads; i++)
+        check_append(1 + (int)(i % 2), rng_range(&rng, 1, GEMM_SKINNY_ROWS), heads[i / 4],
+                     8 * rng_range(&rng, 1, 200), i / 2 % 2 == 1, &rng);
+    const struct kv_append a = {.n_rows = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = 7};
+    const struct gemm_skinny s = {.rows = 1, .n = 21, .k = 8};
+    assert_int_not_equal(gemm_skinny_append(&s, &a, 1, 0, dev_cuda_stream(dev)), 0);
+}
+
+/* ---- kernels that begin before the one before them has ended ---- */
+
+enum { C_HIDDEN = 1024, C_INTER = 2816, C_LAYERS = 3, C_STEPS = 400 };
+
+struct chain {
+    int32_t rows;
+    int variant; /* of down */
+    void *up[C_LAYERS], *down[C_LAYERS], *norm;
+    void *residual, *hidden, *act, *delta;
+    bool alone; /* each kernel waits until the one before it is gone */
+};
+
+static void launched(const struct chain *c, int err)
+{
+    assert_int_equal(err, 0);
+    if (c->alone)
+        assert_ok(dev_sync(dev));
+}
+
+/* delta = down(swiglu(up(norm(residual += delta)))), as a decode step has it. */
+static void chain_layer(const struct chain *c, int layer)
+{
+    void *stream = dev_cuda_stream(dev);
+    const struct nn_cuda_norm norm = {.out = c->hidden,
+                                      .residual = c->residual,
+                                      .x = c->delta,
+                                      .weight = c->norm,
+                                      .n = c->rows,
+                                      .width = C_HIDDEN,
+                                      .eps = 1e-5f,
+                                      .early = true};
+    const struct gemm_skinny up = {.y = c->act,
+                                   .x = c->hidden,
+                                   .w = c->up[layer],
+                                   .rows = c->rows,
+                                   .n = 2 * C_INTER,
+                                   .k = C_HIDDEN};
+    const struct gemm_skinny down = {.y = c->delta,
+                                     .x = c->act,
+                                     .w = c->down[layer],
+                                     .rows = c->rows,
+                                     .n = C_HIDDEN,
+                                     .k = C_INTER};
+    launched(c, nn_cuda_residual_norm(&norm, 0, stream));
+    launched(c, gemm_skinny_swiglu(&up, 1 + layer % 2, 0, stream));
+    launched(c, gemm_skinny_launch(&down, c->variant, 0, 0, stream));
+}
+
+static void chain_run(struct chain *c, const uint16_t *x, bool alone, unsigned char *out)
+{
+    const size_t bytes = (size_t)c->rows * C_HIDDEN * 2;
+    c->alone = alone;
+    assert_ok(dev_upload(dev, c->residual, x, bytes));
+    assert_ok(dev_upload(dev, c->delta, x, bytes));
+    for (int i = 0; i < C_STEPS; i++)
+        chain_layer(c, i % C_LAYERS);
+    assert_ok(dev_download(dev, out, c->residual, bytes));
+}
+
+static void *random_device(size_t n, double scale, struct rng *rng)
+{
+    uint16_t *x = random16(n, 0, scale, rng);
+    void *p = device_copy(x, n * 2);
+    free(x);
+    return p;
+}
+
+static void test_chain(void **state)
+{
+    const size_t most = (size_t)GEMM_SKINNY_ROWS * C_HIDDEN;
+    struct rng rng = test_rng("chain", 24);
+    struct chain c = {.norm = random_device(C_HIDDEN, 1.0, &rng)};
+    unsigned char *want = host_alloc(most * 2), *got = host_alloc(most * 2);
+    (void)state;
+    for (int i = 0; i < C_LAYERS; i++) {
+        c.up[i] = random_device((size_t)2 * C_INTER * C_HIDDEN, 0.05, &rng);
+        c.down[i] = random_device((size_t)C_HIDDEN * C_INTER, 0.05, &rng);
+    }
+    c.residual = device_copy(NULL, most * 2);
+    c.hidden = device_copy(NULL, most * 2);
+    c.delta = device_copy(NULL, most * 2);
+    c.act = device_copy(NULL, (size_t)GEMM_SKINNY_ROWS * C_INTER * 2);
+    for (c.rows = 1; c.rows <= GEMM_SKINNY_ROWS; c.rows += 5) {
+        uint16_t *x = random16((size_t)c.rows * C_HIDDEN, 0, 1.0, &rng);
+        const size_t bytes = (size_t)c.rows * C_HIDDEN * 2;
+        c.variant = 1 + c.rows / 5 % 2;
+        chain_run(&c, x, true, want);
+        for (int again = 0; again < 3; again++) {
+            memset(got, 0, bytes);
+            chain_run(&c, x, false, got);
+            assert_memory_equal(got, want, bytes);
+        }
+        free(x);
+    }
+    for (int i = 0; i < C_LAYERS; i++) {
+        dev_release(dev, c.up[i], 0);
+        dev_release(dev, c.down[i], 0);
+    }
+    dev_release(dev, c.residual, 0);
+    dev_release(dev, c.hidden, 0);
+    dev_release(dev, c.delta, 0);
+    dev_release(dev, c.act, 0);
+    dev_release(dev, c.norm, 0);
+    free(want);
+    free(got);
 }
 
 /* Every row count from 1 on finds an algorithm, before and after tuning. */
@@ -152,9 +436,9 @@ static void test_buckets(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_skinny),
-        cmocka_unit_test(test_library),
-        cmocka_unit_test(test_buckets),
+        cmocka_unit_test(test_skinny),  cmocka_unit_test(test_swiglu),
+        cmocka_unit_test(test_append),  cmocka_unit_test(test_chain),
+        cmocka_unit_test(test_library), cmocka_unit_test(test_buckets),
     };
     if (!have_device())
         return 77;
