@@ -1,6 +1,7 @@
 /* Speed of a model's steps: one prompt prefilled densely in chunks, then decode steps at several
  * batch sizes, with the time of each part, the host's own part, and the processor time of all. CSV:
- * ms and tokens/s, medians for decode. */
+ * ms and tokens/s, medians for decode; also the bytes that a decode step has to read, each weight
+ * and each key and value once, and their rate. */
 #include "bench/harness.h"
 #include "cmd/device.h"
 #include "core/conf.h"
@@ -90,11 +91,27 @@ static double cpu_us(void)
 enum { TOTAL, GEMM, ATTENTION, HOST, N_TIMES };
 
 static void print_row(const char *what, int32_t n_seqs, int32_t n_tokens, const double us[N_TIMES],
-                      double cpu)
+                      double cpu, double read_bytes)
 {
-    printf("%s,%d,%d,%.3f,%.3f,%.3f,%.3f,%.2f,%.0f\n", what, n_seqs, n_tokens, us[TOTAL] / 1e3,
+    printf("%s,%d,%d,%.3f,%.3f,%.3f,%.3f,%.2f,%.0f", what, n_seqs, n_tokens, us[TOTAL] / 1e3,
            us[GEMM] / 1e3, us[ATTENTION] / 1e3, us[HOST] / 1e3, cpu / 1e3,
            n_tokens * 1e6 / us[TOTAL]);
+    if (read_bytes > 0)
+        printf(",%.3f,%.0f\n", read_bytes / 1e9, read_bytes / us[TOTAL] / 1e3);
+    else
+        printf(",,\n");
+}
+
+/* Of a decode step: all weights but the embedding, and the K and V of every sequence. */
+static double step_bytes(const struct bench *b, int32_t n_seqs)
+{
+    const struct model_info *i = model_info(b->model);
+    const double hidden = i->hidden_size, head_dim = i->head_dim;
+    const double layer =
+        hidden * head_dim * 2 * (i->n_heads + i->n_kv_heads) + 3 * hidden * i->intermediate_size;
+    const double kv = 2 * head_dim * i->n_kv_heads * i->n_layers * (b->n_prompt + 1.0);
+    return (layer * i->n_layers + hidden * i->vocab_size) * (double)dtype_bytes(i->dtype) +
+           n_seqs * kv * (double)dtype_bytes(i->kv_dtype);
 }
 
 static void times_of(const struct batch_result *r, double us[N_TIMES])
@@ -118,7 +135,7 @@ static void prefill(struct bench *b)
             us[i] += now[i];
         at += n;
     }
-    print_row("prefill", 1, b->n_prompt, us, cpu_us() - cpu);
+    print_row("prefill", 1, b->n_prompt, us, cpu_us() - cpu, 0);
 }
 
 /* Sequences of one table write the same last token: the work is that of a batch. */
@@ -140,7 +157,8 @@ static void decode(struct bench *b, int32_t n_seqs)
     }
     for (int i = 0; i < N_TIMES; i++)
         median[i] = bench_median(us[i], DECODE_STEPS);
-    print_row("decode", n_seqs, n_seqs, median, (cpu_us() - cpu) / DECODE_STEPS);
+    print_row("decode", n_seqs, n_seqs, median, (cpu_us() - cpu) / DECODE_STEPS,
+              step_bytes(b, n_seqs));
 }
 
 static void open_bench(struct bench *b, const struct options *o)
@@ -181,7 +199,8 @@ static void run(const struct options *o)
     bench_date(date, sizeof date);
     printf("# %s, %s, device %s, %s, %s, chunk %d, cache %s\n", date, cpu, b.dev->ops->name,
            info->name, dtype_name(info->dtype), b.chunk, dtype_name(info->kv_dtype));
-    printf("what,sequences,tokens,total_ms,gemm_ms,attention_ms,host_ms,cpu_ms,tokens_per_s\n");
+    printf("what,sequences,tokens,total_ms,gemm_ms,attention_ms,host_ms,cpu_ms,tokens_per_s,"
+           "read_gb,gb_per_s\n");
     for (int i = b.dev->ops == &dev_cpu; i < 2; i++) /* a GPU's first pass loads its kernels */
         prefill(&b);
     for (int32_t n = 1; n <= MAX_SEQS; n *= 2)
