@@ -4,22 +4,24 @@ Every request ends exactly once, every page comes back, the log has no error.  W
   SLUICE_LOAD_STEPS    steps of the engine to go through at least
   SLUICE_LOAD_SECONDS  in which they must be done
   SLUICE_LOAD_SEED     of everything that is drawn
-  SLUICE_TEST_TP       ranks
+  SLUICE_TEST_TP       ranks (default: 2, or 1 on a machine with a single GPU)
 and see harness.py for a device and for a command around sluiced."""
 import collections
+import glob
 import os
 import random
 import threading
 import time
 import unittest
 
-from harness import (ABS, CANCEL, DENSE, DONE, ERROR, NEEDLE, PATIENCE, PING, PONG, REL, SANITIZED, TOKENS, Client, Daemon,
-                     main)
+from harness import (ABS, CANCEL, DENSE, DEVICE, DONE, ERROR, NEEDLE, PATIENCE, PING, PONG, REL, SANITIZED, TOKENS, Client,
+                     Daemon, main)
 
 STEPS = int(os.environ.get("SLUICE_LOAD_STEPS", 100 if SANITIZED else 300))
 SECONDS = float(os.environ.get("SLUICE_LOAD_SECONDS", PATIENCE))
 SEED = int(os.environ.get("SLUICE_LOAD_SEED", 1))
-TP = os.environ.get("SLUICE_TEST_TP", "2")
+ONE_GPU = (DEVICE or "cpu") != "cpu" and len(glob.glob("/dev/nvidia[0-9]*")) < 2
+TP = os.environ.get("SLUICE_TEST_TP", "1" if ONE_GPU else "2")
 
 CLIENTS, OPEN = 5, 4  # requests of a client that are open at once
 LONGEST, OUTPUT = 900, 60  # tokens
