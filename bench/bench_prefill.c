@@ -181,8 +181,9 @@ static struct batch_policy choose_policy(struct bench *b, int prompt, int mode)
     struct reference *ref = &b->refs[prompt][mode];
     struct batch_policy policy;
     struct err_msg why = {""};
-    if (m->density > 0 && !ref->logits) {
-        ref->level = b->o->quick && prompt > 0 ? b->refs[prompt - 1][mode].level : -1;
+    if (m->density > 0 && b->o->quick && prompt > 0) {
+        ref->level = b->refs[0][mode].level;
+    } else if (m->density > 0 && !ref->logits) {
         set_title(b, prompt, mode, "looking for the level", 0);
         must(prefill_find_level(&b->runner, &ref->level, m->density, b->o->prompts[prompt]), NULL);
     }

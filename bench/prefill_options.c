@@ -32,7 +32,7 @@ static const struct conf_opt opts[] = {
      "over GPUs: copy or nccl, beside the products, or serial"},
     {"reps", CONF_INT, AT(reps), "3", 1, 64, {0}, "N", "timed passes, after one that is checked"},
     {"quick", CONF_BOOL, AT(quick), "false", 0, 0, {0}, NULL,
-     "after the first prompt the checked pass is timed, and none follows 2 s"},
+     "prompts after the first: its levels, the checked pass is timed, none after 2 s"},
     {"threads", CONF_INT, AT(threads), "0", 0, 1024, {0}, "N",
      "on the CPU, of all ranks together; 0: one a processor"},
     {"json", CONF_BOOL, AT(json), "false", 0, 0, {0}, NULL, "JSON lines instead of CSV"},

@@ -5,8 +5,6 @@
 #include <math.h>
 #include <stdio.h>
 
-#define NEAR 0.04 /* a density is near enough to keep a level that fits another prompt */
-
 static const struct batch_sampling greedy = {
     .top_p = 1.0f, .repetition_penalty = 1.0f, .ignore_eos = true};
 
@@ -92,11 +90,10 @@ int prefill_find_level(struct prefill_runner *r, int *level, double density, int
 {
     struct prefill_pass pass;
     double nearest = 2.0;
-    int32_t low = 0, high, middle = *level;
+    int32_t low = 0, high;
     (void)thresholds_k(r->thresholds, &high);
-    high--;
-    for (bool told = middle >= 0; low <= high; told = false) {
-        middle = told ? middle : (low + high) / 2;
+    for (high--; low <= high;) {
+        const int32_t middle = (low + high) / 2;
         const struct batch_policy policy = abs_policy(r, middle);
         TRY(prefill_run(r, &pass, n_prompt, &policy));
         const double off = prefill_density(&pass) - density;
@@ -104,8 +101,6 @@ int prefill_find_level(struct prefill_runner *r, int *level, double density, int
             nearest = fabs(off);
             *level = middle;
         }
-        if (told && fabs(off) <= NEAR)
-            break;
         if (off < 0)
             low = middle + 1;
         else

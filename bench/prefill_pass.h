@@ -35,8 +35,7 @@ MUST_CHECK int prefill_run(struct prefill_runner *r, struct prefill_pass *out, i
                            const struct batch_policy *policy);
 double prefill_density(const struct prefill_pass *p);
 /* The level of the file whose density on such a prompt comes nearest: higher levels keep more, so
- * it is found by halving, a pass each. *level: one to begin with, which is taken if it is near
- * enough, or -1. */
+ * it is found by halving, a pass each. */
 MUST_CHECK int prefill_find_level(struct prefill_runner *r, int *level, double density,
                                   int32_t n_prompt);
 /* Erases the line. */

@@ -43,12 +43,14 @@ struct cuda_rows {
 };
 
 /* Parts of a step whose time is told. */
-enum cuda_part { PART_OTHER, PART_GEMM, PART_ATTENTION, PART_COMM, N_PARTS };
+enum cuda_part { PART_OTHER, PART_GEMM, PART_ATTENTION, PART_COMM, PART_UNTIMED, N_PARTS };
 
 struct cuda_marks {
-    bool on;
-    cudaEvent_t *events; /* [max] */
-    uint8_t *parts;      /* of the interval that begins there */
+    bool on, paused;       /* the step is timed; but not this layer */
+    int32_t n_timed;       /* layers */
+    int32_t n_layer_marks; /* those up to the end of the last layer */
+    cudaEvent_t *events;   /* [max] */
+    uint8_t *parts;        /* of the interval that begins there */
     int32_t n, max;
 };
 
@@ -118,6 +120,8 @@ MUST_CHECK int llama_cuda_split_layers(struct llama_cuda_state *m, llama_cuda_la
 /* llama_cuda_times.c. Ends the part that runs and begins another; nothing while a step is not
  * timed. */
 MUST_CHECK int llama_cuda_mark(struct llama_cuda_state *m, enum cuda_part part);
+/* Before every layer, and with layer n_layers after the last. */
+MUST_CHECK int llama_cuda_mark_layer(struct llama_cuda_state *m, int layer);
 MUST_CHECK int llama_cuda_add_times(struct llama_cuda_state *m, struct llama_times *times);
 
 /* llama_cuda_graph.c. */

@@ -57,28 +57,28 @@ static int begin_sum(struct llama_cuda_state *m, const struct half *h)
                           (size_t)h->n * (size_t)hidden, m->dtype, m->stream);
 }
 
-static int end_sum(struct llama_cuda_state *m)
+static int end_sum(struct llama_cuda_state *m, const void **more)
 {
     TRY(llama_cuda_mark(m, PART_COMM));
-    TRY(comm_sum_end(m->comm, m->stream));
+    TRY(comm_sum_end(m->comm, m->stream, more));
     return llama_cuda_mark(m, PART_OTHER);
 }
 
-/* residual += delta + bias, once the sum is there; hidden = norm(residual). */
+/* residual += delta + bias, with the sum over the ranks; hidden = norm(residual). */
 static int add_norm(struct llama_cuda_state *m, const struct half *h, bool delta, const void *bias,
                     const void *weight)
 {
     const int32_t hidden = m->c->hidden_size;
-    const struct nn_cuda_norm norm = {.out = at(m, m->a.hidden, h->first, hidden),
-                                      .residual = at(m, m->a.residual, h->first, hidden),
-                                      .x = delta ? at(m, m->a.delta, h->first, hidden) : NULL,
-                                      .bias = bias,
-                                      .weight = weight,
-                                      .n = h->n,
-                                      .width = hidden,
-                                      .eps = (float)m->c->rms_eps};
+    struct nn_cuda_norm norm = {.out = at(m, m->a.hidden, h->first, hidden),
+                                .residual = at(m, m->a.residual, h->first, hidden),
+                                .x = delta ? at(m, m->a.delta, h->first, hidden) : NULL,
+                                .bias = bias,
+                                .weight = weight,
+                                .n = h->n,
+                                .width = hidden,
+                                .eps = (float)m->c->rms_eps};
     if (delta)
-        TRY(end_sum(m));
+        TRY(end_sum(m, &norm.more));
     CUDA_TRY(nn_cuda_residual_norm(&norm, dev_cuda_dtype(m->dtype), m->stream));
     return 0;
 }
@@ -121,6 +121,7 @@ int llama_cuda_split_layers(struct llama_cuda_state *m, llama_cuda_layer_fn atte
     const struct half halves[2] = {{0, first}, {first, m->step.n - first}};
 
     for (int layer = 0; layer < m->c->n_layers; layer++) {
+        TRY(llama_cuda_mark_layer(m, layer));
         for (int i = 0; i < 2; i++)
             TRY(qkv(m, layer, &halves[i]));
         TRY(attend(m, layer));
@@ -129,6 +130,7 @@ int llama_cuda_split_layers(struct llama_cuda_state *m, llama_cuda_layer_fn atte
         for (int i = 0; i < 2; i++)
             TRY(mlp(m, layer, &halves[i]));
     }
-    TRY(end_sum(m));
-    return end_sum(m);
+    TRY(llama_cuda_mark_layer(m, m->c->n_layers));
+    TRY(end_sum(m, NULL));
+    return end_sum(m, NULL);
 }

@@ -268,15 +268,17 @@ static int layers(struct llama_cuda_state *m)
     if (llama_cuda_split_rows(m, m->step.n) > 0)
         return llama_cuda_split_layers(m, attend);
     for (int layer = 0; layer < m->c->n_layers; layer++) {
+        TRY(llama_cuda_mark_layer(m, layer));
         TRY(attention_block(m, layer));
         TRY(mlp_block(m, layer));
     }
-    return 0;
+    return llama_cuda_mark_layer(m, m->c->n_layers);
 }
 
 int llama_cuda_layers(struct llama_cuda_state *m)
 {
     m->marks.n = 0;
+    m->marks.paused = false;
     TRY(llama_cuda_mark(m, PART_OTHER));
     CUDA_TRY(nn_cuda_gather(m->a.residual, m->w->embed, m->step.ids, m->step.n, m->c->hidden_size,
                             m->c->vocab_size, dev_cuda_dtype(m->dtype), m->stream));

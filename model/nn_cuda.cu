@@ -99,7 +99,7 @@ __device__ __forceinline__ float block_sum(float x)
 /* One pack of residual and x. All of a thread's are loaded before the first is stored. */
 template <typename T, int W>
 struct operands {
-    pack<T, W> residual, x;
+    pack<T, W> residual, x, more;
 };
 
 template <typename T, int W>
@@ -109,9 +109,11 @@ __device__ __forceinline__ void load_operands(struct operands<T, W> *o,
     o->residual = *(const pack<T, W> *)((const T *)p.residual + at);
     if (p.x)
         o->x = *(const pack<T, W> *)((const T *)p.x + at);
+    if (p.more)
+        o->more = *(const pack<T, W> *)((const T *)p.more + at);
 }
 
-/* residual + x + bias as it reads after rounding; stored where something was added. */
+/* residual + (x + more + bias) as it reads after rounding; stored where something was added. */
 template <typename T, int W>
 __device__ __forceinline__ void add_operands(float (&sum)[W], struct operands<T, W> *o,
                                              const struct nn_cuda_norm &p, int64_t at, int col)
@@ -121,8 +123,12 @@ __device__ __forceinline__ void add_operands(float (&sum)[W], struct operands<T,
         if (p.bias)
             load_pack<W>(b, (const T *)p.bias + col);
 #pragma unroll
-        for (int i = 0; i < W; i++)
-            from_f32(&o->residual.v[i], to_f32(o->residual.v[i]) + (to_f32(o->x.v[i]) + b[i]));
+        for (int i = 0; i < W; i++) {
+            float x = to_f32(o->x.v[i]);
+            if (p.more)
+                x += to_f32(o->more.v[i]);
+            from_f32(&o->residual.v[i], to_f32(o->residual.v[i]) + (x + b[i]));
+        }
         *(pack<T, W> *)((T *)p.residual + at) = o->residual;
     }
 #pragma unroll
@@ -224,7 +230,8 @@ static cudaError_t launch_norm(const struct nn_cuda_norm *p, cudaStream_t stream
 int nn_cuda_residual_norm(const struct nn_cuda_norm *p, int dtype, void *stream)
 {
     const bool wide = p->width % PACK == 0 && aligned16(p->out) && aligned16(p->residual) &&
-                      aligned16(p->x) && aligned16(p->bias) && aligned16(p->weight);
+                      aligned16(p->x) && aligned16(p->more) && aligned16(p->bias) &&
+                      aligned16(p->weight);
     if (p->n == 0)
         return 0;
     if (p->width < 1)

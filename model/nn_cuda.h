@@ -24,6 +24,7 @@ struct nn_cuda_norm {
     void *out;           /* [n, width]; NULL: only the sum */
     void *residual;      /* [*, width], in and out; unchanged where x is NULL */
     const void *x;       /* [*, width]; NULL: nothing is added */
+    const void *more;    /* [*, width] added to x, before the residual, or NULL; with x only */
     const void *bias;    /* [width] or NULL; with x only */
     const void *weight;  /* [width] */
     const int32_t *rows; /* NULL, or [n] distinct: out[i] comes from row rows[i] of residual and x,

@@ -65,9 +65,9 @@ int comm_sum_begin(struct comm *c, void *buf, size_t n, enum dtype dt, void *str
     return c->ops->sum_begin ? c->ops->sum_begin(c, buf, n, dt, stream) : ERR_UNSUPPORTED;
 }
 
-int comm_sum_end(struct comm *c, void *stream)
+int comm_sum_end(struct comm *c, void *stream, const void **more)
 {
-    return c->ops->sum_end ? c->ops->sum_end(c, stream) : ERR_UNSUPPORTED;
+    return c->ops->sum_end ? c->ops->sum_end(c, stream, more) : ERR_UNSUPPORTED;
 }
 
 bool comm_overlaps(const struct comm *c)

@@ -45,7 +45,7 @@ struct comm_ops {
     /* NULL: sums do not run beside other work */
     int (*reserve_sums)(struct comm *c, size_t max_bytes, struct err_msg *why);
     int (*sum_begin)(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream);
-    int (*sum_end)(struct comm *c, void *stream);
+    int (*sum_end)(struct comm *c, void *stream, const void **more);
     bool (*overlaps)(const struct comm *c);
     void (*set_overlap)(struct comm *c, enum comm_overlap way);
     int (*poll)(struct comm *c);
@@ -109,12 +109,14 @@ MUST_CHECK int comm_all_gather_dev(struct comm *c, void *out, const void *in, si
 /* Sums of device memory that run beside what the stream does next, of at most max_bytes each, which
  * comm_reserve_sums tells at start (a collective; it takes device memory). comm_sum_begin takes buf
  * as the stream leaves it; nobody may touch it until comm_sum_end has made the stream wait for the
- * sum. Ends follow the order of begins, at most COMM_SUMS_OPEN are open, and no other collective of
- * device memory comes between. Not to be captured. The bits are those of f32 sums of two ranks,
- * else comm_all_reduce_dev's. */
+ * sum. more NULL: buf then holds it. Otherwise buf may hold this rank's share yet, and *more points
+ * at what must be added to it, in f32, by work that is enqueued before the next comm_sum_begin;
+ * *more is NULL where there is nothing to add. Ends follow the order of begins, at most
+ * COMM_SUMS_OPEN are open, and no other collective of device memory comes between. Not to be
+ * captured. The bits are those of f32 sums of two ranks, else comm_all_reduce_dev's. */
 MUST_CHECK int comm_reserve_sums(struct comm *c, size_t max_bytes, struct err_msg *why);
 MUST_CHECK int comm_sum_begin(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream);
-MUST_CHECK int comm_sum_end(struct comm *c, void *stream);
+MUST_CHECK int comm_sum_end(struct comm *c, void *stream, const void **more);
 /* False where comm_sum_begin cannot be called, or had better not. The same on all ranks. */
 bool comm_overlaps(const struct comm *c);
 /* For benches and tests, on all ranks alike and with no sum open. */

@@ -269,12 +269,12 @@ static int nccl_sum_begin(struct comm *c, void *buf, size_t n, enum dtype dt, vo
     return err < 0 ? fail(s, err) : 0;
 }
 
-static int nccl_sum_end(struct comm *c, void *stream)
+static int nccl_sum_end(struct comm *c, void *stream, const void **more)
 {
     struct comm_nccl *s = self(c);
     if (!usable(s))
         return fail(s, ERR_PEER);
-    int err = overlap_end(s->overlap, stream);
+    int err = overlap_end(s->overlap, stream, more);
     return err < 0 ? fail(s, err) : 0;
 }
 

@@ -11,9 +11,9 @@
 
 #include <string.h>
 
-enum { N_HALVES = COMM_SUMS_OPEN, VECTOR = 16, GONE = 1 << 30 /* past every count */ };
+enum { N_OPEN = COMM_SUMS_OPEN, N_SLOTS = 4, VECTOR = 16, GONE = 1 << 30 /* past every count */ };
 
-/* A rank's region: what its peer tells it, then the halves. */
+/* A rank's region: what its peer tells it, then the slots. */
 struct overlap_region {
     uint32_t arrived; /* shares that the peer has sent here */
     uint32_t read;    /* shares of ours that the peer has read */
@@ -37,9 +37,9 @@ struct open_sum {
 struct overlap {
     struct comm *comm;
     cudaStream_t side;
-    cudaEvent_t ready[N_HALVES], done[N_HALVES]; /* a sum's input is there; the side is through */
-    struct open_sum sums[N_HALVES];
-    uint32_t n_begun, n_ended, n_shares;
+    cudaEvent_t ready[N_OPEN], done[N_OPEN]; /* a sum's input is there; the side is through */
+    struct open_sum sums[N_OPEN];
+    uint32_t n_begun, n_ended, n_shares, n_read, n_told; /* shares sent, read, and told as read */
     size_t max_bytes;
 
     bool copies; /* the rest is for copies only */
@@ -87,9 +87,9 @@ static int await(const struct overlap *o, cudaStream_t s, const uint32_t *where,
 
 /* ---- sums ---- */
 
-static void *half_of(const struct overlap *o, struct overlap_region *r, uint32_t number)
+static void *slot_of(const struct overlap *o, struct overlap_region *r, uint32_t number)
 {
-    return (char *)(r + 1) + number % N_HALVES * o->max_bytes;
+    return (char *)(r + 1) + number % N_SLOTS * o->max_bytes;
 }
 
 static bool can_copy(const struct overlap *o, const void *buf, size_t bytes, enum comm_overlap way)
@@ -102,9 +102,9 @@ static bool can_copy(const struct overlap *o, const void *buf, size_t bytes, enu
 static int send(struct overlap *o, struct open_sum *sum)
 {
     sum->number = ++o->n_shares;
-    if (sum->number > N_HALVES)
-        TRY(await(o, o->side, &o->mine->read, sum->number - N_HALVES));
-    TRY(check(cudaMemcpyAsync(half_of(o, o->theirs, sum->number), sum->buf, sum->bytes,
+    if (sum->number > N_SLOTS)
+        TRY(await(o, o->side, &o->mine->read, sum->number - N_SLOTS));
+    TRY(check(cudaMemcpyAsync(slot_of(o, o->theirs, sum->number), sum->buf, sum->bytes,
                               cudaMemcpyDeviceToDevice, o->side),
               "copy to the peer"));
     return tell(o, o->side, &o->theirs->arrived, sum->number);
@@ -113,12 +113,14 @@ static int send(struct overlap *o, struct open_sum *sum)
 int overlap_begin(struct overlap *o, void *buf, size_t n, enum dtype dt, enum comm_overlap way,
                   void *stream)
 {
-    const uint32_t slot = o->n_begun++ % N_HALVES;
+    const uint32_t slot = o->n_begun++ % N_OPEN;
     struct open_sum *sum = &o->sums[slot];
 
-    ASSERT(o->n_begun - o->n_ended <= N_HALVES);
+    ASSERT(o->n_begun - o->n_ended <= N_OPEN);
     *sum = (struct open_sum){.buf = buf, .bytes = n * dtype_bytes(dt), .dt = dt};
     sum->copied = can_copy(o, buf, sum->bytes, way);
+    if (o->n_told != o->n_read)
+        TRY(tell(o, (cudaStream_t)stream, &o->theirs->read, o->n_told = o->n_read));
     TRY(check(cudaEventRecord(o->ready[slot], (cudaStream_t)stream), "event"));
     TRY(check(cudaStreamWaitEvent(o->side, o->ready[slot], 0), "event"));
     if (sum->copied)
@@ -128,22 +130,26 @@ int overlap_begin(struct overlap *o, void *buf, size_t n, enum dtype dt, enum co
     return check(cudaEventRecord(o->done[slot], o->side), "event");
 }
 
-/* The stream waits for its own share too: the sum overwrites what was sent. */
-int overlap_end(struct overlap *o, void *stream)
+/* The stream waits for its own share too: what follows may overwrite what was sent. */
+int overlap_end(struct overlap *o, void *stream, const void **more)
 {
-    const uint32_t slot = o->n_ended++ % N_HALVES;
+    const uint32_t slot = o->n_ended++ % N_OPEN;
     const struct open_sum *sum = &o->sums[slot];
     cudaStream_t s = (cudaStream_t)stream;
 
     ASSERT(o->n_ended <= o->n_begun);
+    if (more)
+        *more = NULL;
     TRY(check(cudaStreamWaitEvent(s, o->done[slot], 0), "event"));
     if (!sum->copied)
         return 0;
     TRY(await(o, s, &o->mine->arrived, sum->number));
-    TRY(check(
-        overlap_add_launch(sum->buf, half_of(o, o->mine, sum->number), sum->bytes, sum->dt, s),
-        "adding"));
-    return tell(o, s, &o->theirs->read, sum->number);
+    o->n_read = sum->number;
+    void *share = slot_of(o, o->mine, sum->number);
+    if (!more)
+        return check(overlap_add_launch(sum->buf, share, sum->bytes, sum->dt, s), "adding");
+    *more = share;
+    return 0;
 }
 
 bool overlap_copies(const struct overlap *o)
@@ -162,7 +168,7 @@ static int take_copies(struct overlap *o, struct comm *host)
     TRY(comm_all_reduce(host, &n, 1));
     if (n < (float)host->n_ranks - 0.5f)
         return 0;
-    TRY(peer_memory_open(&o->memory, host, sizeof(struct overlap_region) + N_HALVES * o->max_bytes,
+    TRY(peer_memory_open(&o->memory, host, sizeof(struct overlap_region) + N_SLOTS * o->max_bytes,
                          &o->copies));
     o->mine = o->memory.regions[host->rank];
     o->theirs = o->memory.regions[1 - host->rank];
@@ -175,7 +181,7 @@ static int create(struct overlap *o, const struct overlap_config *cfg, struct er
     cudaError_t e = cudaDeviceGetStreamPriorityRange(&least, &most);
     if (e == cudaSuccess)
         e = cudaStreamCreateWithPriority(&o->side, cudaStreamNonBlocking, most);
-    for (int i = 0; i < N_HALVES && e == cudaSuccess; i++) {
+    for (int i = 0; i < N_OPEN && e == cudaSuccess; i++) {
         e = cudaEventCreateWithFlags(&o->ready[i], cudaEventDisableTiming);
         if (e == cudaSuccess)
             e = cudaEventCreateWithFlags(&o->done[i], cudaEventDisableTiming);
@@ -217,7 +223,7 @@ void overlap_close(struct overlap *o, struct comm *host)
         return;
     if (o->copies && host)
         peer_memory_close(&o->memory, host);
-    for (int i = 0; i < N_HALVES; i++) {
+    for (int i = 0; i < N_OPEN; i++) {
         if (o->ready[i])
             (void)cudaEventDestroy(o->ready[i]);
         if (o->done[i])

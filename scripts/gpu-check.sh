@@ -3,7 +3,8 @@
 #   scripts/gpu-check.sh pack BIN FILE       strips what is needed out of BIN (build/cuda/bin) into FILE (.tar.xz), to carry it there
 #   scripts/gpu-check.sh run BIN|FILE        every test that wants a GPU, then the attention benches beside PyTorch where it is installed
 #   scripts/gpu-check.sh ranks BIN|FILE      two GPUs: communicator, model and daemon over ranks, prefill on one and on two with a model
-#                                            of Llama-3.1-8B's shape (CSV in OUT, or build/), the mixed load under compute-sanitizer
+#                                            of Llama-3.1-8B's shape (CSV in OUT, or build/), the mixed load under compute-sanitizer;
+#                                            ONLY="comm model prefill daemon load ways": some of it
 #   scripts/gpu-check.sh sanitize BIN|FILE   the reduced sets under compute-sanitizer: memcheck, racecheck, synccheck
 # Exit status 1 when anything failed. A test that finds no device, or too few, counts as skipped.
 set -euo pipefail
@@ -54,7 +55,7 @@ check() {
     esac
     printf '%-40s %-8s %4d s\n' "$name" "$([ $status -eq 0 ] && echo ok || { [ $status -eq 77 ] && echo skipped || echo "FAILED $status"; })" \
         $((SECONDS - begin))
-    [ -z "${NOTES:-}" ] || grep -E '^# |^signal|steps,' "$log" || true
+    [ -z "${NOTES:-}" ] || grep -E '^# |signal [0-9]+:|steps,' "$log" || true
     rm -f "$log"
 }
 
@@ -77,22 +78,21 @@ run() {
 
 # What NCCL and Python need that is not where the loader and the tests look.
 find_libraries() {
-    if ! ldconfig -p | grep -q libnccl.so.2; then
-        LD_LIBRARY_PATH+=$(python3 -c 'import nvidia.nccl, os; print(":" + os.path.join(list(nvidia.nccl.__path__)[0], "lib"))' 2>/dev/null || true)
-    fi
-    export SLUICE_BIN=$bin SLUICE_ROOT=$here SLUICE_TEST_DEVICE=cuda PYTHONDONTWRITEBYTECODE=1
+    local nccl='import nvidia.nccl; print(":" + list(nvidia.nccl.__path__)[0] + "/lib")'
+    ldconfig -p | grep -q libnccl.so.2 || LD_LIBRARY_PATH+=$(python3 -c "$nccl" 2>/dev/null || true)
+    export SLUICE_BIN=$bin SLUICE_ROOT=$here SLUICE_TEST_DEVICE=cuda SLUICE_TEST_TP=2 PYTHONDONTWRITEBYTECODE=1
 }
 
-# A folder with a configuration alone, and threshold files for levels found by their density.
-make_8b() { # make_8b FOLDER
+# A folder with a configuration alone, and a file of thresholds between two.
+make_model() { # make_model FOLDER VOCAB HIDDEN INTERMEDIATE LAYERS HEADS KV_HEADS HEAD_DIM FROM TO
     cat >"$1/config.json" <<EOF
-{"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
- "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1e-05,
+{"model_type": "llama", "vocab_size": $2, "hidden_size": $3, "intermediate_size": $4, "num_hidden_layers": $5,
+ "num_attention_heads": $6, "num_key_value_heads": $7, "head_dim": $8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-05,
  "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
- "original_max_position_embeddings": 8192}, "tie_word_embeddings": false, "bos_token_id": 128000, "eos_token_id": 128001,
+ "original_max_position_embeddings": 8192}, "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2,
  "hidden_act": "silu", "torch_dtype": "bfloat16"}
 EOF
-    python3 "$here/bench/uniform_thresholds.py" "$1" "$1/t.safetensors" 10 4
+    python3 "$here/bench/uniform_thresholds.py" "$1" "$1/t.safetensors" "$9" "${10}"
 }
 
 # prefill NAME OPTIONS...: into OUT/prefill_NAME.csv, with what it was made on.
@@ -107,26 +107,50 @@ prefill() {
     check "$name" bash -c 'exec "$@" >>"$0"' "$csv" stdbuf -oL "$bin/bench_prefill" --random-weights --model "$model" --device cuda "$@"
 }
 
+ranks_comm() {
+    LIMIT=45 check comm_nccl "$bin/test_comm_nccl"
+}
+
+ranks_model() {
+    LIMIT=15 check attn_ranks_cuda "$bin/test_attn_ranks_cuda"
+    LIMIT=35 check model_ranks_cuda "$bin/test_model_ranks_cuda"
+}
+
+ranks_prefill() {
+    LIMIT=80 prefill scaling --tp 1,2 --prompt "${PROMPTS:-8192,32768,131072}" --quick --thresholds "$model/t.safetensors" \
+        --force-thresholds --density 0.25
+}
+
+ranks_daemon() {
+    # shellcheck disable=SC2086
+    LIMIT=60 check daemon_over_ranks env SLUICE_TEST_PATIENCE=25 python3 "$here/tests/e2e/test_ranks.py" ${DAEMON_TESTS:-}
+}
+
+ranks_load() {
+    LIMIT=$((LOAD_SECONDS + 30)) check load_sanitized env SLUICE_LOAD_MODEL="$tiny" SLUICE_LOAD_STEPS=5000 \
+        SLUICE_LOAD_SECONDS="$LOAD_SECONDS" SLUICE_TEST_PATIENCE=$((LOAD_SECONDS + 20)) \
+        SLUICE_TEST_WRAP="compute-sanitizer --target-processes all --report-api-errors no --error-exitcode 9" \
+        python3 "$here/tests/e2e/test_load.py"
+}
+
+ranks_ways() {
+    for way in nccl serial; do
+        LIMIT=18 prefill $way --tp 2 --prompt 8192,32768 --quick --sums $way
+    done
+}
+
 ranks() {
     out=${OUT:-$here/build} NOTES=1
     find_libraries
     nvidia-smi --query-gpu=name,memory.used --format=csv,noheader
-    LIMIT=45 check comm_nccl "$bin/test_comm_nccl"
-    LIMIT=15 check attn_ranks_cuda "$bin/test_attn_ranks_cuda"
-    LIMIT=35 check model_ranks_cuda "$bin/test_model_ranks_cuda"
-    model=$(mktemp -d)
-    make_8b "$model"
-    LIMIT=80 prefill scaling --tp 1,2 --prompt 8192,32768,131072 --quick --thresholds "$model/t.safetensors" \
-        --force-thresholds --density 0.25
-    LIMIT=60 check daemon_over_ranks env SLUICE_TEST_PATIENCE=25 python3 "$here/tests/e2e/test_ranks.py"
-    LIMIT=$((LOAD_SECONDS + 30)) check load_sanitized env SLUICE_LOAD_STEPS=5000 SLUICE_LOAD_SECONDS="$LOAD_SECONDS" \
-        SLUICE_TEST_PATIENCE=$((LOAD_SECONDS + 20)) SLUICE_TEST_WRAP="compute-sanitizer --target-processes all --report-api-errors no \
-        --error-exitcode 9" python3 "$here/tests/e2e/test_load.py"
-    for way in nccl serial; do
-        LIMIT=18 prefill $way --tp 2 --prompt 8192,32768 --quick --sums $way
+    model=$(mktemp -d) tiny=$(mktemp -d)
+    make_model "$model" 128256 4096 14336 32 32 8 128 10 4 # Llama-3.1-8B's shape
+    make_model "$tiny" 512 256 512 2 4 2 64 0.6 0
+    for part in ${ONLY:-comm model prefill daemon load ways}; do
+        "ranks_$part"
     done
-    rm -r "$model"
-    grep -h '^[0-9t]' "$out"/prefill_*.csv
+    rm -r "$model" "$tiny"
+    grep -h '^[0-9t]' "$out"/prefill_*.csv || true
 }
 
 sanitize() {
@@ -148,7 +172,7 @@ run | ranks | sanitize)
     "$1"
     ;;
 *)
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

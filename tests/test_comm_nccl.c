@@ -341,8 +341,8 @@ static int sums_once(struct comm *c, char *dev, void *host, size_t n, enum dtype
     CUDA(cudaMemcpyAsync(dev, host, bytes, cudaMemcpyHostToDevice, s));
     CHECK(comm_sum_begin(c, dev, first, dt, s) == 0);
     CHECK(comm_sum_begin(c, dev + first * size, n - first, dt, s) == 0);
-    CHECK(comm_sum_end(c, s) == 0);
-    CHECK(comm_sum_end(c, s) == 0);
+    CHECK(comm_sum_end(c, s, NULL) == 0);
+    CHECK(comm_sum_end(c, s, NULL) == 0);
     CHECK(comm_wait_stream(c, s, 0) == 0);
     memset(host, 0xff, bytes);
     CUDA(cudaMemcpy(host, dev, bytes, cudaMemcpyDeviceToHost));
@@ -366,11 +366,11 @@ static int sums_in_a_row(struct comm *c, float *dev, cudaStream_t s)
         CHECK(comm_sum_begin(c, dev, N, DTYPE_F32, s) == 0);
         CHECK(comm_sum_begin(c, dev + N, N, DTYPE_F32, s) == 0);
         for (int k = 0; k < CALLS; k++) {
-            CHECK(comm_sum_end(c, s) == 0);
+            CHECK(comm_sum_end(c, s, NULL) == 0);
             CHECK(comm_sum_begin(c, dev + (size_t)(k % 2) * N, N - 4 * (size_t)k, DTYPE_F32, s) ==
                   0);
         }
-        CHECK(comm_sum_end(c, s) == 0 && comm_sum_end(c, s) == 0);
+        CHECK(comm_sum_end(c, s, NULL) == 0 && comm_sum_end(c, s, NULL) == 0);
         CUDA(cudaMemcpyAsync(host, dev, sizeof host, cudaMemcpyDeviceToHost, s));
         CHECK(comm_wait_stream(c, s, 0) == 0);
         for (size_t i = 0; i < 2 * N; i++) {
@@ -480,7 +480,7 @@ static void graphs_replay(void **state)
 static int sum_beside(struct comm *c, float *dev, size_t n, cudaStream_t s)
 {
     TRY(comm_sum_begin(c, dev, n, DTYPE_F32, s));
-    return comm_sum_end(c, s);
+    return comm_sum_end(c, s, NULL);
 }
 
 static int reduce_until_failure(struct job *j, struct comm *c)

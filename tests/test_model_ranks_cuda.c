@@ -141,7 +141,7 @@ static int run_steps(struct model_case *gpu, struct model_case *cpu, const struc
 
 /* ---- one GPU's greedy tokens beside several's ---- */
 
-enum { LONG_PROMPT = 3000, LONG_CHUNK = 1600, LONG_OUT = 24, MAX_VOCAB = 512, N_MODES = 2 };
+enum { LONG_PROMPT = 3000, LONG_CHUNK = 1664, LONG_OUT = 24, MAX_VOCAB = 512, N_MODES = 2 };
 
 /* What one number of ranks made of a prompt: the logits that each token was chosen from. */
 struct told_mode {

@@ -5,6 +5,8 @@ Every request ends exactly once, every page comes back, the log has no error.  W
   SLUICE_LOAD_SECONDS  in which they must be done
   SLUICE_LOAD_SEED     of everything that is drawn
   SLUICE_TEST_TP       ranks (default: 2, or 1 on a machine with a single GPU)
+  SLUICE_LOAD_MODEL    a folder with a config.json and thresholds in t.safetensors: random weights, where the six layers of the
+                       needle model take a sanitizer too long
 and see harness.py for a device and for a command around sluiced."""
 import collections
 import glob
@@ -22,6 +24,9 @@ SECONDS = float(os.environ.get("SLUICE_LOAD_SECONDS", PATIENCE))
 SEED = int(os.environ.get("SLUICE_LOAD_SEED", 1))
 ONE_GPU = (DEVICE or "cpu") != "cpu" and len(glob.glob("/dev/nvidia[0-9]*")) < 2
 TP = os.environ.get("SLUICE_TEST_TP", "1" if ONE_GPU else "2")
+RANDOM = os.environ.get("SLUICE_LOAD_MODEL")
+OPTIONS = (["--random-weights", "--force-thresholds", "--thresholds", os.path.join(RANDOM, "t.safetensors")] if RANDOM else
+           ["--thresholds", os.path.join(NEEDLE, "thresholds.safetensors")])
 
 CLIENTS, OPEN = 5, 4  # requests of a client that are open at once
 LONGEST, OUTPUT = 900, 60  # tokens
@@ -145,9 +150,9 @@ class Load(unittest.TestCase):
 
     def test_mixed(self):
         # as long as a sanitizer takes for a step, and more
-        with Daemon("--tp", TP, "--thresholds", os.path.join(NEEDLE, "thresholds.safetensors"), "--max-model-len", "2048",
+        with Daemon("--tp", TP, *OPTIONS, "--max-model-len", "2048",
                     "--kv-pages", str(PAGES), "--max-running", "16", "--token-budget", "256", "--step-timeout", "600s",
-                    "--comm-timeout", "300s") as d:
+                    "--comm-timeout", "300s", model=RANDOM or NEEDLE) as d:
             watcher, stop = Client(d.path), threading.Event()
             users = [User(d, i, stop, watcher.info[14]) for i in range(CLIENTS)]
             for user in users:
