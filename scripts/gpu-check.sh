@@ -108,7 +108,7 @@ prefill() {
 }
 
 ranks_comm() {
-    LIMIT=45 check comm_nccl "$bin/test_comm_nccl"
+    LIMIT=45 check comm_nccl "$bin/test_comm_nccl" ${COMM_TESTS:+"$COMM_TESTS"}
 }
 
 ranks_model() {

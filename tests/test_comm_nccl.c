@@ -588,7 +588,8 @@ static void abort_wakes_everybody(void **state)
     run_all(abort_rank);
 }
 
-int main(void)
+/* An argument is a pattern of the tests to run. */
+int main(int argc, char **argv)
 {
     if (n_devices() < 2) {
         (void)printf("fewer than two GPUs\n");
@@ -604,5 +605,7 @@ int main(void)
         cmocka_unit_test(a_stopped_rank_fails_the_others),
         cmocka_unit_test(abort_wakes_everybody),
     };
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
