@@ -69,7 +69,7 @@ asan: | build ## all tests under AddressSanitizer and UBSan
 
 tsan: | build ## the threaded and multi-process tests under ThreadSanitizer
 	@scripts/setup.sh build test
-	$(call build,tsan)
+	$(call build,tsan) --target threaded
 	$(call check,tsan) -L 'thread|process'
 
 clean: ## remove everything that was built
