@@ -14,8 +14,12 @@
 #include "core/mem.h"
 #include "scheduler/scheduler.h"
 
+#ifdef __SANITIZE_ADDRESS__
+enum { EVENTS = 40000 };
+#else
+enum { EVENTS = 100000 };
+#endif
 enum {
-    EVENTS = 100000,
     WORLD_EVENTS = 2500,
     MAX_LIVE = 128,
     MAX_TOTAL = 2048,

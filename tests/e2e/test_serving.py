@@ -17,6 +17,7 @@ from harness import (ABS, ACCEPTED, BIN, DONE, ERROR, GOAWAY, NEEDLE, PATIENCE, 
                      Daemon, golden, main, prompts)
 
 DRAINING, DEADLINE, QUEUE_FULL = 7, 9, 6
+LONG = 2000 if SANITIZED else 4000  # tokens of a prompt that is still at work when the next message comes
 REASON_CANCELLED, REASON_DEADLINE, REASON_SHUTDOWN = 2, 3, 6
 
 
@@ -105,7 +106,7 @@ class Answers(unittest.TestCase):
         """Both give back every page."""
         c = self.client()
         rng = random.Random(6)
-        long = [rng.randrange(3, 512) for _ in range(6000)]
+        long = [rng.randrange(3, 512) for _ in range(LONG * 3 // 2)]
         c.submit("gone", long, max_tokens=100, ignore_eos=True)
         while c.recv()[0] != PROGRESS:
             pass
@@ -213,7 +214,7 @@ class Limits(unittest.TestCase):
                     "--kv-pages", "64") as d:
             c = Client(d.path)
             for i in range(6):
-                c.submit("q%d" % i, [5 + i] * 3000, max_tokens=2, ignore_eos=True)
+                c.submit("q%d" % i, [5 + i] * (LONG * 3 // 4), max_tokens=2, ignore_eos=True)
             ended, refused = 0, 0
             while ended < 6:
                 kind, body = c.recv()
@@ -252,7 +253,7 @@ class Shutdown(unittest.TestCase):
         d = Daemon("--max-model-len", "8192")
         d.wait_ready()
         c = Client(d.path)
-        c.submit("work", [11] * 4000, max_tokens=30, ignore_eos=True)
+        c.submit("work", [11] * LONG, max_tokens=30, ignore_eos=True)
         while c.recv()[0] != ACCEPTED:
             pass
         return d, c
