@@ -120,7 +120,7 @@ static int take_memory(struct llama_cuda_state *m, struct err_msg *why)
 static int make_marks(struct llama_cuda_state *m)
 {
     struct cuda_marks *k = &m->marks;
-    k->max = 26 * m->c->n_layers + 12; /* two halves, see llama_cuda_split.c */
+    k->max = 27 * m->c->n_layers + 16; /* a split layer, and what is around layers */
     k->events = mem_zalloc((size_t)k->max, sizeof *k->events);
     k->parts = mem_zalloc((size_t)k->max, sizeof *k->parts);
     for (int32_t i = 0; i < k->max; i++)
