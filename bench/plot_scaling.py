@@ -3,7 +3,7 @@ usage: plot_scaling.py OUTPUT.csv PICTURE.svg"""
 import csv
 import sys
 
-LEFT, TOP, WIDTH, HEIGHT = 60, 64, 420, 320
+LEFT, TOP, WIDTH, HEIGHT = 60, 74, 420, 320
 FONT = 'font-family="sans-serif" font-size="13" fill="#222"'
 COLORS = ["#0a6", "#06c", "#c40", "#828", "#660"]  # of prompts
 DASHES = ["", "7 4", "2 3", "9 3 2 3"]  # of modes
@@ -45,11 +45,11 @@ def main():
     def y(speedup):
         return TOP + HEIGHT * (1 - speedup / top)
 
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 380}" height="{TOP + HEIGHT + 60}">',
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 430}" height="{TOP + HEIGHT + 60}">',
            '<rect width="100%" height="100%" fill="white"/>',
            f'<text x="{LEFT}" y="22" {FONT}>Prefill of a whole prompt: speed-up over one rank</text>']
-    for i, note in enumerate(notes[:2]):
-        out.append(f'<text x="{LEFT}" y="{38 + 14 * i}" {FONT.replace("13", "11")} opacity="0.7">{note}</text>')
+    for i, note in enumerate(note.split(";")[0] for note in notes[:3]):
+        out.append(f'<text x="{LEFT}" y="{36 + 13 * i}" {FONT.replace("13", "11")} opacity="0.7">{note}</text>')
     for tp in sorted({tp for points in cases.values() for tp, _, _ in points}):
         out.append(f'<path d="M{x(tp):.1f} {TOP}V{TOP + HEIGHT}" stroke="#eee"/>')
         out.append(f'<text x="{x(tp) - 4:.0f}" y="{TOP + HEIGHT + 20}" {FONT}>{tp}</text>')
@@ -72,7 +72,7 @@ def main():
         out.append(f'<path d="M{x(most) + 6:.1f} {y(speedup):.1f}L{LEFT + WIDTH + 14} {height - 4:.1f}H{LEFT + WIDTH + 40}" '
                    f'fill="none" stroke="{color}" stroke-dasharray="{dash}"/>')
         out.append(f'<text x="{LEFT + WIDTH + 46}" y="{height:.0f}" {FONT}>{prompt} {mode}: {speedup:.2f}, '
-                   f'{100 * share:.0f} % in sums over ranks</text>')
+                   f'{100 * share:.1f} % in sums over ranks</text>')
     out.append("</svg>")
     with open(picture, "w", encoding="utf-8") as f:
         f.write("\n".join(out) + "\n")
