@@ -18,8 +18,8 @@ extern "C" {
 int nn_cuda_gather(void *out, const void *table, const int32_t *ids, int32_t n, int32_t width,
                    int32_t n_table, int dtype, void *stream);
 
-/* residual += x + bias, rounded once; out = residual / sqrt(mean(residual^2) + eps) * weight, from
- * the rounded sum, as transformers does. */
+/* residual += x + more + bias, rounded once; out = residual / sqrt(mean(residual^2) + eps) *
+ * weight, from the rounded sum, as transformers does. */
 struct nn_cuda_norm {
     void *out;           /* [n, width]; NULL: only the sum */
     void *residual;      /* [*, width], in and out; unchanged where x is NULL */

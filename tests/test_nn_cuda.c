@@ -62,13 +62,13 @@ static void test_gather(void **state)
 struct norm_case {
     int dtype;
     int32_t width;
-    bool add, bias, pick, sum_only; /* pick: rows of a larger matrix */
+    bool add, more, bias, pick, sum_only; /* pick: rows of a larger matrix */
 };
 
 enum { NORM_ROWS = 21, NORM_ALL = 40 };
 
 struct norm_data {
-    uint16_t *residual, *x, *bias, *weight; /* host */
+    uint16_t *residual, *x, *more, *bias, *weight; /* host */
     int32_t rows[NORM_ROWS];
 };
 
@@ -81,6 +81,7 @@ static void run_norm(const struct norm_case *c, const struct norm_data *data, in
     struct nn_cuda_norm p = {.out = c->sum_only ? NULL : d_out,
                              .residual = device_copy(data->residual, bytes),
                              .x = device_copy(data->x, bytes),
+                             .more = device_copy(data->more, bytes),
                              .bias = device_copy(data->bias, w * 2),
                              .weight = device_copy(data->weight, w * 2),
                              .rows = device_copy(data->rows + first, (size_t)n * 4),
@@ -89,13 +90,15 @@ static void run_norm(const struct norm_case *c, const struct norm_data *data, in
                              .eps = 1e-5f};
     struct nn_cuda_norm q = p;
     q.x = c->add ? p.x : NULL;
+    q.more = c->more ? p.more : NULL;
     q.bias = c->bias ? p.bias : NULL;
     q.rows = c->pick ? p.rows : NULL;
     assert_int_equal(nn_cuda_residual_norm(&q, c->dtype, stream), 0);
     *out = take16(d_out, (size_t)n * w);
     *residual = host_alloc(bytes);
     device_take(*residual, p.residual, bytes);
-    drop((void *)p.x), drop((void *)p.bias), drop((void *)p.weight), drop((void *)p.rows);
+    drop((void *)p.x), drop((void *)p.more), drop((void *)p.bias);
+    drop((void *)p.weight), drop((void *)p.rows);
 }
 
 static void check_norm_row(const struct norm_case *c, const struct norm_data *data, size_t row,
@@ -107,7 +110,9 @@ static void check_norm_row(const struct norm_case *c, const struct norm_data *da
         float s = from16(data->residual[row * w + j], c->dtype);
         if (c->add) {
             float b = c->bias ? from16(data->bias[j], c->dtype) : 0.0f;
-            s += from16(data->x[row * w + j], c->dtype) + b;
+            float x = from16(data->x[row * w + j], c->dtype);
+            x += c->more ? from16(data->more[row * w + j], c->dtype) : 0.0f;
+            s += x + b;
         }
         assert_int_equal(residual[row * w + j], to16(s, c->dtype)); /* the sum, rounded once */
         double r = (double)from16(residual[row * w + j], c->dtype);
@@ -129,6 +134,7 @@ static void check_norm(const struct norm_case *c, struct rng *rng)
     const size_t w = (size_t)c->width;
     struct norm_data data = {.residual = random16(NORM_ALL * w, c->dtype, 2.0, rng),
                              .x = random16(NORM_ALL * w, c->dtype, 1.0, rng),
+                             .more = random16(NORM_ALL * w, c->dtype, 1.0, rng),
                              .bias = random16(w, c->dtype, 1.0, rng),
                              .weight = random16(w, c->dtype, 1.0, rng)};
     uint16_t *residual, *out, *one_residual, *one_out;
@@ -152,7 +158,7 @@ static void check_norm(const struct norm_case *c, struct rng *rng)
         assert_memory_equal(one_out, out + 13 * w, w * 2);
         free(one_residual), free(one_out);
     }
-    free(data.residual), free(data.x), free(data.bias), free(data.weight);
+    free(data.residual), free(data.x), free(data.more), free(data.bias), free(data.weight);
     free(residual), free(out);
 }
 
@@ -163,6 +169,8 @@ static void test_norm(void **state)
         {.add = false},
         {.add = true},
         {.add = true, .bias = true},
+        {.add = true, .more = true},
+        {.add = true, .more = true, .bias = true, .pick = true},
         {.add = true, .pick = true},
         {.pick = true},
         {.add = true, .sum_only = true},
