@@ -121,9 +121,9 @@ static void pack_prefill(struct attn_cuda *a, struct attn_group *g, const struct
     }
     g->seqs = made.dev;
     g->seq_stride = copies > 1 ? g->n_parts : 0;
-    g->n_tiles = (int32_t)sm90_tile_count(s, g->n_parts, a->cfg.n_heads);
-    made = upload_take(u, (size_t)g->n_tiles * sizeof(struct sm90_tile));
-    sm90_tiles_make(made.host, s, g->n_parts, &a->shape, a->l2_bytes);
+    const int64_t most = sm90_tile_count(s, g->n_parts, a->cfg.n_heads);
+    made = upload_take(u, (size_t)most * sizeof(struct sm90_tile));
+    g->n_tiles = (int32_t)sm90_tiles_make(made.host, s, g->n_parts, &a->shape, a->l2_bytes);
     g->tiles = made.dev;
 }
 

@@ -39,10 +39,8 @@ __device__ __forceinline__ int load_k(struct dec_warp<D> &w, const struct sm90_m
     if (tile >= 0 && w.lane == 0) {
         const uint32_t at = w.warp * L::slots + slot, bar = w.smem + L::k_full + 8 * at;
         mbar_arrive_expect_tx(bar, L::tile_bytes);
-#pragma unroll
-        for (int half = 0; half < D / 64; half++) /* the box of maps.k is half a tile */
-            tma_load_4d(w.smem + L::k + at * L::tile_bytes + half * L::half_bytes, &maps.k, bar, 0,
-                        0, half, tile, L2_EVICT_FIRST);
+        tma_load_4d(w.smem + L::k + at * L::tile_bytes, &maps.k, bar, 0, 0, 0, tile,
+                    L2_EVICT_FIRST);
     }
     return tile;
 }

@@ -14,10 +14,12 @@ extern "C" {
 enum { SM90_GATE_NONE, SM90_GATE_ABS, SM90_GATE_REL };
 enum { SM90_ORDER_DIAG_SINK_R2L, SM90_ORDER_L2R };
 
-/* One query block of one head. */
+/* Two query blocks of one sequence that a thread block computes side by side. Of equal blocks and
+ * heads of one KV head, K is loaded once for both. */
 struct sm90_tile {
-    int32_t block; /* absolute position / 128 */
-    uint16_t seq, head;
+    int32_t block[2]; /* absolute position / 128; the second may be -1: none */
+    uint16_t head[2], kv_head[2];
+    uint16_t seq, pad;
 };
 
 struct sm90_seq {
@@ -39,6 +41,7 @@ struct sm90_counts {
     unsigned long long reachable, visited, kept;
 };
 
+/* Boxes: of q 128 rows of half a head (64 elements), of k and v a whole page of a KV head. */
 struct sm90_maps {
     CUtensorMap q, k, v;
 };
@@ -58,6 +61,7 @@ struct sm90_args {
     int32_t t_blocks;
     int64_t t_head_stride;
     float scale;
+    float scale_log2, inv_scale, slack;           /* filled in by the launch */
     struct sm90_counts *seq_counts, *head_counts; /* or NULL */
 };
 

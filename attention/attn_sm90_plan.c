@@ -44,13 +44,13 @@ int sm90_maps_make(struct sm90_maps *maps, const struct sm90_shape *shape, const
                            {HALF, (cuuint64_t)shape->n_heads * halves, (cuuint64_t)q_rows, 0},
                            {HALF * 2, (cuuint64_t)q_stride * 2, 0},
                            {HALF, 1, BLOCK, 0}};
-    struct box bk = {4,
-                     {HALF, PAGE, halves, (cuuint64_t)n_pages * (cuuint64_t)shape->n_kv_heads},
-                     {row_bytes, HALF * 2, PAGE * row_bytes},
-                     {HALF, PAGE, 1, 1}};
+    const struct box bk = {
+        4,
+        {HALF, PAGE, halves, (cuuint64_t)n_pages * (cuuint64_t)shape->n_kv_heads},
+        {row_bytes, HALF * 2, PAGE * row_bytes},
+        {HALF, PAGE, (cuuint32_t)halves, 1}};
     if (encode(fn, &maps->q, shape->dtype, q, &bq) || encode(fn, &maps->k, shape->dtype, k, &bk))
         return -1;
-    bk.box[2] = (cuuint32_t)halves;
     return encode(fn, &maps->v, shape->dtype, v, &bk);
 }
 
@@ -76,30 +76,62 @@ int64_t sm90_tile_count(const struct sm90_seq *seqs, int n_seqs, int n_heads)
 static int by_length(const void *pa, const void *pb)
 {
     const struct sm90_tile *a = pa, *b = pb;
-    if (a->block != b->block)
-        return a->block > b->block ? -1 : 1;
+    if (a->block[0] != b->block[0])
+        return a->block[0] > b->block[0] ? -1 : 1;
     if (a->seq != b->seq)
         return a->seq < b->seq ? -1 : 1;
-    return (a->head > b->head) - (a->head < b->head);
+    return (a->head[0] > b->head[0]) - (a->head[0] < b->head[0]);
 }
 
-void sm90_tiles_make(struct sm90_tile *tiles, const struct sm90_seq *seqs, int n_seqs,
-                     const struct sm90_shape *shape, size_t l2_bytes)
+static struct sm90_tile pair(int seq, int32_t block, int a, int b, int group)
 {
+    return (struct sm90_tile){.block = {block, b < 0 ? -1 : block},
+                              .head = {(uint16_t)a, (uint16_t)(b < 0 ? 0 : b)},
+                              .kv_head = {(uint16_t)(a / group), (uint16_t)(b < 0 ? 0 : b / group)},
+                              .seq = (uint16_t)seq};
+}
+
+/* The tiles of one block: heads [begin, end) in pairs. With an odd number of heads to a KV head,
+ * the last of one KV head goes with the last of the next. */
+static struct sm90_tile *block_tiles(struct sm90_tile *to, int seq, int32_t block, int begin,
+                                     int end, int group)
+{
+    int left = -1;
+    for (int kv = begin; kv < end; kv += group) {
+        for (int h = kv; h + 1 < kv + group; h += 2)
+            *to++ = pair(seq, block, h, h + 1, group);
+        if (group % 2 == 0)
+            continue;
+        const int last = kv + group - 1;
+        if (left >= 0)
+            *to++ = pair(seq, block, left, last, group);
+        left = left >= 0 ? -1 : last;
+    }
+    if (left >= 0)
+        *to++ = pair(seq, block, left, -1, group);
+    return to;
+}
+
+int64_t sm90_tiles_make(struct sm90_tile *tiles, const struct sm90_seq *seqs, int n_seqs,
+                        const struct sm90_shape *shape, size_t l2_bytes)
+{
+    struct sm90_tile *const start = tiles;
     size_t kv_bytes = 1; /* of one KV head over all sequences */
     for (int i = 0; i < n_seqs; i++)
         kv_bytes += (size_t)(seqs[i].pos + seqs[i].n_rows) * (size_t)shape->head_dim * 4;
     const int group = shape->n_heads / shape->n_kv_heads;
     size_t fit = l2_bytes / kv_bytes;
     int kv_step = fit < 1 ? 1 : fit > (size_t)shape->n_kv_heads ? shape->n_kv_heads : (int)fit;
+    if (group % 2 && kv_step % 2)
+        kv_step++; /* heads of two KV heads share a tile */
     for (int kv = 0; kv < shape->n_kv_heads; kv += kv_step) {
         int kv_end = kv + kv_step < shape->n_kv_heads ? kv + kv_step : shape->n_kv_heads;
         struct sm90_tile *section = tiles;
         for (int i = 0; i < n_seqs; i++)
             for (int32_t b = last_block(&seqs[i]); b >= first_block(&seqs[i]); b--)
-                for (int h = kv * group; h < kv_end * group; h++)
-                    *tiles++ = (struct sm90_tile){b, (uint16_t)i, (uint16_t)h};
+                tiles = block_tiles(tiles, i, b, kv * group, kv_end * group, group);
         if (n_seqs > 1)
             qsort(section, (size_t)(tiles - section), sizeof *section, by_length);
     }
+    return tiles - start;
 }

@@ -15,11 +15,11 @@ struct sm90_shape {
 int sm90_maps_make(struct sm90_maps *maps, const struct sm90_shape *shape, const void *q,
                    int64_t q_rows, int64_t q_stride, const void *k, const void *v, int32_t n_pages);
 
-/* Query blocks of all heads that the sequences need. */
+/* At most this many tiles are made: the query blocks of all heads that the sequences need. */
 int64_t sm90_tile_count(const struct sm90_seq *seqs, int n_seqs, int n_heads);
 /* Fills tiles: sections of KV heads whose K and V share the L2 cache, and within a section the
- * longest blocks first with the heads of a block adjacent. Allocates nothing. */
-void sm90_tiles_make(struct sm90_tile *tiles, const struct sm90_seq *seqs, int n_seqs,
-                     const struct sm90_shape *shape, size_t l2_bytes);
+ * longest blocks first with the heads of a block adjacent. Returns how many. Allocates nothing. */
+int64_t sm90_tiles_make(struct sm90_tile *tiles, const struct sm90_seq *seqs, int n_seqs,
+                        const struct sm90_shape *shape, size_t l2_bytes);
 
 #endif

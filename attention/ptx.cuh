@@ -20,6 +20,15 @@ __device__ __forceinline__ uint32_t smem_addr(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
+/* True in one lane of a warp that has converged. */
+__device__ __forceinline__ bool elect_one(void)
+{
+    uint32_t one;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(one));
+    return one != 0;
+}
+
 /* ---- mbarrier ---- */
 
 __device__ __forceinline__ void mbar_init(uint32_t bar, uint32_t count)
@@ -94,9 +103,16 @@ __device__ __forceinline__ void bar_sync(int id, int threads)
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ void bar_arrive(int id, int threads)
+/* A barrier of `threads` that also tells whether x holds for any of them. */
+__device__ __forceinline__ bool bar_any(int id, int threads, bool x)
 {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+    uint32_t any;
+    asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\n"
+                 "bar.red.or.pred q, %2, %3, p;\nselp.u32 %0, 1, 0, q;\n}"
+                 : "=r"(any)
+                 : "r"((uint32_t)x), "r"(id), "r"(threads)
+                 : "memory");
+    return any != 0;
 }
 
 /* ---- registers ---- */
@@ -152,6 +168,28 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t dst, uint32_t a, uint32_t b
                  : "memory");
 }
 
+__device__ __forceinline__ int ld_shared_s32(uint32_t src)
+{
+    int x;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(src) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void st_shared_s32(uint32_t dst, int x)
+{
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(dst), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ uint4 ld_shared_v4(uint32_t src)
+{
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(src)
+                 : "memory");
+    return x;
+}
+
 /* ---- wgmma ---- */
 
 /* Registers written before this may be read by the wgmma that follow. */
@@ -189,6 +227,16 @@ __device__ __forceinline__ void wgmma_pin(uint32_t (&r)[N])
         asm volatile("" : "+r"(r[i])::"memory");
 }
 
+/* Zeros written here and not later: accumulators must not be written while products are in flight.
+ */
+template <int N>
+__device__ __forceinline__ void wgmma_zero(float (&r)[N])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        asm volatile("mov.f32 %0, 0f00000000;" : "=f"(r[i])::"memory");
+}
+
 /* The lists of 32 and 64 accumulators, as text of the instruction and as operands. */
 #define WGMMA_TEXT_32                                                                              \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                      \
@@ -204,15 +252,14 @@ __device__ __forceinline__ void wgmma_pin(uint32_t (&r)[N])
 #define WGMMA_OP_32(c, d) WGMMA_OP_16(c, d, 0), WGMMA_OP_16(c, d, 16)
 #define WGMMA_OP_64(c, d) WGMMA_OP_32(c, d), WGMMA_OP_16(c, d, 32), WGMMA_OP_16(c, d, 48)
 
-/* D[64, 128] (+)= A[64, 16] B[128, 16]^T, both K-major in shared memory. FIRST: D is overwritten.
- */
+/* D[64, 64] (+)= A[64, 16] B[64, 16]^T, both K-major in shared memory. FIRST: D is overwritten. */
 template <int DT, bool FIRST>
-__device__ __forceinline__ void wgmma_qk(float (&d)[64], uint64_t a, uint64_t b)
+__device__ __forceinline__ void wgmma_qk(float (&d)[32], uint64_t a, uint64_t b)
 {
 #define WGMMA_QK(type, add, c)                                                                     \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " WGMMA_TEXT_64    \
-                 "%64, %65, " add ", 1, 1, 0, 0;\n"                                                \
-                 : WGMMA_OP_64(c, d)                                                               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " WGMMA_TEXT_32     \
+                 "%32, %33, " add ", 1, 1, 0, 0;\n"                                                \
+                 : WGMMA_OP_32(c, d)                                                               \
                  : "l"(a), "l"(b))
     if (DT == DT_BF16 && FIRST)
         WGMMA_QK("bf16", "0", "=f");

@@ -11,6 +11,8 @@
 
 #include "attention/ptx.cuh"
 
+#include <float.h>
+
 #define LOG2E 1.4426950408889634f
 #define LN2   0.6931471805599453f
 
@@ -32,12 +34,17 @@ __device__ __forceinline__ uint64_t desc_mn_major(uint32_t addr, uint32_t half_b
 
 /* ---- softmax ---- */
 
+/* Of the two rows that a thread has in 64 rows of a block. */
 struct row_state {
-    float m[2];     /* maximum of the raw scores that exponents refer to */
-    float bound[2]; /* scores above this move it */
-    float l[2];     /* this thread's part of the row sum */
-    float shift[2]; /* m in base-2 units; 0 while m is -inf */
+    float m[2]; /* maximum of the raw scores that exponents refer to */
+    float l[2]; /* this thread's part of the row sum */
 };
+
+/* What is taken off exponents: m in base-2 units, but finite while m is -inf. */
+__device__ __forceinline__ float row_shift(float m, float scale_log2)
+{
+    return max_nan(m * scale_log2, -FLT_MAX);
+}
 
 __device__ __forceinline__ float quad_max(float x)
 {
@@ -51,61 +58,54 @@ __device__ __forceinline__ float quad_sum(float x)
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-/* This thread's maxima of one page: 32 accumulators starting at s[FIRST]. */
-template <int FIRST>
-__device__ __forceinline__ void page_max(float (&pm)[2], const float (&s)[64])
+/* This thread's maxima of one page. */
+__device__ __forceinline__ void page_max(float (&pm)[2], const float (&s)[32])
 {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float a = max_nan(s[FIRST + 2 * r], s[FIRST + 2 * r + 1]);
-        float b = max_nan(s[FIRST + 4 + 2 * r], s[FIRST + 4 + 2 * r + 1]);
+        float a = max_nan(s[2 * r], s[2 * r + 1]);
+        float b = max_nan(s[4 + 2 * r], s[4 + 2 * r + 1]);
 #pragma unroll
         for (int i = 2; i < 8; i += 2) {
-            a = max_nan(a, s[FIRST + 4 * i + 2 * r]);
-            a = max_nan(a, s[FIRST + 4 * i + 2 * r + 1]);
-            b = max_nan(b, s[FIRST + 4 * i + 4 + 2 * r]);
-            b = max_nan(b, s[FIRST + 4 * i + 4 + 2 * r + 1]);
+            a = max_nan(a, s[4 * i + 2 * r]);
+            a = max_nan(a, s[4 * i + 2 * r + 1]);
+            b = max_nan(b, s[4 * i + 4 + 2 * r]);
+            b = max_nan(b, s[4 * i + 4 + 2 * r + 1]);
         }
         pm[r] = max_nan(a, b);
     }
 }
 
-/* Columns beyond limit[row] become -inf; col0 is the first column of this thread. */
-__device__ __forceinline__ void mask_columns(float (&s)[64], int col0, int limit0, int limit1)
+/* Columns beyond the row become -inf: the diagonal page of 64 rows. col0 and row0 are the first
+ * column and row of this thread. */
+__device__ __forceinline__ void mask_diagonal(float (&s)[32], int col0, int row0)
 {
 #pragma unroll
-    for (int i = 0; i < 64; i++) {
+    for (int i = 0; i < 32; i++) {
         int col = 8 * (i / 4) + (i & 1) + col0;
-        if (col > ((i & 2) ? limit1 : limit0))
+        if (col > ((i & 2) ? row0 + 8 : row0))
             s[i] = -INFINITY;
     }
 }
 
-/* s = exp2(s * scale - shift) of one page; adds to the row sums, in two chains a row. Sums are
- * never fused with what precedes them: all kernels must give equal bits. */
-template <int FIRST>
-__device__ __forceinline__ void page_exp(float (&s)[64], float (&l)[2], float scale_log2,
-                                         const float (&shift)[2])
+/* p = exp2(s * scale - shift) of one page as A operands of PV; adds to the row sums, in two chains
+ * a row. Sums are never fused with what precedes them: all kernels must give equal bits. */
+template <int DT>
+__device__ __forceinline__ void page_exp(uint32_t (&p)[16], const float (&s)[32],
+                                         struct row_state &st, float scale_log2)
 {
-    float part[4];
+    const float shift[2] = {row_shift(st.m[0], scale_log2), row_shift(st.m[1], scale_log2)};
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
-        int r = (i >> 1) & 1;
-        float e = ex2(fmaf(s[FIRST + i], scale_log2, -shift[r]));
-        s[FIRST + i] = e;
-        part[i & 3] = i < 4 ? e : __fadd_rn(part[i & 3], e);
+    for (int i = 0; i < 32; i += 2) {
+        const float x = ex2(fmaf(s[i], scale_log2, -shift[i >> 1 & 1]));
+        const float y = ex2(fmaf(s[i + 1], scale_log2, -shift[i >> 1 & 1]));
+        part[i & 2] = i < 4 ? x : __fadd_rn(part[i & 2], x);
+        part[(i & 2) + 1] = i < 4 ? y : __fadd_rn(part[(i & 2) + 1], y);
+        p[i / 2] = pack2<DT>(x, y);
     }
-    l[0] = __fadd_rn(l[0], __fadd_rn(part[0], part[1]));
-    l[1] = __fadd_rn(l[1], __fadd_rn(part[2], part[3]));
-}
-
-/* The probabilities of one page as A operands of PV. */
-template <int FIRST, int DT>
-__device__ __forceinline__ void page_pack(uint32_t *p, const float (&s)[64])
-{
-#pragma unroll
-    for (int i = 0; i < 16; i++)
-        p[i] = pack2<DT>(s[FIRST + 2 * i], s[FIRST + 2 * i + 1]);
+    st.l[0] = __fadd_rn(st.l[0], __fadd_rn(part[0], part[1]));
+    st.l[1] = __fadd_rn(st.l[1], __fadd_rn(part[2], part[3]));
 }
 
 /* ---- the walk ---- */

@@ -47,14 +47,18 @@ static double time_run(struct world *w, int gate, int n)
     return (double)times[n / 2];
 }
 
-/* Some rows of the first sequence without a gate against double precision. */
+/* Some rows of the first sequence without a gate against double precision. The reference keeps the
+ * scores of a row in shared memory, so later positions are left to the tests. */
 static void check_result(struct world *w)
 {
+    enum { MAX_ROWS = 16384 };
     const struct sm90_seq *s = &w->seqs[0];
-    const int row_step = s->n_rows / 4 + 37;
+    const int n_rows = s->n_rows < MAX_ROWS ? s->n_rows : MAX_ROWS;
+    const int row_step = n_rows / 4 + 37;
     const size_t d = (size_t)w->shape.head_dim, heads = (size_t)w->shape.n_heads;
     const size_t n = (size_t)w->rows * heads;
     struct ref_problem p = world_ref(w, 0, row_step);
+    p.n_rows = n_rows;
     double *ref, *lse, worst = 0;
     CK(cudaMalloc((void **)&ref, n * d * 8));
     CK(cudaMalloc((void **)&lse, n * 8));
@@ -65,7 +69,7 @@ static void check_result(struct world *w)
     CK(cudaDeviceSynchronize());
     double *want = malloc(heads * d * 8);
     uint16_t *got = malloc(heads * d * 2);
-    for (int r = 0; r < s->n_rows; r += row_step) {
+    for (int r = 0; r < n_rows; r += row_step) {
         const size_t at = (size_t)(s->row + r) * heads * d;
         CK(cudaMemcpy(want, ref + at, heads * d * 8, cudaMemcpyDeviceToHost));
         CK(cudaMemcpy(got, w->out + at, heads * d * 2, cudaMemcpyDeviceToHost));

@@ -111,7 +111,7 @@ static inline void world_plan(struct world *w)
         cudaFree(w->tiles);
     w->n_tiles = sm90_tile_count(w->seqs, w->n_seqs, w->shape.n_heads);
     struct sm90_tile *t = malloc((size_t)w->n_tiles * sizeof *t);
-    sm90_tiles_make(t, w->seqs, w->n_seqs, &w->shape, w->l2_section);
+    w->n_tiles = sm90_tiles_make(t, w->seqs, w->n_seqs, &w->shape, w->l2_section);
     CK(cudaMalloc((void **)&w->tiles, (size_t)w->n_tiles * sizeof *t));
     CK(cudaMemcpy(w->tiles, t, (size_t)w->n_tiles * sizeof *t, cudaMemcpyHostToDevice));
     free(t);

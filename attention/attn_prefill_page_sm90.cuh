@@ -1,0 +1,243 @@
+/* One page for an item of the Hopper prefill kernel: products, waits and releases of K and V, the
+ * decision, softmax. The order of things is told in attn_prefill_sm90.cu. */
+#ifndef ATTENTION_ATTN_PREFILL_PAGE_SM90_CUH
+#define ATTENTION_ATTN_PREFILL_PAGE_SM90_CUH
+
+#include "attention/attn_prefill_rows_sm90.cuh"
+
+/* ---- products ---- */
+
+template <int D, int DT>
+__device__ __forceinline__ void issue_qk(float (&s)[32], uint64_t q_desc, uint32_t k_addr)
+{
+    const uint64_t k_desc = desc_k_major(k_addr);
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const uint64_t q_step = (uint64_t)((i / 4) * BLOCK_M * 128 + (i % 4) * 32) >> 4;
+        const uint64_t k_step = (uint64_t)((i / 4) * PAGE * 128 + (i % 4) * 32) >> 4;
+        if (i == 0)
+            wgmma_qk<DT, true>(s, q_desc, k_desc);
+        else
+            wgmma_qk<DT, false>(s, q_desc + q_step, k_desc + k_step);
+    }
+    wgmma_commit();
+}
+
+template <int D, int DT>
+__device__ __forceinline__ void issue_pv(float (&o)[D / 2], uint32_t (&p)[16], uint32_t v_addr)
+{
+    const uint64_t v_desc = desc_mn_major(v_addr, PAGE * 128);
+    wgmma_pin(o);
+    wgmma_pin(p);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < PAGE / 16; i++)
+        wgmma_pv<DT>(o, p + 4 * i, v_desc + (uint64_t)(i * 2048 >> 4));
+    wgmma_commit();
+}
+
+/* ---- pages ---- */
+
+/* Gives the K page at hand back. */
+template <int D, int GATE>
+__device__ __forceinline__ void release_k(struct consumer<D, GATE> &c)
+{
+    if (elect_one())
+        mbar_arrive(c.smem + smem_layout<D, GATE>::k_empty + 8 * c.k.slot);
+    c.k.next();
+}
+
+template <int D, int GATE>
+__device__ __forceinline__ void release_v(struct consumer<D, GATE> &c)
+{
+    if (GATE == SM90_GATE_NONE) {
+        if (elect_one())
+            mbar_arrive(c.smem + smem_layout<D, GATE>::v_empty + 8 * c.v.slot);
+    }
+    c.v.next();
+}
+
+/* Waits for the K page at hand; returns its address. */
+template <int D, int GATE>
+__device__ __forceinline__ uint32_t wait_k(const struct consumer<D, GATE> &c)
+{
+    using L = smem_layout<D, GATE>;
+    const uint32_t slot = c.k.slot;
+    mbar_wait(c.smem + L::k_full + 8 * slot, c.k.parity);
+    return c.smem + L::k + slot * L::page_bytes;
+}
+
+template <int D, int GATE>
+__device__ __forceinline__ uint32_t v_slot(const struct consumer<D, GATE> &c)
+{
+    return (GATE == SM90_GATE_NONE ? 0u : (uint32_t)(c.group * smem_layout<D, GATE>::own_v_slots)) +
+           c.v.slot;
+}
+
+template <int D, int GATE>
+__device__ __forceinline__ uint32_t wait_v(const struct consumer<D, GATE> &c)
+{
+    using L = smem_layout<D, GATE>;
+    const uint32_t slot = v_slot(c);
+    mbar_wait(c.smem + L::v_full + 8 * slot, c.v.parity);
+    return c.smem + L::v + slot * L::page_bytes;
+}
+
+/* Passes over entries of the tile that are not for this group. */
+template <int D, int GATE>
+__device__ __forceinline__ void pass(struct consumer<D, GATE> &c, int n)
+{
+    for (; all_of(n > 0); n--) {
+        wait_k(c);
+        release_k(c);
+        if (GATE == SM90_GATE_NONE) {
+            wait_v(c);
+            release_v(c);
+        }
+    }
+}
+
+/* One thread asks for the V page of the K page at hand. Its slot is free: all warps of the group
+ * have passed a barrier since they last read it. */
+template <int D, int GATE>
+__device__ __forceinline__ void request_v(const struct consumer<D, GATE> &c, const CUtensorMap *map)
+{
+    using L = smem_layout<D, GATE>;
+    if (c.thread != 0)
+        return;
+    const uint32_t slot = v_slot(c), full = c.smem + L::v_full + 8 * slot;
+    const int tile = ld_shared_s32(c.smem + L::k_tile + 4 * c.k.slot);
+    mbar_arrive_expect_tx(full, L::page_bytes);
+    tma_load_4d(c.smem + L::v + slot * L::page_bytes, map, full, 0, 0, 0, tile, L2_EVICT_LAST);
+}
+
+/* One thread adds a page that n row groups keep. */
+template <int D, int GATE>
+__device__ __forceinline__ void count_kept(const struct consumer<D, GATE> &c, int n)
+{
+    const uint32_t kept = c.smem + smem_layout<D, GATE>::kept + 4 * c.group;
+    if (GATE != SM90_GATE_NONE && c.thread == 0)
+        st_shared_s32(kept, ld_shared_s32(kept) + n);
+}
+
+template <int D, int GATE>
+__device__ __forceinline__ bool vote(const struct consumer<D, GATE> &c, int bar, bool x)
+{
+    return bar_any(bar + c.group, GROUP_WARPS * 32, x);
+}
+
+/* A page that all rows see and that both halves keep or skip together; returns whether they keep
+ * it. The first half's softmax runs under the second's QK, the second's under the first's PV. Where
+ * the last page was kept (`hot`), the first half votes ahead of the second, so that V is asked for
+ * early; elsewhere one vote of both is faster. */
+template <int D, int DT, int GATE>
+__device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
+                                           const struct sm90_args &a, struct row_state (&st)[2],
+                                           float (&o0)[D / 2], float (&o1)[D / 2])
+{
+    using L = smem_layout<D, GATE>;
+    float s0[32], s1[32], pm[2];
+    uint32_t p0[16], p1[16];
+    const uint32_t k = wait_k(c);
+    const uint64_t q = desc_k_major(c.smem + L::q + c.group * L::q_bytes);
+    wgmma_fence();
+    issue_qk<D, DT>(s0, q, k);
+    issue_qk<D, DT>(s1, q + (HALF_M * 128 >> 4), k);
+    wgmma_wait<1>();
+    wgmma_pin(s0);
+    page_max(pm, s0);
+    if (GATE != SM90_GATE_NONE) {
+        const bool first = wants(c, st[0], pm, 0);
+        bool keep = false;
+        if (all_of(c.hot))
+            keep = vote(c, BAR_EARLY, first);
+        if (all_of(!keep)) {
+            float pm1[2];
+            wgmma_wait<0>();
+            wgmma_pin(s1);
+            page_max(pm1, s1);
+            keep = vote(c, BAR_LATE, first | wants(c, st[1], pm1, 1));
+            if (all_of(!keep)) {
+                release_k(c);
+                return false;
+            }
+        }
+        request_v(c, map);
+    }
+    raise_maxima<GATE>(st[0], o0, pm, a);
+    page_exp<DT>(p0, s0, st[0], a.scale_log2);
+    count_kept(c, 1);
+    wgmma_wait<0>();
+    wgmma_pin(s1);
+    release_k(c);
+    const uint32_t v = wait_v(c);
+    issue_pv<D, DT>(o0, p0, v);
+    wgmma_pin(s1);
+    page_max(pm, s1);
+    raise_maxima<GATE>(st[1], o1, pm, a);
+    page_exp<DT>(p1, s1, st[1], a.scale_log2);
+    issue_pv<D, DT>(o1, p1, v);
+    wgmma_wait<0>();
+    wgmma_pin(o0);
+    wgmma_pin(o1);
+    wgmma_pin(p0);
+    wgmma_pin(p1);
+    release_v(c);
+    return true;
+}
+
+/* One half of a page alone: the diagonal (`mask`), and pages for which each half decides by itself.
+ * Returns whether it keeps the page; V must be asked for unless `asked`. */
+template <int D, int DT, int GATE>
+__device__ __forceinline__ bool half_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
+                                          const struct sm90_args &a, struct row_state &st,
+                                          float (&o)[D / 2], int half, uint32_t k, bool diag,
+                                          bool mask, bool asked)
+{
+    using L = smem_layout<D, GATE>;
+    float s[32], pm[2];
+    uint32_t p[16];
+    wgmma_fence();
+    issue_qk<D, DT>(s, desc_k_major(c.smem + L::q + c.group * L::q_bytes + half * HALF_M * 128), k);
+    wgmma_wait<0>();
+    wgmma_pin(s);
+    if (all_of(mask)) {
+        const int thread = opaque(c.thread), lane = thread & 31;
+        mask_diagonal(s, 2 * (lane & 3), thread / 32 * 16 + lane / 4);
+    }
+    page_max(pm, s);
+    if (GATE != SM90_GATE_NONE) {
+        if (all_of(!vote(c, BAR_EARLY, diag || wants(c, st, pm, half))))
+            return false;
+        if (!asked)
+            request_v(c, map);
+    }
+    raise_maxima<GATE>(st, o, pm, a);
+    page_exp<DT>(p, s, st, a.scale_log2);
+    issue_pv<D, DT>(o, p, wait_v(c));
+    wgmma_wait<0>();
+    wgmma_pin(o);
+    wgmma_pin(p);
+    return true;
+}
+
+/* A page one half after the other. diag: 0 or 1 on the diagonal, else -1. */
+template <int D, int DT, int GATE>
+__device__ __forceinline__ void any_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
+                                         const struct sm90_args &a, struct row_state (&st)[2],
+                                         float (&o0)[D / 2], float (&o1)[D / 2], int diag)
+{
+    const uint32_t k = wait_k(c);
+    int kept = 0;
+    if (all_of(diag != 1))
+        kept = half_page<D, DT, GATE>(c, map, a, st[0], o0, 0, k, diag >= 0, diag == 0, false);
+    if (all_of(diag != 0 || ITEM_FIELD(c, row_end) > HALF_M))
+        kept += half_page<D, DT, GATE>(c, map, a, st[1], o1, 1, k, diag >= 0, diag == 1, kept);
+    release_k(c);
+    if (GATE == SM90_GATE_NONE || all_of(kept)) {
+        count_kept(c, ITEM_FIELD(c, rows64) ? kept : 1);
+        release_v(c);
+    }
+}
+
+#endif

@@ -1,0 +1,168 @@
+/* The rows of a computing warpgroup of the Hopper prefill kernel: an item's 128 rows as two halves
+ * of 64, their softmax state, what they want of a page, and their way out. */
+#ifndef ATTENTION_ATTN_PREFILL_ROWS_SM90_CUH
+#define ATTENTION_ATTN_PREFILL_ROWS_SM90_CUH
+
+#include "attention/attn_prefill_sm90.cuh"
+
+#include <stddef.h>
+
+/* Named barriers, one a warpgroup each. */
+enum { BAR_EARLY = 1, BAR_LATE = 3 };
+
+/* A computing thread: its place, its positions in the rings, and what it keeps of its item through
+ * the page loop, in as few registers as can be. */
+template <int D, int GATE>
+struct consumer {
+    using L = smem_layout<D, GATE>;
+    uint32_t smem;
+    int group;  /* 0 or 1: the item */
+    int thread; /* of the group */
+    float gate;
+    int valid; /* bit 2 i + r: row r of half i belongs to the chunk */
+    int gap;   /* 1, 2: an entry of the other item before, behind each of this one */
+    bool hot;  /* the last page was kept */
+    struct ring<L::k_slots> k;
+    struct ring<GATE == SM90_GATE_NONE ? L::v_slots : L::own_v_slots> v;
+};
+
+/* How many tiles this group has taken: in shared memory, since registers are dear. */
+template <int D, int GATE>
+__device__ __forceinline__ uint32_t tiles_taken(const struct consumer<D, GATE> &c)
+{
+    return (uint32_t)ld_shared_s32(c.smem + smem_layout<D, GATE>::taken + 4 * c.group);
+}
+
+/* A field of the tile at hand, or of this group's item of it: read where it is needed. */
+template <int D, int GATE>
+__device__ __forceinline__ int tile_field(const struct consumer<D, GATE> &c, size_t field)
+{
+    return ld_shared_s32(c.smem + smem_layout<D, GATE>::info +
+                         (tiles_taken(c) & 1) * (uint32_t)sizeof(struct tile_info) +
+                         (uint32_t)field);
+}
+
+template <int D, int GATE>
+__device__ __forceinline__ int item_field(const struct consumer<D, GATE> &c, size_t field)
+{
+    return tile_field(c, offsetof(struct tile_info, item) +
+                             (uint32_t)c.group * sizeof(struct item_info) + field);
+}
+
+#define TILE_FIELD(c, name) tile_field(c, offsetof(struct tile_info, name))
+#define ITEM_FIELD(c, name) item_field(c, offsetof(struct item_info, name))
+
+/* A condition that is the same in all threads, in a form the compiler knows to be so: it serialises
+ * products on branches that it takes for divergent (C7520). */
+__device__ __forceinline__ bool all_of(bool x)
+{
+    return __any_sync(0xffffffffu, x);
+}
+
+/* Whether a row of this thread in one half wants the page: NaN does. No branches: votes wait. */
+template <int D, int GATE>
+__device__ __forceinline__ bool wants(const struct consumer<D, GATE> &c, const struct row_state &st,
+                                      const float (&pm)[2], int half)
+{
+    const float b0 = GATE == SM90_GATE_ABS ? c.gate : st.m[0] + c.gate;
+    const float b1 = GATE == SM90_GATE_ABS ? c.gate : st.m[1] + c.gate;
+    const int valid = opaque(c.valid);
+    const bool v0 = valid & 1 << 2 * half, v1 = valid & 2 << 2 * half;
+    return (v0 & !(pm[0] < b0)) | (v1 & !(pm[1] < b1));
+}
+
+/* Moves the maxima of one half and scales O to them, where a row of the warp has outgrown its own.
+ * Rows seldom do after the first pages: then all of this falls away, with the same bits. O must not
+ * be written while products are in flight. */
+template <int GATE, int N>
+__device__ __forceinline__ void raise_maxima(struct row_state &st, float (&o)[N],
+                                             const float (&pm)[2], const struct sm90_args &a)
+{
+    const float slack = GATE == SM90_GATE_REL ? 0.0f : a.slack;
+    if (!all_of(!(pm[0] <= st.m[0] + slack) || !(pm[1] <= st.m[1] + slack)))
+        return;
+    wgmma_wait<0>();
+    float alpha[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float m = max_nan(st.m[r], quad_max(pm[r]));
+        alpha[r] = ex2(fmaf(st.m[r], a.scale_log2, -row_shift(m, a.scale_log2)));
+        st.m[r] = m;
+        st.l[r] = __fmul_rn(st.l[r], alpha[r]);
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        o[i] *= alpha[(i >> 1) & 1];
+}
+
+/* O and LSE of one half: through this warp's rows of the Q slot, so that stores are whole lines. */
+template <int D, int DT, int GATE>
+__device__ __forceinline__ void write_half(struct consumer<D, GATE> &c, const struct sm90_args &a,
+                                           const struct row_state &st, const float (&o)[D / 2],
+                                           int half)
+{
+    using L = smem_layout<D, GATE>;
+    const int q_row = ITEM_FIELD(c, q_row), head = ITEM_FIELD(c, head);
+    const int row_begin = ITEM_FIELD(c, row_begin), row_end = ITEM_FIELD(c, row_end);
+    float inv[2];
+    const int thread = opaque(c.thread), lane = thread & 31;
+    const int first = half * HALF_M + thread / 32 * 16;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float l = quad_sum(st.l[r]);
+        inv[r] = l == 0.0f ? 0.0f : 1.0f / l;
+        const int row = first + lane / 4 + 8 * r;
+        if (a.lse && (lane & 3) == 0 && row >= row_begin && row < row_end)
+            a.lse[(int64_t)(q_row + row) * a.n_heads + head] =
+                l == 0.0f ? -INFINITY : fmaf(st.m[r], a.scale, logf(l));
+    }
+    const uint32_t base = c.smem + L::q + c.group * L::q_bytes;
+    const int srow = first + (lane & 15);
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const uint32_t chunk = (uint32_t)(2 * (i & 3) + (lane >> 4)) ^ (srow & 7);
+        stmatrix_x4(base + (i / 4) * L::q_half_bytes + srow * 128 + chunk * 16,
+                    pack2<DT>(o[8 * i] * inv[0], o[8 * i + 1] * inv[0]),
+                    pack2<DT>(o[8 * i + 2] * inv[1], o[8 * i + 3] * inv[1]),
+                    pack2<DT>(o[8 * i + 4] * inv[0], o[8 * i + 5] * inv[0]),
+                    pack2<DT>(o[8 * i + 6] * inv[1], o[8 * i + 7] * inv[1]));
+    }
+    __syncwarp();
+    constexpr int chunks = D / 8, rows = 32 / chunks;
+    const int chunk = lane % chunks;
+#pragma unroll
+    for (int i = 0; i < 16 / rows; i++) {
+        const int row = first + i * rows + lane / chunks;
+        const uint32_t from = base + (chunk / 8) * L::q_half_bytes + row * 128 +
+                              (((uint32_t)chunk & 7) ^ (row & 7)) * 16;
+        const uint4 x = ld_shared_v4(from);
+        if (row >= row_begin && row < row_end)
+            *(uint4 *)((uint16_t *)a.out + (int64_t)(q_row + row) * a.out_stride + head * D +
+                       chunk * 8) = x;
+    }
+}
+
+/* Adds an item's counts in (page, row group) units. One thread. */
+template <int D, int GATE>
+__device__ __forceinline__ void count_item(const struct consumer<D, GATE> &c,
+                                           const struct sm90_args &a)
+{
+    using L = smem_layout<D, GATE>;
+    const int kept = GATE == SM90_GATE_NONE ? ITEM_FIELD(c, n_pages)
+                                            : ld_shared_s32(c.smem + L::kept + 4 * c.group);
+    const int groups = ITEM_FIELD(c, rows64) && ITEM_FIELD(c, row_end) > PAGE ? 2 : 1;
+    const int diag = groups == 2 ? 3 : ITEM_FIELD(c, n_diag);
+    struct sm90_counts *to[2] = {
+        a.seq_counts ? a.seq_counts + TILE_FIELD(c, seq) : (struct sm90_counts *)0,
+        a.head_counts ? a.head_counts + ITEM_FIELD(c, head) : (struct sm90_counts *)0};
+    for (int i = 0; i < 2; i++) {
+        if (!to[i])
+            continue;
+        atomicAdd(&to[i]->reachable,
+                  (unsigned long long)(groups * 2 * ITEM_FIELD(c, block) + diag));
+        atomicAdd(&to[i]->visited, (unsigned long long)(groups * ITEM_FIELD(c, n_off) + diag));
+        atomicAdd(&to[i]->kept, (unsigned long long)kept);
+    }
+}
+
+#endif
