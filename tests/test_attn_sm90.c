@@ -465,6 +465,26 @@ static void test_visit(int d, int dtype)
     world_free(&w);
 }
 
+/* Head counts that leave heads without a partner, or pair heads that share no K. */
+static void test_heads(int d, int dtype)
+{
+    static const int heads[4][2] = {{1, 1}, {3, 1}, {3, 3}, {6, 2}};
+    const int two[2][2] = {{0, 700}, {128, 300}};
+    for (int i = 0; i < 4; i++) {
+        struct world w;
+        world_make(&w, heads[i][0], heads[i][1], d, dtype, 2, two, 61);
+        world_plan(&w);
+        for (int gate = 0; gate < 3; gate++) {
+            char text[80];
+            snprintf(text, sizeof text, "heads %d of %d d%d t%d gate kernel %d ", heads[i][0],
+                     heads[i][1], d, dtype, gate);
+            run(&w, gate, "heads");
+            compare(&w, NULL, text, 1);
+        }
+        world_free(&w);
+    }
+}
+
 /* The kernels are compiled for compute capability 9.0 alone. */
 static int have_hopper(void)
 {
@@ -478,6 +498,7 @@ static void test_all(int d, int dtype)
 {
     test_dense(d, dtype);
     test_visit(d, dtype);
+    test_heads(d, dtype);
     for (int gate = 0; gate < 3; gate++)
         test_chunks(d, dtype, gate);
     test_abs(d, dtype);
