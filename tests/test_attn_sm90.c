@@ -485,6 +485,39 @@ static void test_heads(int d, int dtype)
     }
 }
 
+/* Every query block of every head is in one tile, and heads that can share K do. Needs no device.
+ */
+static void test_tiles(int heads, int kv)
+{
+    const struct sm90_seq seqs[2] = {{.pos = 0, .n_rows = 700}, {.pos = 256, .n_rows = 129}};
+    const struct sm90_shape shape = {heads, kv, 128, 0};
+    const int group = heads / kv, n_blocks = 6 + 2;
+    const size_t l2[3] = {0, 1 << 20, 1 << 30};
+    char text[80];
+    snprintf(text, sizeof text, "tiles of %d heads on %d", heads, kv);
+    for (int i = 0; i < 3; i++) {
+        int seen[2][8][64] = {0}, items = 0, split = 0;
+        struct sm90_tile t[2 * 8 * 64];
+        const int64_t n = sm90_tiles_make(t, seqs, 2, &shape, l2[i]);
+        for (int64_t j = 0; j < n; j++)
+            for (int k = 0; k < 2 && t[j].block[k] >= 0; k++) {
+                seen[t[j].seq][t[j].block[k]][t[j].head[k]]++, items++;
+                split += t[j].kv_head[k] != t[j].head[k] / group;
+                split += k && t[j].kv_head[0] == t[j].kv_head[1] && t[j].block[0] != t[j].block[1];
+            }
+        int once = 1;
+        for (int h = 0; h < heads; h++) {
+            for (int b = 0; b < 6; b++)
+                once &= seen[0][b][h] == 1;
+            once &= seen[1][2][h] == 1 && seen[1][3][h] == 1;
+        }
+        check(once && items == n_blocks * heads && split == 0 &&
+                  n == n_blocks * (kv * (group / 2) + (group % 2 ? (kv + 1) / 2 : 0)) &&
+                  n <= sm90_tile_count(seqs, 2, heads),
+              text, "");
+    }
+}
+
 /* The kernels are compiled for compute capability 9.0 alone. */
 static int have_hopper(void)
 {
@@ -510,8 +543,11 @@ static void test_all(int d, int dtype)
 
 int main(int argc, char **argv)
 {
+    static const int heads[6][2] = {{1, 1}, {3, 1}, {3, 3}, {6, 2}, {32, 8}, {40, 40}};
+    for (int i = 0; i < 6; i++)
+        test_tiles(heads[i][0], heads[i][1]);
     if (!have_hopper())
-        return 77;
+        return failures ? 1 : 77;
     if (argc > 1 && !strcmp(argv[1], "quick")) {
         test_dense(128, 0);
         test_abs(128, 0);
