@@ -117,7 +117,8 @@ __device__ __forceinline__ void compute_item(struct consumer<D, GATE> &c, const 
     take_item(c, a);
     mbar_wait(c.smem + L::q_full + 8 * c.group, ITEM_FIELD(c, q_parity));
     attend<D, DT, GATE>(c, map, a, st, o0, o1);
-    pass(c, TILE_FIELD(c, n_entries) - ITEM_FIELD(c, n_pages) * (TILE_FIELD(c, shared) ? 1 : 2));
+    pass(c,
+         TILE_FIELD(c, n_entries) - ITEM_FIELD(c, n_pages) * (TILE_FIELD(c, shared) ? 1 : GROUPS));
     bar_sync(BAR_LATE + c.group, GROUP_WARPS * 32); /* all wgmma of this group have read Q */
     write_half<D, DT, GATE>(c, a, st[0], o0, 0);
     write_half<D, DT, GATE>(c, a, st[1], o1, 1);

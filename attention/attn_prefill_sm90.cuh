@@ -45,7 +45,6 @@ struct smem_layout {
     static constexpr int halves = D / 64;
     static constexpr int q_half_bytes = BLOCK_M * 128;
     static constexpr int q_bytes = BLOCK_M * D * 2;
-    static constexpr int page_half_bytes = PAGE * 128;
     static constexpr int page_bytes = PAGE * D * 2;
     static constexpr int k_slots = D == 128 ? 6 : 10;
     static constexpr int v_slots = D == 128 ? 4 : 10; /* without a gate: a ring for both groups */

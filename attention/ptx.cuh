@@ -11,9 +11,8 @@
 enum { DT_BF16 = 0, DT_F16 = 1 };
 
 /* L2 hints for bulk tensor copies, as created by createpolicy. */
-#define L2_EVICT_NORMAL 0x1000000000000000ull
-#define L2_EVICT_FIRST  0x12F0000000000000ull
-#define L2_EVICT_LAST   0x14F0000000000000ull
+#define L2_EVICT_FIRST 0x12F0000000000000ull
+#define L2_EVICT_LAST  0x14F0000000000000ull
 
 __device__ __forceinline__ uint32_t smem_addr(const void *p)
 {

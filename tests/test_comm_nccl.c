@@ -204,20 +204,32 @@ static bool same_bits(struct comm *c, const void *p, size_t bytes)
 static const size_t sizes[] = {1, 7, 8, 64, 4096, 4104, 65536, 131072, 262144, 300007, MAX_N};
 enum { N_SIZES = sizeof sizes / sizeof *sizes };
 
+static uint64_t seed_of(size_t n, enum dtype dt)
+{
+    return n * 10 + dt;
+}
+
+/* What the stream has summed: right, and the same on all ranks. */
+static int read_sums(struct comm *c, const void *dev, void *host, size_t n, enum dtype dt,
+                     cudaStream_t s)
+{
+    const size_t bytes = n * dtype_bytes(dt);
+    CHECK(comm_wait_stream(c, s, 0) == 0);
+    memset(host, 0xff, bytes);
+    CUDA(cudaMemcpy(host, dev, bytes, cudaMemcpyDeviceToHost));
+    CHECK(sums_right(host, n, dt, seed_of(n, dt), c->n_ranks));
+    CHECK(same_bits(c, host, bytes));
+    return 0;
+}
+
 static int reduce_once(struct comm *c, void *dev, void *host, size_t n, enum dtype dt,
                        cudaStream_t s)
 {
     const size_t bytes = n * dtype_bytes(dt);
-    const uint64_t seed = n * 10 + dt;
-    fill(host, n, dt, seed, c->rank);
+    fill(host, n, dt, seed_of(n, dt), c->rank);
     CUDA(cudaMemcpyAsync(dev, host, bytes, cudaMemcpyHostToDevice, s));
     CHECK(comm_all_reduce_dev(c, dev, n, dt, s) == 0);
-    CHECK(comm_wait_stream(c, s, 0) == 0);
-    memset(host, 0xff, bytes);
-    CUDA(cudaMemcpy(host, dev, bytes, cudaMemcpyDeviceToHost));
-    CHECK(sums_right(host, n, dt, seed, c->n_ranks));
-    CHECK(same_bits(c, host, bytes));
-    return 0;
+    return read_sums(c, dev, host, n, dt, s);
 }
 
 static int reduce_rank(struct job *j, struct comm *c)
@@ -336,19 +348,13 @@ static void small_sums_are_in_rank_order(void **state)
 static int sums_once(struct comm *c, char *dev, void *host, size_t n, enum dtype dt, cudaStream_t s)
 {
     const size_t size = dtype_bytes(dt), first = n / 2, bytes = n * size;
-    const uint64_t seed = n * 10 + dt;
-    fill(host, n, dt, seed, c->rank);
+    fill(host, n, dt, seed_of(n, dt), c->rank);
     CUDA(cudaMemcpyAsync(dev, host, bytes, cudaMemcpyHostToDevice, s));
     CHECK(comm_sum_begin(c, dev, first, dt, s) == 0);
     CHECK(comm_sum_begin(c, dev + first * size, n - first, dt, s) == 0);
     CHECK(comm_sum_end(c, s, NULL) == 0);
     CHECK(comm_sum_end(c, s, NULL) == 0);
-    CHECK(comm_wait_stream(c, s, 0) == 0);
-    memset(host, 0xff, bytes);
-    CUDA(cudaMemcpy(host, dev, bytes, cudaMemcpyDeviceToHost));
-    CHECK(sums_right(host, n, dt, seed, c->n_ranks));
-    CHECK(same_bits(c, host, bytes));
-    return 0;
+    return read_sums(c, dev, host, n, dt, s);
 }
 
 /* Sums of sums without a wait of the host, one rank late by turns: stale halves would show. */
