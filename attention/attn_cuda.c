@@ -221,9 +221,32 @@ static const struct sm90_visit *visit_of(const struct attn_cuda *a, int layer)
     return a->visit ? a->visit + (ptrdiff_t)layer * a->cfg.n_heads : NULL;
 }
 
+void attn_cuda_set_probe(struct attn_cuda *a, const struct attn_cuda_probe *probe)
+{
+    a->probe = *probe;
+}
+
+/* The kernel for a group: page maxima come from one that has the ABS gate. */
+static int gate_of(const struct attn_cuda *a, const struct attn_group *g, int *gate)
+{
+    *gate = g->gate;
+    if (!a->probe.max)
+        return 0;
+    if (g->gate == SM90_GATE_REL)
+        return ERR_UNSUPPORTED;
+    *gate = SM90_GATE_ABS_MAX;
+    const size_t n =
+        (size_t)a->cfg.n_heads * (size_t)a->probe.max_groups * (size_t)a->probe.max_pages;
+    CUDA_TRY(
+        cudaMemsetAsync(a->probe.max, 0x80, n * sizeof *a->probe.max, dev_cuda_stream(a->cfg.dev)));
+    return 0;
+}
+
 static int prefill(const struct attn_cuda *a, const struct attn_group *g, int layer)
 {
     const struct attn_cuda_config *c = &a->cfg;
+    int gate = 0;
+    TRY(gate_of(a, g, &gate));
     const struct sm90_args args = {
         .tiles = g->tiles,
         .n_tiles = g->n_tiles,
@@ -241,8 +264,11 @@ static int prefill(const struct attn_cuda *a, const struct attn_group *g, int la
         .scale = c->scale,
         .seq_counts = g->counts,
         .head_counts = a->head_counts + (ptrdiff_t)layer * c->n_heads,
+        .page_max = a->probe.max,
+        .max_groups = a->probe.max_groups,
+        .max_pages = a->probe.max_pages,
     };
-    CUDA_TRY(sm90_prefill_launch(&a->maps[layer], &args, c->kv->head_dim, a->shape.dtype, g->gate,
+    CUDA_TRY(sm90_prefill_launch(&a->maps[layer], &args, c->kv->head_dim, a->shape.dtype, gate,
                                  a->n_sms, dev_cuda_stream(c->dev)));
     return 0;
 }

@@ -48,7 +48,19 @@ size_t attn_cuda_counts_bytes(const struct attn_cuda *a);
 /* Plans a step. counts: device memory of attn_cuda_counts_bytes. */
 void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_seqs,
                     struct upload *u, void *counts);
-/* Enqueues one layer of the planned step. */
+/* Page maxima of prompt rows, on the device. max == NULL: none are wanted. */
+struct attn_cuda_probe {
+    int32_t *max; /* [n_heads, max_groups, max_pages] of one layer: see page_max in attn_sm90.h */
+    int32_t max_groups,
+        max_pages;     /* cover every step: groups of its rows, pages of its positions */
+    int32_t gate_rows; /* 128 or 64: of a group; a gated sequence's must be the same */
+};
+
+/* From the next plan on each layer of a step leaves its maxima, and clears what was there before:
+ * what reads them is enqueued between layers. Steps then have one sequence whose rows start on a
+ * block. Results are those of the same step without a probe. */
+void attn_cuda_set_probe(struct attn_cuda *a, const struct attn_cuda_probe *probe);
+/* Enqueues one layer of the planned step. ERR_UNSUPPORTED: a probe under the REL gate. */
 MUST_CHECK int attn_cuda_run(struct attn_cuda *a, int layer);
 /* Whether the plan has rows for the decode kernel alone. */
 bool attn_cuda_is_decode(const struct attn_cuda *a);

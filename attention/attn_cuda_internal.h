@@ -58,6 +58,7 @@ struct attn_cuda {
     uint32_t *queue, *arrived;
     float *workspace;
     struct sm90_counts *head_counts; /* [n_layers, n_heads] */
+    struct attn_cuda_probe probe;
     /* the step */
     struct attn_group groups[N_LAUNCHES];
     const struct dec_seq *dec_seqs; /* device */

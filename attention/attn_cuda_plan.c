@@ -98,7 +98,9 @@ static struct sm90_seq make_seq(const struct attn_cuda *a, const struct attn_par
         .row = p->row,
         .n_rows = p->n_rows,
         .pos = p->pos,
-        .gate_rows = gated ? c->gate_rows : KV_BLOCK_TOKENS,
+        .gate_rows = gated          ? c->gate_rows
+                     : a->probe.max ? a->probe.gate_rows
+                                    : KV_BLOCK_TOKENS,
         .pages = p->pages,
         .t = gated && c->gate == ATTN_GATE_ABS ? thresholds(a, c->level, layer) : NULL,
         .ln_lambda = gated && c->gate == ATTN_GATE_REL ? c->ln_lambda : -INFINITY,

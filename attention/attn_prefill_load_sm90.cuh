@@ -81,9 +81,10 @@ __device__ __forceinline__ void produce_tiles(uint32_t smem, unsigned char *smem
                 describe_tile(info, a.seqs + a.tiles[at].seq, a.tiles[at].seq);
             else
                 info->seq = -1;
-            mbar_arrive(smem + L::tile_full + 8 * slot);
-            at = more ? (int)(atomicAdd(&a.queue[0], 1) + gridDim.x) : at;
         }
+        mbar_arrive(smem + L::tile_full + 8 * slot);
+        if (g == 0 && more)
+            at = (int)(atomicAdd(&a.queue[0], 1) + gridDim.x);
         if (!more)
             break;
         at = __shfl_sync(lanes, at, 0);
@@ -167,9 +168,7 @@ __device__ __forceinline__ void produce_pages(uint32_t smem, unsigned char *smem
             }
             r.next();
         }
-        __syncwarp();
-        if (lane == 0)
-            mbar_arrive(smem + L::tile_empty + 8 * tile.slot);
+        mbar_arrive(smem + L::tile_empty + 8 * tile.slot);
         tile.next();
     }
 }

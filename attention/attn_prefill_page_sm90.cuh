@@ -126,14 +126,14 @@ __device__ __forceinline__ bool vote(const struct consumer<D, GATE> &c, int bar,
     return bar_any(bar + c.group, GROUP_WARPS * 32, x);
 }
 
-/* A page that all rows see and that both halves keep or skip together; returns whether they keep
- * it. The first half's softmax runs under the second's QK, the second's under the first's PV. Where
- * the last page was kept (`hot`), the first half votes ahead of the second, so that V is asked for
- * early; elsewhere one vote of both is faster. */
+/* A page that all rows see and that both halves keep or skip together, the item's `at`-th before
+ * the diagonal; returns whether they keep it. The first half's softmax runs under the second's QK,
+ * the second's under the first's PV. Where the last page was kept (`hot`), the first half votes
+ * ahead of the second, so that V is asked for early; elsewhere one vote of both is faster. */
 template <int D, int DT, int GATE>
 __device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
                                            const struct sm90_args &a, struct row_state (&st)[2],
-                                           float (&o0)[D / 2], float (&o1)[D / 2])
+                                           float (&o0)[D / 2], float (&o1)[D / 2], int at)
 {
     using L = smem_layout<D, GATE>;
     float s0[32], s1[32], pm[2];
@@ -146,6 +146,7 @@ __device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CU
     wgmma_wait<1>();
     wgmma_pin(s0);
     page_max(pm, s0);
+    write_max(c, a, pm, 0, at);
     if (GATE != SM90_GATE_NONE) {
         const bool first = wants(c, st[0], pm, 0);
         bool keep = false;
@@ -158,6 +159,7 @@ __device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CU
             page_max(pm1, s1);
             keep = vote(c, BAR_LATE, first | wants(c, st[1], pm1, 1));
             if (all_of(!keep)) {
+                write_max(c, a, pm1, 1, at);
                 release_k(c);
                 return false;
             }
@@ -174,6 +176,7 @@ __device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CU
     issue_pv<D, DT>(o0, p0, v);
     wgmma_pin(s1);
     page_max(pm, s1);
+    write_max(c, a, pm, 1, at);
     raise_maxima<GATE>(st[1], o1, pm, a);
     page_exp<DT>(p1, s1, st[1], a.scale_log2);
     issue_pv<D, DT>(o1, p1, v);
@@ -187,11 +190,12 @@ __device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CU
 }
 
 /* One half of a page alone: the diagonal (`mask`), and pages for which each half decides by itself.
- * Returns whether it keeps the page; V must be asked for unless `asked`. */
+ * at: as above; less than 0 on the diagonal. Returns whether it keeps the page; V must be asked for
+ * unless `asked`. */
 template <int D, int DT, int GATE>
 __device__ __forceinline__ bool half_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
                                           const struct sm90_args &a, struct row_state &st,
-                                          float (&o)[D / 2], int half, uint32_t k, bool diag,
+                                          float (&o)[D / 2], int half, uint32_t k, int at,
                                           bool mask, bool asked)
 {
     using L = smem_layout<D, GATE>;
@@ -206,8 +210,10 @@ __device__ __forceinline__ bool half_page(struct consumer<D, GATE> &c, const CUt
         mask_diagonal(s, 2 * (lane & 3), thread / 32 * 16 + lane / 4);
     }
     page_max(pm, s);
+    if (all_of(at >= 0))
+        write_max(c, a, pm, half, at);
     if (GATE != SM90_GATE_NONE) {
-        if (all_of(!vote(c, BAR_EARLY, diag || wants(c, st, pm, half))))
+        if (all_of(!vote(c, BAR_EARLY, at < 0 || wants(c, st, pm, half))))
             return false;
         if (!asked)
             request_v(c, map);
@@ -221,18 +227,18 @@ __device__ __forceinline__ bool half_page(struct consumer<D, GATE> &c, const CUt
     return true;
 }
 
-/* A page one half after the other. diag: 0 or 1 on the diagonal, else -1. */
+/* A page one half after the other. diag: 0 or 1 on the diagonal, else -1; at: as above. */
 template <int D, int DT, int GATE>
 __device__ __forceinline__ void any_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
                                          const struct sm90_args &a, struct row_state (&st)[2],
-                                         float (&o0)[D / 2], float (&o1)[D / 2], int diag)
+                                         float (&o0)[D / 2], float (&o1)[D / 2], int diag, int at)
 {
     const uint32_t k = wait_k(c);
     int kept = 0;
     if (all_of(diag != 1))
-        kept = half_page<D, DT, GATE>(c, map, a, st[0], o0, 0, k, diag >= 0, diag == 0, false);
+        kept = half_page<D, DT, GATE>(c, map, a, st[0], o0, 0, k, at, diag == 0, false);
     if (all_of(diag != 0 || ITEM_FIELD(c, row_end) > HALF_M))
-        kept += half_page<D, DT, GATE>(c, map, a, st[1], o1, 1, k, diag >= 0, diag == 1, kept);
+        kept += half_page<D, DT, GATE>(c, map, a, st[1], o1, 1, k, at, diag == 1, kept);
     release_k(c);
     if (GATE == SM90_GATE_NONE || all_of(kept)) {
         count_kept(c, ITEM_FIELD(c, rows64) ? kept : 1);

@@ -64,11 +64,40 @@ template <int D, int GATE>
 __device__ __forceinline__ bool wants(const struct consumer<D, GATE> &c, const struct row_state &st,
                                       const float (&pm)[2], int half)
 {
-    const float b0 = GATE == SM90_GATE_ABS ? c.gate : st.m[0] + c.gate;
-    const float b1 = GATE == SM90_GATE_ABS ? c.gate : st.m[1] + c.gate;
+    const float b0 = GATE == SM90_GATE_REL ? st.m[0] + c.gate : c.gate;
+    const float b1 = GATE == SM90_GATE_REL ? st.m[1] + c.gate : c.gate;
     const int valid = opaque(c.valid);
     const bool v0 = valid & 1 << 2 * half, v1 = valid & 2 << 2 * half;
     return (v0 & !(pm[0] < b0)) | (v1 & !(pm[1] < b1));
+}
+
+/* The maximum over this warp's rows of one half, in the integers of sm90_args. */
+__device__ __forceinline__ int ordered_max(float v0, float v1)
+{
+    const int bits = __float_as_int(max_nan(v0, v1));
+    return __reduce_max_sync(0xffffffffu, bits ^ (bits >> 31 & 0x7fffffff));
+}
+
+/* Adds one half's rows to the maximum of the item's `at`-th page before the diagonal. */
+template <int D, int GATE>
+__device__ __forceinline__ void write_max(const struct consumer<D, GATE> &c,
+                                          const struct sm90_args &a, const float (&pm)[2], int half,
+                                          int at)
+{
+    if (GATE != SM90_GATE_ABS_MAX)
+        return;
+    const int valid = opaque(c.valid) >> 2 * half;
+    const int max = ordered_max(valid & 1 ? pm[0] : -INFINITY, valid & 2 ? pm[1] : -INFINITY);
+    if (!elect_one())
+        return;
+    const struct page_walk w = {2 * ITEM_FIELD(c, block), ITEM_FIELD(c, sink),
+                                ITEM_FIELD(c, local)};
+    const int page = walk_page(w, at, a.order == SM90_ORDER_L2R);
+    const int block = ITEM_FIELD(c, block) - a.seqs[TILE_FIELD(c, seq)].pos / BLOCK_M;
+    const int group = ITEM_FIELD(c, rows64) ? 2 * block + half : block;
+    atomicMax(a.page_max + ((int64_t)ITEM_FIELD(c, head) * a.max_groups + group) * a.max_pages +
+                  page,
+              max);
 }
 
 /* Moves the maxima of one half and scales O to them, where a row of the warp has outgrown its own.

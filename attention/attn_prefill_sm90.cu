@@ -80,7 +80,7 @@ __device__ __forceinline__ void attend(struct consumer<D, GATE> &c, const CUtens
 #pragma unroll 1
             for (int i = 0; all_of(i < n); i++) {
                 pass(c, c.gap & 1);
-                any_page<D, DT, GATE>(c, map, a, st, o0, o1, diag ? i : -1);
+                any_page<D, DT, GATE>(c, map, a, st, o0, o1, diag ? i : -1, diag ? -1 : i);
                 pass(c, c.gap >> 1);
             }
         } else {
@@ -88,7 +88,8 @@ __device__ __forceinline__ void attend(struct consumer<D, GATE> &c, const CUtens
             for (; all_of(n > 0); n--) {
                 if (c.gap & 1)
                     pass(c, 1);
-                c.hot = plain_page<D, DT, GATE>(c, map, a, st, o0, o1);
+                const int at = GATE == SM90_GATE_ABS_MAX ? ITEM_FIELD(c, n_off) - n : 0;
+                c.hot = plain_page<D, DT, GATE>(c, map, a, st, o0, o1, at);
                 if (c.gap & 2)
                     pass(c, 1);
             }
@@ -146,12 +147,11 @@ __device__ __forceinline__ void consume(uint32_t smem, const struct sm90_maps &m
         if (TILE_FIELD(c, seq) < 0)
             break;
         compute_item<D, DT, GATE>(c, &maps.v, a);
-        bar_sync(BAR_LATE + c.group, GROUP_WARPS * 32); /* all have read what they need of it */
-        if (c.thread == 0) {
-            const uint32_t last = tiles_taken(c);
+        const uint32_t last = tiles_taken(c);
+        mbar_arrive(smem + L::tile_empty + 8 * (last & 1));
+        bar_sync(BAR_LATE + c.group, GROUP_WARPS * 32); /* all have read `taken` */
+        if (c.thread == 0)
             st_shared_s32(smem + L::taken + 4 * c.group, (int)last + 1);
-            mbar_arrive(smem + L::tile_empty + 8 * (last & 1));
-        }
         bar_sync(BAR_LATE + c.group, GROUP_WARPS * 32);
     }
 }
@@ -163,9 +163,12 @@ __device__ __forceinline__ void init_barriers(uint32_t smem)
 {
     using L = smem_layout<D, GATE>;
     const int warps = GROUPS * GROUP_WARPS;
+    /* Each thread tells for itself that it has read a description: racecheck follows no other way.
+     */
+    const int tile_readers = 32 * (warps + (GATE == SM90_GATE_NONE ? 2 : 1));
     for (int i = 0; i < TILE_SLOTS; i++) {
-        mbar_init(smem + L::tile_full + 8 * i, 1);
-        mbar_init(smem + L::tile_empty + 8 * i, GROUPS + (GATE == SM90_GATE_NONE ? 2 : 1));
+        mbar_init(smem + L::tile_full + 8 * i, GROUPS);
+        mbar_init(smem + L::tile_empty + 8 * i, tile_readers);
     }
     for (int i = 0; i < GROUPS; i++) {
         st_shared_s32(smem + L::taken + 4 * i, 0);
@@ -240,12 +243,16 @@ static const struct kernel_entry kernels[] = {
     {128, DT_F16, SM90_GATE_NONE, launch<128, DT_F16, SM90_GATE_NONE>},
     {128, DT_F16, SM90_GATE_ABS, launch<128, DT_F16, SM90_GATE_ABS>},
     {128, DT_F16, SM90_GATE_REL, launch<128, DT_F16, SM90_GATE_REL>},
+    {128, DT_BF16, SM90_GATE_ABS_MAX, launch<128, DT_BF16, SM90_GATE_ABS_MAX>},
+    {128, DT_F16, SM90_GATE_ABS_MAX, launch<128, DT_F16, SM90_GATE_ABS_MAX>},
     {64, DT_BF16, SM90_GATE_NONE, launch<64, DT_BF16, SM90_GATE_NONE>},
     {64, DT_BF16, SM90_GATE_ABS, launch<64, DT_BF16, SM90_GATE_ABS>},
     {64, DT_BF16, SM90_GATE_REL, launch<64, DT_BF16, SM90_GATE_REL>},
     {64, DT_F16, SM90_GATE_NONE, launch<64, DT_F16, SM90_GATE_NONE>},
     {64, DT_F16, SM90_GATE_ABS, launch<64, DT_F16, SM90_GATE_ABS>},
     {64, DT_F16, SM90_GATE_REL, launch<64, DT_F16, SM90_GATE_REL>},
+    {64, DT_BF16, SM90_GATE_ABS_MAX, launch<64, DT_BF16, SM90_GATE_ABS_MAX>},
+    {64, DT_F16, SM90_GATE_ABS_MAX, launch<64, DT_F16, SM90_GATE_ABS_MAX>},
 };
 
 int sm90_prefill_launch(const struct sm90_maps *maps, const struct sm90_args *args, int head_dim,

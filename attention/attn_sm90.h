@@ -11,7 +11,8 @@
 extern "C" {
 #endif
 
-enum { SM90_GATE_NONE, SM90_GATE_ABS, SM90_GATE_REL };
+/* ABS_MAX: ABS that writes page maxima as well. */
+enum { SM90_GATE_NONE, SM90_GATE_ABS, SM90_GATE_REL, SM90_GATE_ABS_MAX };
 enum { SM90_ORDER_DIAG_SINK_R2L, SM90_ORDER_L2R };
 
 /* Two query blocks of one sequence that a thread block computes side by side. Of equal blocks and
@@ -64,6 +65,12 @@ struct sm90_args {
     float scale;
     float scale_log2, inv_scale, slack;           /* filled in by the launch */
     struct sm90_counts *seq_counts, *head_counts; /* or NULL */
+    /* ABS_MAX: the largest raw score (before the scale) of a row group's rows in each page before
+     * its block, as integers in the order of the floats: bits of one that is not negative, bits ^
+     * 0x7fffffff of a negative one, 0x7fffffff of NaN. Group 0 begins with the block of the one
+     * sequence's first row. By atomic maximum: set all bytes to 0x80 before. */
+    int32_t *page_max; /* [n_heads, max_groups, max_pages] */
+    int32_t max_groups, max_pages;
 };
 
 /* dtype: 0 bf16, 1 f16. Returns a cudaError_t as int. */
