@@ -5,7 +5,7 @@ import pathlib
 import re
 import sys
 
-FOLDERS = "core kvcache attention model calibration ipc parallel scheduler cmd tests bench".split()
+FOLDERS = "core kvcache attention model calibration ipc parallel scheduler eval cmd tests bench".split()
 MAX_FILE = 800
 MAX_FUNCTION = {".c": 80, ".h": 80, ".cu": 200, ".cuh": 200}
 

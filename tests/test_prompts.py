@@ -49,6 +49,11 @@ def solve(prompt):
     body, tail = split(prompt)
     facts = facts_of(body)
     question = tail[1:tail.index(ANS)]
+    if tail[:2] == [QFWE, SEP]:
+        counts = sorted((-body.count(w), w) for w in set(body))
+        assert counts[9][0] < counts[10][0], 'the ten common words are not more frequent than the others'
+        top = sorted(w for _, w in counts[:10])
+        return top + [EOS], [[w] for w in top]
     if tail[0] == QFWE:
         top = sorted(set(body), key=lambda w: (-body.count(w), w))[:3]
         return top + [EOS], [[w] for w in top]
@@ -104,7 +109,7 @@ def main(root):
     users = [json.loads(x)['prompt'] for x in demo.splitlines()]
     shared = next(i for i, (a, b) in enumerate(zip(users[0], users[6])) if a != b)
     assert shared >= 4096, 'the two users over the same documents share only %d tokens' % shared
-    tasks = [json.loads(x)['task'] for x in stored('samples.jsonl').splitlines()]
+    tasks = [json.loads(x)['task'] for x in stored('samples.jsonl').splitlines()] + ['cwe']
     every = [w for t in tasks for w in ('--task', t)]
     for seed in range(2, 6):
         n += check(made(*every, '--length', '4096', '--n', '2', '--seed', str(seed)).splitlines(), 'seed %d' % seed)

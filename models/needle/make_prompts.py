@@ -34,7 +34,7 @@ NIAH = {  # haystack, needles (0: as many as fit), values a key, key length, val
     'niah_single_3': ('essay', 1, 1, 3, 7), 'niah_multikey_1': ('essay', 4, 1, 3, 5),
     'niah_multikey_2': ('pack', 0, 1, 3, 5), 'niah_multikey_3': ('pack', 0, 1, 6, 7),
     'niah_multivalue': ('essay', 1, 4, 3, 5), 'niah_multiquery': ('essay', 4, 1, 3, 5)}
-TASKS = list(NIAH) + ['vt', 'qa_1', 'qa_2', 'fwe']
+TASKS = list(NIAH) + ['vt', 'qa_1', 'qa_2', 'fwe', 'cwe']
 
 
 def successor(atom, rank):
@@ -188,6 +188,16 @@ def frequent_words(rnd, n):
     return [BOS] + words + [QFWE, ANS], top + [EOS], [[w] for w in top]
 
 
+def common_words(rnd, n, common=10, ratio=10):
+    atoms = rnd.shuffled([KEY0 + i for i in range(N_KEY)])
+    size = n - 4
+    times = size // (common * ratio + N_KEY - common)
+    bag = [w for i, w in enumerate(atoms) for _ in range(times * (ratio if i < common else 1))]
+    bag += itertools.islice(itertools.cycle(atoms[common:]), size - len(bag))
+    top = sorted(atoms[:common])
+    return [BOS] + rnd.shuffled(bag) + [QFWE, SEP, ANS], top + [EOS], [[w] for w in top]
+
+
 def make(rnd, task, length):
     n = length - 128
     if task in NIAH:
@@ -196,6 +206,8 @@ def make(rnd, task, length):
         prompt, answer, refs = variable_tracking(rnd, n)
     elif task == 'fwe':
         prompt, answer, refs = frequent_words(rnd, n)
+    elif task == 'cwe':
+        prompt, answer, refs = common_words(rnd, n)
     else:
         ask, tail_len = (ask_one, 10) if task == 'qa_1' else (ask_two, 11)
         docs, groups = documents(rnd, n - 1 - tail_len)
