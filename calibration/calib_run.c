@@ -86,15 +86,22 @@ int calib_run_prompt(struct calib_run *r, const int32_t *tokens, int32_t n_token
     return 0;
 }
 
-int calib_run_sample(struct calib_run *r, struct calib *c, int32_t gate_rows, const int32_t *tokens,
-                     int32_t n_tokens, struct err_msg *why)
+/* Whether c, and so the model, has its maxima on a GPU decides which probe there is. */
+static int probe(struct calib_run *r, struct calib *c, int32_t gate_rows, bool on)
 {
-    const struct batch_policy dense = {.gate = BATCH_DENSE, .gate_rows = 128};
-    int err = model_probe_tiles(r->model, gate_rows, calib_tiles, c);
+    if (calib_on_device(c))
+        return model_probe_tiles_dev(r->model, gate_rows, on ? calib_tiles_dev : NULL, c);
+    return model_probe_tiles(r->model, gate_rows, on ? calib_tiles : NULL, c);
+}
+
+int calib_run_sample(struct calib_run *r, struct calib *c, struct batch_policy policy,
+                     const int32_t *tokens, int32_t n_tokens, struct err_msg *why)
+{
+    int err = probe(r, c, policy.gate_rows, true);
     if (err == 0)
-        err = calib_run_prompt(r, tokens, n_tokens, dense, NULL);
-    int off = model_probe_tiles(r->model, gate_rows, NULL, NULL);
+        err = calib_run_prompt(r, tokens, n_tokens, policy, NULL);
+    int off = probe(r, c, policy.gate_rows, false);
     if (err < 0 || off < 0)
-        return err_set(why, err < 0 ? err : off, "dense run: %s", err_str(err < 0 ? err : off));
+        return err_set(why, err < 0 ? err : off, "the run: %s", err_str(err < 0 ? err : off));
     return calib_end_sample(c, n_tokens, why);
 }

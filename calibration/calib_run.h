@@ -22,8 +22,9 @@ void calib_run_on_chunk(struct calib_run *r, void (*fn)(void *arg, int32_t n_tok
 /* One whole prompt as prefill under the policy; counts (may be NULL) receives its pages. */
 MUST_CHECK int calib_run_prompt(struct calib_run *r, const int32_t *tokens, int32_t n_tokens,
                                 struct batch_policy policy, struct batch_counts *counts);
-/* A dense prompt whose page maxima go into c. */
-MUST_CHECK int calib_run_sample(struct calib_run *r, struct calib *c, int32_t gate_rows,
+/* A prompt whose page maxima, over policy.gate_rows rows, go into c. Dense, but for thresholds that
+ * are made from what gated layers see. */
+MUST_CHECK int calib_run_sample(struct calib_run *r, struct calib *c, struct batch_policy policy,
                                 const int32_t *tokens, int32_t n_tokens, struct err_msg *why);
 
 #endif

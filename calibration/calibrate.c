@@ -1,5 +1,6 @@
 #include "calibration/calibrate.h"
 
+#include "calibration/calib_device.h"
 #include "core/mem.h"
 #include "core/pool.h"
 #include "kvcache/kv_view.h"
@@ -10,14 +11,16 @@
 #include <stdbool.h>
 #include <string.h>
 
-enum { PAGES_PER_BLOCK = KV_BLOCK_TOKENS / KV_PAGE_TOKENS, MAX_LEVELS = 64 };
+enum { PAGES_PER_BLOCK = KV_BLOCK_TOKENS / KV_PAGE_TOKENS };
 
 struct calib {
     struct calib_config cfg;
-    int32_t k[MAX_LEVELS];
-    double *sums;       /* [n_levels, n_layers, n_heads, n_blocks] */
-    int32_t *n_samples; /* [n_blocks] that filled the block */
-    float *scratch;     /* [workers, pages] */
+    int32_t k[CALIB_MAX_LEVELS];
+    double *sums;                /* [n_levels, n_layers, n_heads, n_blocks] */
+    double *sample;              /* the same of the current sample; where k leaves a choice */
+    int32_t *n_samples;          /* [n_blocks] that filled the block */
+    struct calib_device *device; /* NULL: maxima come to the host */
+    float *scratch;              /* [workers, pages] */
     int32_t scratch_len;
     atomic_bool not_finite;
 };
@@ -34,9 +37,9 @@ static int check_config(const struct calib_config *c, struct err_msg *why)
         return err_set(why, ERR_INVALID, "calibration: gate_rows is %d, must be 128 or 64",
                        c->gate_rows);
     }
-    if (c->n_levels < 1 || c->n_levels > MAX_LEVELS) {
+    if (c->n_levels < 1 || c->n_levels > CALIB_MAX_LEVELS) {
         return err_set(why, ERR_INVALID, "calibration: %d levels, must be 1 to %d", c->n_levels,
-                       MAX_LEVELS);
+                       CALIB_MAX_LEVELS);
     }
     for (int32_t i = 0; i < c->n_levels; i++) {
         if (c->k[i] < 1 || (i > 0 && c->k[i] <= c->k[i - 1])) {
@@ -62,11 +65,17 @@ int calib_create(struct calib **out, const struct calib_config *cfg, struct err_
     c->cfg.k = c->k;
     c->scratch_len = cfg->n_blocks * PAGES_PER_BLOCK;
     c->sums = mem_try_aligned(n_sums(cfg), sizeof *c->sums);
+    c->sample = mem_try_aligned(n_sums(cfg), sizeof *c->sample);
     c->n_samples = mem_try_aligned((size_t)cfg->n_blocks, sizeof *c->n_samples);
     c->scratch = mem_try_aligned(workers * (size_t)c->scratch_len, sizeof *c->scratch);
-    if (!c->sums || !c->n_samples || !c->scratch) {
+    int err = 0;
+    if (!c->sums || !c->sample || !c->n_samples || !c->scratch)
+        err = err_set(why, -ENOMEM, "calibration: no memory for %zu sums", n_sums(cfg));
+    else if (cfg->dev)
+        err = calib_device_create(&c->device, &c->cfg, why);
+    if (err < 0) {
         calib_destroy(c);
-        return err_set(why, -ENOMEM, "calibration: no memory for %zu sums", n_sums(cfg));
+        return err;
     }
     *out = c;
     return 0;
@@ -76,7 +85,9 @@ void calib_destroy(struct calib *c)
 {
     if (!c)
         return;
+    calib_device_destroy(c->device);
     mem_free(c->sums);
+    mem_free(c->sample);
     mem_free(c->n_samples);
     mem_free(c->scratch);
     mem_free(c);
@@ -163,15 +174,16 @@ struct chunk {
     int32_t n_groups, n_pages;
 };
 
-static double *sum_at(const struct calib *c, int32_t level, int layer, int32_t head, int32_t block)
+static double *sample_at(const struct calib *c, int32_t level, int layer, int32_t head,
+                         int32_t block)
 {
     size_t at = ((size_t)level * (size_t)c->cfg.n_layers + (size_t)layer) * (size_t)c->cfg.n_heads;
-    return c->sums + (at + (size_t)head) * (size_t)c->cfg.n_blocks + (size_t)block;
+    return c->sample + (at + (size_t)head) * (size_t)c->cfg.n_blocks + (size_t)block;
 }
 
-/* The thresholds of one row group, added to the sums of its block with the given weight. */
+/* The midpoints of one of the block's `halves` row groups (1: the whole block). */
 static void add_group(const struct chunk *ch, int32_t head, int32_t block, const float *max,
-                      double weight, float *v)
+                      int32_t half, int32_t halves, float *v)
 {
     struct calib *c = ch->c;
     const int32_t available = block * PAGES_PER_BLOCK;
@@ -187,8 +199,9 @@ static void add_group(const struct chunk *ch, int32_t head, int32_t block, const
         n++;
     calib_select(v, available, c->k, n);
     for (int32_t s = 0; s < n; s++) {
-        double mid = ((double)v[c->k[s] - 1] + (double)v[c->k[s]]) / 2;
-        *sum_at(c, s, ch->layer, head, block) += weight * mid;
+        double mid = ((double)v[c->k[s] - 1] + (double)v[c->k[s]]) / 2 / halves;
+        double *t = sample_at(c, s, ch->layer, head, block);
+        *t = half > 0 ? *t + mid : mid;
     }
 }
 
@@ -202,7 +215,7 @@ static void add_head(void *arg, int head, int worker)
         for (int32_t half = 0; half < per_block; half++) {
             size_t group = (size_t)head * (size_t)ch->n_groups + (size_t)(i * per_block + half);
             const float *max = ch->max + group * (size_t)ch->n_pages;
-            add_group(ch, head, ch->first_block + i, max, 1.0 / per_block, v);
+            add_group(ch, head, ch->first_block + i, max, half, per_block, v);
         }
     }
 }
@@ -229,12 +242,61 @@ void calib_tiles(void *calib, int layer, int32_t pos, int32_t n_tokens, const fl
         add_head(&ch, h, 0);
 }
 
+int calib_tiles_dev(void *calib, const struct model_tiles *tiles)
+{
+    struct calib *c = calib;
+    return calib_device_tiles(c->device, tiles);
+}
+
+bool calib_on_device(const struct calib *c)
+{
+    return c->device != NULL;
+}
+
+/* First block of which level s leaves pages out. */
+static int32_t first_gated(const struct calib *c, int32_t s)
+{
+    return c->k[s] / PAGES_PER_BLOCK + 1;
+}
+
+/* Whether all midpoints of a sample of n full blocks are numbers. */
+static bool sample_is_finite(const struct calib *c, int32_t n)
+{
+    const size_t rows = (size_t)c->cfg.n_layers * (size_t)c->cfg.n_heads;
+    for (int32_t s = 0; s < c->cfg.n_levels; s++) {
+        for (size_t r = 0; r < rows; r++) {
+            const double *t = c->sample + ((size_t)s * rows + r) * (size_t)c->cfg.n_blocks;
+            for (int32_t i = first_gated(c, s); i < n; i++) {
+                if (!isfinite(t[i]))
+                    return false;
+            }
+        }
+    }
+    return true;
+}
+
+static void add_sample(struct calib *c, int32_t n)
+{
+    const size_t rows = (size_t)c->cfg.n_layers * (size_t)c->cfg.n_heads;
+    for (int32_t s = 0; s < c->cfg.n_levels; s++) {
+        for (size_t r = 0; r < rows; r++) {
+            const size_t at = ((size_t)s * rows + r) * (size_t)c->cfg.n_blocks;
+            for (int32_t i = first_gated(c, s); i < n; i++)
+                c->sums[at + (size_t)i] += c->sample[at + (size_t)i];
+        }
+    }
+    for (int32_t i = 0; i < n; i++)
+        c->n_samples[i]++;
+}
+
 int calib_end_sample(struct calib *c, int32_t n_tokens, struct err_msg *why)
 {
-    if (atomic_load(&c->not_finite))
+    const int32_t n = n_tokens / KV_BLOCK_TOKENS;
+    if (c->device)
+        TRY(calib_device_fetch(c->device, c->sample));
+    if (atomic_exchange(&c->not_finite, false) || !sample_is_finite(c, n))
         return err_set(why, ERR_NUMERIC, "a page maximum is NaN or infinite");
-    for (int32_t i = 0; i < n_tokens / KV_BLOCK_TOKENS; i++)
-        c->n_samples[i]++;
+    add_sample(c, n);
     return 0;
 }
 

@@ -1,5 +1,5 @@
 /* From page maxima to thresholds. Feed it the maxima of dense runs (model_probe_tiles), layer by
- * layer and chunk by chunk; it keeps one double a threshold and forgets the maxima at once.
+ * layer and chunk by chunk; it keeps two doubles a threshold and forgets the maxima at once.
  *
  * Per sample, layer, query head and full 128-token block i with its A = 2i off-diagonal pages, for
  * every level k in one pass: the threshold is the midpoint of the k-th and (k+1)-th largest page
@@ -20,10 +20,15 @@
 
 #include "core/err.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
+struct dev;
 struct pool;
 struct calib;
+struct model_tiles;
+
+enum { CALIB_MAX_LEVELS = 64 };
 
 struct calib_config {
     int32_t n_layers, n_heads;
@@ -32,6 +37,7 @@ struct calib_config {
     const int32_t *k;  /* [n_levels], positive and increasing; copied */
     int32_t n_levels;
     struct pool *pool; /* works on heads in parallel; may be NULL */
+    struct dev *dev;   /* a GPU: maxima stay there and go to calib_tiles_dev; else NULL */
 };
 
 MUST_CHECK int calib_create(struct calib **out, const struct calib_config *cfg,
@@ -43,8 +49,12 @@ void calib_destroy(struct calib *c); /* accepts NULL */
  * multiple of 128. A value that is not finite is remembered and fails calib_end_sample. */
 void calib_tiles(void *calib, int layer, int32_t pos, int32_t n_tokens, const float *max,
                  int32_t n_groups, int32_t n_pages);
-/* The current sample had n_tokens tokens, all of whose chunks and layers were fed. On an error its
- * maxima are in the sums already and the calibration is spoilt. */
+/* The same on the GPU of calib_config.dev: a model_tile_dev_fn with arg = struct calib *, which
+ * only enqueues. */
+MUST_CHECK int calib_tiles_dev(void *calib, const struct model_tiles *tiles);
+bool calib_on_device(const struct calib *c);
+/* The current sample had n_tokens tokens, all of whose chunks and layers were fed. ERR_NUMERIC
+ * where a maximum was not finite: nothing of the sample counts. */
 MUST_CHECK int calib_end_sample(struct calib *c, int32_t n_tokens, struct err_msg *why);
 /* Blocks that some sample filled; the rest repeat the last of them. */
 int32_t calib_filled_blocks(const struct calib *c);

@@ -37,14 +37,13 @@ int calibrate_read(struct calibrate_work *w, struct err_msg *why)
 
 int calibrate_open(struct calibrate_work *w, struct err_msg *why)
 {
-    const struct calibrate_options *o = &w->o;
+    struct calibrate_options *o = &w->o;
     int32_t longest = samples_longest(&w->samples, w->split.calibrate, w->split.n_calibrate);
     int32_t other = samples_longest(&w->samples, w->split.held_out, w->split.n_held_out);
     longest = other > longest ? other : longest;
     TRY(device_open(&w->dev, o->device, 0, (int)o->threads, why));
-    if (w->dev->ops != &dev_cpu)
-        return err_set(why, ERR_UNSUPPORTED,
-                       "--device: the kernel of a GPU does not tell page maxima yet; use cpu");
+    if (o->chunk == 0)
+        o->chunk = w->dev->ops == &dev_cpu ? 512 : 8192;
     struct model_config cfg = {.dir = o->model,
                                .dev = w->dev,
                                .random_weights = o->random_weights,
@@ -72,14 +71,16 @@ int calibrate_dense(struct calibrate_work *w, struct err_msg *why)
                                .gate_rows = calibrate_gate_rows(&w->o),
                                .k = w->k,
                                .n_levels = w->n_levels,
-                               .pool = w->dev->pool};
+                               .pool = w->dev->pool,
+                               .dev = w->dev->ops == &dev_cpu ? NULL : w->dev};
+    const struct batch_policy dense = {.gate = BATCH_DENSE, .gate_rows = (uint8_t)cfg.gate_rows};
     TRY(calib_create(&w->calib, &cfg, why));
     calibrate_progress_begin(&w->progress, "dense runs:",
                              samples_tokens(&w->samples, split->calibrate, split->n_calibrate));
     for (int32_t i = 0; i < split->n_calibrate; i++) {
         const struct sample *s = &w->samples.items[split->calibrate[i]];
         struct err_msg cause = {""};
-        int err = calib_run_sample(w->run, w->calib, cfg.gate_rows, s->tokens, s->n_tokens, &cause);
+        int err = calib_run_sample(w->run, w->calib, dense, s->tokens, s->n_tokens, &cause);
         if (err < 0)
             return err_set(why, err, "%s:%d: %s", w->o.samples, s->line, err_why(&cause, err));
     }

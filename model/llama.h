@@ -7,6 +7,7 @@
 #define MODEL_LLAMA_H
 
 #include "attention/attention.h"
+#include "attention/attn_cuda.h"
 #include "core/dev.h"
 #include "model/batch.h"
 #include "model/config.h"
@@ -41,11 +42,12 @@ struct llama_input {
      * which gives token -1. */
     const struct batch_seq *draws;
     const int32_t *output_of;
-    struct batch_token *tokens;     /* [n_seqs] */
-    struct attn_counts *seq_counts; /* [n_seqs], written */
-    struct attn_tile_max *tile_max; /* NULL: none */
-    /* After each layer's attention where tile_max is set. */
-    void (*on_tiles)(void *arg, int layer);
+    struct batch_token *tokens;            /* [n_seqs] */
+    struct attn_counts *seq_counts;        /* [n_seqs], written */
+    struct attn_tile_max *tile_max;        /* CPU; NULL: none */
+    const struct attn_cuda_probe *dev_max; /* a GPU; NULL: none */
+    /* After each layer's attention where one of the two is set; on a GPU it enqueues. */
+    int (*on_tiles)(void *arg, int layer);
     void *on_tiles_arg;
 };
 

@@ -291,9 +291,7 @@ static int attend(struct llama_cpu_state *m, const struct llama_input *in, int l
     int64_t start = clock_monotonic_us(NULL);
     TRY(attn_cpu.run(&p, m->kv, &m->policy, m->dev));
     times->attention_us += clock_monotonic_us(NULL) - start;
-    if (in->tile_max)
-        in->on_tiles(in->on_tiles_arg, layer);
-    return 0;
+    return in->tile_max ? in->on_tiles(in->on_tiles_arg, layer) : 0;
 }
 
 /* residual += o(attention(norm(residual))) */

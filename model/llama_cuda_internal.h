@@ -89,7 +89,8 @@ struct llama_cuda_state {
     int64_t history_len;
 
     struct cuda_rows step;
-    bool captured;       /* the last step was a graph: row i's logits are at row i */
+    const struct llama_input *probed; /* the step whose page maxima are wanted, or NULL */
+    bool captured;                    /* the last step was a graph: row i's logits are at row i */
     int32_t *output_row; /* [max_outputs] row of the logits of output i of the last step */
     float *logits_host;  /* [vocab] for llama_logits */
     cudaGraphExec_t graphs[MAX_GRAPHS];

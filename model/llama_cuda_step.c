@@ -186,7 +186,8 @@ static int attention(struct llama_cuda_state *m, int layer)
 {
     TRY(llama_cuda_mark(m, PART_ATTENTION));
     TRY(attn_cuda_run(m->attn, layer));
-    return llama_cuda_mark(m, PART_OTHER);
+    TRY(llama_cuda_mark(m, PART_OTHER));
+    return m->probed ? m->probed->on_tiles(m->probed->on_tiles_arg, layer) : 0;
 }
 
 /* K and V into the cache, then attention, of all rows. */
@@ -328,11 +329,16 @@ int llama_cuda_wait(struct llama_cuda_state *m)
 int llama_cuda_run(struct llama *base, const struct llama_input *in, struct llama_times *times)
 {
     struct llama_cuda_state *m = llama_cuda_of(base);
+    const struct attn_cuda_probe none = {0};
     ASSERT(m->attn && in->n_rows <= m->max_tokens && in->n_outputs <= m->max_outputs);
     if (in->tile_max)
-        return ERR_UNSUPPORTED; /* the kernel does not tell page maxima */
+        return ERR_UNSUPPORTED; /* page maxima stay on the device: dev_max */
     TRY(dev_cuda_bind(m->dev));
-    TRY(enqueue(m, in));
+    m->probed = in->dev_max ? in : NULL;
+    attn_cuda_set_probe(m->attn, in->dev_max ? in->dev_max : &none);
+    int err = enqueue(m, in);
+    m->probed = NULL;
+    TRY(err);
     const int64_t start = clock_monotonic_us(NULL);
     TRY(llama_cuda_wait(m));
     times->wait_us = clock_monotonic_us(NULL) - start;

@@ -17,11 +17,14 @@
 #include <math.h>
 #include <string.h>
 
-/* Page maxima of a layer, for the calibrator; fn == NULL: off. */
+/* Page maxima of a layer, for the calibrator; fn and dev_fn NULL: off. */
 struct probe {
     model_tile_fn fn;
+    model_tile_dev_fn dev_fn;
     void *arg;
     struct attn_tile_max max;
+    struct attn_cuda_probe dev_max;
+    float scale;
     size_t n_heads;
     const struct attn_seq *seq;
 };
@@ -152,6 +155,22 @@ fail:
     return err;
 }
 
+/* Entries of one layer's maxima. */
+static size_t probe_entries(const struct attn_cuda_probe *p, size_t n_heads)
+{
+    return n_heads * (size_t)p->max_groups * (size_t)p->max_pages;
+}
+
+static void drop_probe(struct model *m)
+{
+    struct probe *p = &m->probe;
+    mem_free(p->max.max);
+    if (p->dev_max.max)
+        dev_release(m->dev, p->dev_max.max,
+                    probe_entries(&p->dev_max, p->n_heads) * sizeof *p->dev_max.max);
+    *p = (struct probe){0};
+}
+
 void model_close(struct model *m)
 {
     if (!m)
@@ -166,7 +185,7 @@ void model_close(struct model *m)
     mem_free(m->head_counts);
     mem_free(m->limbs);
     mem_free(m->head_policy);
-    mem_free(m->probe.max.max);
+    drop_probe(m);
     mem_free(m);
 }
 
@@ -238,12 +257,34 @@ static void clear_tiles(struct probe *p, size_t n)
         p->max.max[i] = -INFINITY;
 }
 
-static void report_tiles(void *arg, int layer)
+static int report_tiles(void *arg, int layer)
 {
     struct probe *p = arg;
     const struct attn_tile_max *t = &p->max;
     p->fn(p->arg, layer, p->seq->pos, p->seq->n_rows, t->max, t->n_groups, t->n_pages);
     clear_tiles(p, p->n_heads * (size_t)t->n_groups * (size_t)t->n_pages);
+    return 0;
+}
+
+static int report_tiles_dev(void *arg, int layer)
+{
+    const struct probe *p = arg;
+    const struct model_tiles tiles = {.layer = layer,
+                                      .pos = p->seq->pos,
+                                      .n_tokens = p->seq->n_rows,
+                                      .max = p->dev_max.max,
+                                      .max_groups = p->dev_max.max_groups,
+                                      .max_pages = p->dev_max.max_pages,
+                                      .scale = p->scale};
+    return p->dev_fn(p->arg, &tiles);
+}
+
+/* on_device: of the kind of probe that is asked for. */
+static int check_probe(const struct model *m, int32_t gate_rows, bool on_device)
+{
+    if (m->shard.n_ranks > 1 || llama_ops_of(m->dev)->half != on_device)
+        return ERR_UNSUPPORTED;
+    return gate_rows == 128 || gate_rows == 64 ? 0 : ERR_INVALID;
 }
 
 int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void *arg)
@@ -251,11 +292,8 @@ int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void
     struct probe *p = &m->probe;
     const struct plan_limits *l = &m->plan.limits;
 
-    if (m->shard.n_ranks > 1)
-        return ERR_UNSUPPORTED;
-    if (fn && gate_rows != 128 && gate_rows != 64)
-        return ERR_INVALID;
-    mem_free(p->max.max);
+    TRY(check_probe(m, gate_rows, false));
+    drop_probe(m);
     *p = (struct probe){
         .fn = fn, .arg = arg, .max.gate_rows = gate_rows, .n_heads = (size_t)m->config.n_heads};
     if (!fn)
@@ -269,6 +307,28 @@ int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void
     return 0;
 }
 
+int model_probe_tiles_dev(struct model *m, int32_t gate_rows, model_tile_dev_fn fn, void *arg)
+{
+    struct probe *p = &m->probe;
+    const struct plan_limits *l = &m->plan.limits;
+    void *memory = NULL;
+
+    TRY(check_probe(m, gate_rows, true));
+    drop_probe(m);
+    if (!fn)
+        return 0;
+    *p = (struct probe){.arg = arg,
+                        .dev_max = {.max_groups = (l->max_tokens + gate_rows - 1) / gate_rows,
+                                    .max_pages = kv_pages_for(l->max_position),
+                                    .gate_rows = gate_rows},
+                        .scale = m->info.softmax_scale,
+                        .n_heads = (size_t)m->config.n_heads};
+    TRY(dev_alloc(m->dev, &memory, probe_entries(&p->dev_max, p->n_heads) * sizeof(int32_t), NULL));
+    p->dev_max.max = memory;
+    p->dev_fn = fn;
+    return 0;
+}
+
 /* Shapes the probe's memory for the one sequence of the step. */
 static int aim_probe(struct model *m)
 {
@@ -277,6 +337,8 @@ static int aim_probe(struct model *m)
     if (m->plan.n_seqs != 1)
         return ERR_INVALID;
     p->seq = s;
+    if (p->dev_fn)
+        return s->pos % KV_BLOCK_TOKENS ? ERR_INVALID : 0;
     p->max.n_groups = (s->n_rows + p->max.gate_rows - 1) / p->max.gate_rows;
     p->max.n_pages = kv_pages_for((int64_t)s->pos + s->n_rows);
     return 0;
@@ -300,10 +362,11 @@ static int run_plan(struct model *m, struct llama_times *times)
     };
     if (!m->store)
         return ERR_INVALID;
-    if (m->probe.fn) {
+    if (m->probe.fn || m->probe.dev_fn) {
         TRY(aim_probe(m));
-        in.tile_max = &m->probe.max;
-        in.on_tiles = report_tiles;
+        in.tile_max = m->probe.fn ? &m->probe.max : NULL;
+        in.dev_max = m->probe.fn ? NULL : &m->probe.dev_max;
+        in.on_tiles = m->probe.fn ? report_tiles : report_tiles_dev;
         in.on_tiles_arg = &m->probe;
     }
     return llama_run(m->llama, &in, times);

@@ -80,6 +80,25 @@ void model_stop_followers(struct model *m);
 typedef void (*model_tile_fn)(void *arg, int layer, int32_t pos, int32_t n_tokens, const float *max,
                               int32_t n_groups, int32_t n_pages);
 MUST_CHECK int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void *arg);
+
+/* The maxima of one layer, and of the rows [pos, pos + n_tokens), on the device: raw scores as
+ * integers in the order of the floats, all bytes 0x80 where nothing was written, pages before each
+ * block only (attn_sm90.h, page_max). */
+struct model_tiles {
+    int layer;
+    int32_t pos, n_tokens;
+    const int32_t *max; /* device [n_heads, max_groups, max_pages] */
+    int32_t max_groups, max_pages;
+    float scale; /* from raw scores to natural units */
+};
+
+/* Enqueues on the device's stream what reads the maxima; the next layer overwrites them. An error
+ * fails the step. */
+typedef int (*model_tile_dev_fn)(void *arg, const struct model_tiles *tiles);
+/* model_probe_tiles on a GPU, which that refuses there, as this is refused on the CPU. Takes device
+ * memory for one layer of one chunk. Dense and ABS steps only, on one rank. */
+MUST_CHECK int model_probe_tiles_dev(struct model *m, int32_t gate_rows, model_tile_dev_fn fn,
+                                     void *arg);
 /* Counters per [n_layers, n_heads], summed since open; 0 for heads of other ranks. */
 const struct attn_counts *model_head_counts(struct model *m);
 /* Logits [vocab_size] f32 of sequence i of the last step (where sample was set); for tests and

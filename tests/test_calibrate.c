@@ -118,7 +118,7 @@ static double expected(const struct maxima *samples, int n, int32_t k, int layer
 static struct calib *create(int32_t gate_rows, struct pool *pool)
 {
     struct calib *c = NULL;
-    struct calib_config cfg = {LAYERS, HEADS, NB, gate_rows, levels, LEVELS, pool};
+    struct calib_config cfg = {LAYERS, HEADS, NB, gate_rows, levels, LEVELS, pool, NULL};
     assert_ok(calib_create(&c, &cfg, NULL));
     return c;
 }
@@ -227,12 +227,12 @@ static void refusals(void **state)
         struct calib_config cfg;
         const char *says;
     } cases[] = {
-        {{0, 1, 1, 128, levels, 1, NULL}, "0 layers"},
-        {{1, 1, 0, 128, levels, 1, NULL}, "no sample has 128 tokens"},
-        {{1, 1, 1, 32, levels, 1, NULL}, "gate_rows is 32"},
-        {{1, 1, 1, 128, levels, 0, NULL}, "0 levels"},
-        {{1, 1, 1, 128, bad, 2, NULL}, "k[1] = 4"},
-        {{1, 1, 1, 128, zero, 1, NULL}, "k[0] = 0"},
+        {{0, 1, 1, 128, levels, 1, NULL, NULL}, "0 layers"},
+        {{1, 1, 0, 128, levels, 1, NULL, NULL}, "no sample has 128 tokens"},
+        {{1, 1, 1, 32, levels, 1, NULL, NULL}, "gate_rows is 32"},
+        {{1, 1, 1, 128, levels, 0, NULL, NULL}, "0 levels"},
+        {{1, 1, 1, 128, bad, 2, NULL, NULL}, "k[1] = 4"},
+        {{1, 1, 1, 128, zero, 1, NULL, NULL}, "k[0] = 0"},
     };
     struct rng r = test_rng("refusals", 5);
     struct err_msg why = {""};

@@ -53,11 +53,12 @@ static float *calibrate(struct fixture *f, int32_t gate_rows)
     const struct model_info *info = model_info(f->model);
     struct err_msg why = {""};
     struct calib *c = NULL;
-    struct calib_config cfg = {info->n_layers, info->n_heads, FULL,        gate_rows,
-                               levels,         LEVELS,        f->dev->pool};
+    struct calib_config cfg = {info->n_layers, info->n_heads, FULL,         gate_rows,
+                               levels,         LEVELS,        f->dev->pool, NULL};
     float *t = mem_zalloc(f->n, sizeof *t);
     assert_ok(calib_create(&c, &cfg, &why));
-    if (calib_run_sample(f->run, c, gate_rows, f->tokens, N_TOKENS, &why) < 0)
+    const struct batch_policy dense = {.gate = BATCH_DENSE, .gate_rows = (uint8_t)gate_rows};
+    if (calib_run_sample(f->run, c, dense, f->tokens, N_TOKENS, &why) < 0)
         fail_msg("%s", why.text);
     assert_ok(calib_thresholds(c, t, &why));
     calib_destroy(c);
