@@ -8,8 +8,8 @@
 #include <string.h>
 
 static const struct cli_command *const commands[] = {
-    &cli_generate,          &cli_bench, &cli_stats, &cli_health, &cli_drain, &cli_shutdown,
-    &cli_reset_prefix_cache};
+    &cli_generate, &cli_bench, &cli_eval,     &cli_stats,
+    &cli_health,   &cli_drain, &cli_shutdown, &cli_reset_prefix_cache};
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
 
 static void help(FILE *to)

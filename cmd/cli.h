@@ -50,7 +50,7 @@ struct cli_command {
     size_t options_size;
 };
 
-extern const struct cli_command cli_generate, cli_bench, cli_stats, cli_health, cli_drain,
+extern const struct cli_command cli_generate, cli_bench, cli_eval, cli_stats, cli_health, cli_drain,
     cli_shutdown, cli_reset_prefix_cache;
 
 /* "sluice: " and the message, to stderr; returns code, so that `return cli_fail(...)` reads well.

@@ -71,6 +71,8 @@ static void on_tokens(struct bench *b, int32_t i, const struct sluice_event *e)
         }
         s->itls[s->n_itls++] = at - b->last_s[i];
     }
+    if (b->plan->hooks.tokens)
+        b->plan->hooks.tokens(b->plan->hooks.ctx, i, e->u.tokens.ids, e->u.tokens.n);
     b->last_s[i] = at;
     s->output_len += e->u.tokens.n;
     b->n_output += e->u.tokens.n;
@@ -125,9 +127,13 @@ static void send_next(struct bench *b)
     while (!b->conns[c])
         c = (c + 1) % b->n_conns;
     (void)snprintf(id, sizeof id, "%d", i);
-    load_tokens(q, sluice_get_info(b->conns[c])->vocab, b->tokens);
+    if (b->plan->hooks.prompt) {
+        b->plan->hooks.prompt(b->plan->hooks.ctx, i, &r);
+    } else {
+        load_tokens(q, sluice_get_info(b->conns[c])->vocab, b->tokens);
+        r.tokens = b->tokens;
+    }
     r.id = id;
-    r.tokens = b->tokens;
     r.n_tokens = q->input_len;
     r.max_tokens = q->output_len;
     b->conn_of[i] = c;
@@ -149,8 +155,9 @@ static void show_progress(struct bench *b)
     if (!b->plan->progress || now - b->shown_us < 200000)
         return;
     b->shown_us = now;
-    (void)fprintf(stderr, "\r%d/%d done, %d open, %.0f tok/s\033[K", b->n_ended,
-                  b->load->n_requests, b->n_open, (double)b->n_output / (now_s(b) + 1e-9));
+    (void)fprintf(stderr, "\r%s%d/%d done, %d open, %.0f tok/s\033[K",
+                  b->plan->label ? b->plan->label : "", b->n_ended, b->load->n_requests, b->n_open,
+                  (double)b->n_output / (now_s(b) + 1e-9));
 }
 
 static bool may_send(const struct bench *b)

@@ -8,6 +8,14 @@
 #include "cmd/cli_load.h"
 #include "cmd/cli_report.h"
 
+/* What a run's requests are and what becomes of their answers, where the load does not say. */
+struct bench_hooks {
+    void *ctx;
+    /* Points r at the input_len tokens of request i; NULL: load_tokens writes them. */
+    void (*prompt)(void *ctx, int32_t i, struct sluice_request *r);
+    void (*tokens)(void *ctx, int32_t i, const int32_t *ids, int32_t n); /* or NULL */
+};
+
 struct bench_plan {
     const struct cli_target *target;
     const struct load *load;
@@ -16,6 +24,8 @@ struct bench_plan {
     int32_t n_connections;
     int32_t max_concurrency; /* 0: no limit */
     bool progress;           /* a live line on stderr */
+    const char *label;       /* its beginning; NULL: none */
+    struct bench_hooks hooks;
 };
 
 /* Fills samples [n_requests] and the run's length. Returns an exit code; lost connections and

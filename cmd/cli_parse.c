@@ -146,20 +146,67 @@ int cli_parse_sparse(struct sluice_request *r, const char *text, struct err_msg 
         r->sparse = SLUICE_AUTO;
     } else if (strcmp(text, "dense") == 0) {
         r->sparse = SLUICE_DENSE;
-    } else if (strncmp(text, "k=", 2) == 0 && parse_real(text + 2, &v) && v == floor(v) && v > 0 &&
+    } else if ((strncmp(text, "k=", 2) == 0 || strncmp(text, "abs:", 4) == 0) &&
+               parse_real(text + (*text == 'k' ? 2 : 4), &v) && v == floor(v) && v > 0 &&
                v <= INT32_MAX) {
         r->sparse = SLUICE_ABS;
         r->k = (int32_t)v;
     } else if (strncmp(text, "rel=", 4) == 0 && parse_real(text + 4, &v) && v > 0 && v <= 1) {
         r->sparse = SLUICE_REL;
         r->ln_lambda = log(v);
+    } else if (strncmp(text, "rel:", 4) == 0 && parse_real(text + 4, &v) && v < 0 && v >= -1000) {
+        r->sparse = SLUICE_REL;
+        r->ln_lambda = v;
     } else {
         return err_set(why, ERR_INVALID,
-                       "'%s' is not dense, auto, k=K (whole, above 0) or rel=LAMBDA (above 0, at "
-                       "most 1)",
+                       "'%s' is not dense, auto, k=K or abs:K (whole, above 0), rel=LAMBDA (above "
+                       "0, at most 1) or rel:LN (below 0)",
                        text);
     }
     return 0;
+}
+
+int cli_parse_policy(struct sluice_request *r, const char **address, const char *text,
+                     struct err_msg *why)
+{
+    char word[64];
+    const char *at = strchr(text, '@');
+    *address = at ? at + 1 : NULL;
+    if (at && !at[1])
+        return err_set(why, ERR_INVALID, "'%.100s' names no daemon after @", text);
+    (void)snprintf(word, sizeof word, "%.*s", at ? (int)(at - text) : (int)strlen(text), text);
+    char *rows = strchr(word, '/');
+    r->gate_rows = 0;
+    if (rows) {
+        if (strcmp(rows, "/64") != 0 && strcmp(rows, "/128") != 0)
+            return err_set(why, ERR_INVALID, "'%s' is not a policy before /64 or /128", word);
+        r->gate_rows = rows[1] == '6' ? 64 : 128;
+        *rows = '\0';
+    }
+    return cli_parse_sparse(r, word, why);
+}
+
+int cli_parse_lengths(int32_t *out, int max, const char *text, struct err_msg *why)
+{
+    char *copy = mem_strdup(text), *save = NULL;
+    int n = 0, err = 0;
+    for (char *w = strtok_r(copy, ", ", &save); w && err == 0; w = strtok_r(NULL, ", ", &save)) {
+        char *end;
+        errno = 0;
+        long v = strtol(w, &end, 10);
+        if (end != w && (*end == 'k' || *end == 'K')) {
+            v = v < 1 << 20 ? v * 1024 : 0;
+            end++;
+        }
+        if (end == w || *end || errno || v < 1 || v > INT32_MAX)
+            err = err_set(why, ERR_INVALID, "'%.60s' is not a length", w);
+        else if (n == max)
+            err = err_set(why, ERR_INVALID, "at most %d lengths", max);
+        else
+            out[n++] = (int32_t)v;
+    }
+    mem_free(copy);
+    return err < 0 ? err : n;
 }
 
 int cli_parse_goodput(struct report_slo *out, const char *text, struct err_msg *why)

@@ -23,8 +23,15 @@ MUST_CHECK int cli_parse_tokens(struct cli_tokens *out, const char *text, int64_
                                 struct err_msg *why);
 /* At most max ids, "1,2,3"; "" or NULL is none. Returns their number. */
 MUST_CHECK int cli_parse_ids(int32_t *out, int max, const char *text, struct err_msg *why);
-/* dense | k=K | rel=LAMBDA | auto: sets sparse, k and ln_lambda. */
+/* dense | k=K or abs:K | rel=LAMBDA or rel:LN, its logarithm | auto: sets sparse, k, ln_lambda. */
 MUST_CHECK int cli_parse_sparse(struct sluice_request *r, const char *text, struct err_msg *why);
+/* The same with "/ROWS" for gate_rows and "@ADDRESS" for a daemon of its own, both optional:
+ * rel:-0.001/64@unix:/tmp/other.sock. *address points into text, or is NULL. */
+MUST_CHECK int cli_parse_policy(struct sluice_request *r, const char **address, const char *text,
+                                struct err_msg *why);
+/* At most max whole numbers above 0 between commas, "8192,16k" (times 1024); returns their number.
+ */
+MUST_CHECK int cli_parse_lengths(int32_t *out, int max, const char *text, struct err_msg *why);
 /* "ttft:500,tpot:50,e2el:2000", milliseconds. */
 MUST_CHECK int cli_parse_goodput(struct report_slo *out, const char *text, struct err_msg *why);
 /* "131072:128:4,1024:128:60", prompt:output:count; returns the number of classes. */

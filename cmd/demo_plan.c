@@ -1,6 +1,7 @@
 #include "cmd/demo_plan.h"
 
 #include "core/mem.h"
+#include "eval/score.h"
 
 #include <errno.h>
 #include <jansson.h>
@@ -110,22 +111,11 @@ int32_t demo_shared_prefix(const struct demo_prompt *a, const struct demo_prompt
     return i;
 }
 
-static bool occurs(const struct demo_ids *ref, const int32_t *answer, int32_t n)
-{
-    for (int32_t i = 0; i + ref->n <= n; i++) {
-        if (memcmp(answer + i, ref->ids, (size_t)ref->n * sizeof *answer) == 0)
-            return true;
-    }
-    return false;
-}
-
 double demo_score(const struct demo_prompt *p, const int32_t *answer, int32_t n, bool *exact)
 {
-    int32_t want = p->expected.n - 1, eos = p->expected.ids[want], found = 0, cut = 0;
-    *exact = n >= want && memcmp(answer, p->expected.ids, (size_t)want * sizeof *answer) == 0;
-    while (cut < n && cut < p->expected.n && answer[cut] != eos)
-        cut++;
+    struct score_key key = {.expected = {p->expected.ids, p->expected.n}, .n_refs = p->n_refs};
     for (int32_t i = 0; i < p->n_refs; i++)
-        found += occurs(&p->refs[i], answer, cut);
-    return (double)found / p->n_refs;
+        key.refs[i] = (struct score_ids){p->refs[i].ids, p->refs[i].n};
+    *exact = score_exact(&key, answer, n);
+    return score_ruler(&key, answer, n);
 }

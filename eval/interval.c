@@ -24,29 +24,30 @@ struct interval interval_mean(const double *scores, int32_t n)
     return n > 0 ? wilson(mean_of(scores, n), n) : (struct interval){0.0, 0.0, 1.0};
 }
 
-/* With Newcombe's correction for continuity; 0 where one of the two does not vary. */
-static double correlation(const double *x, const double *y, double mx, double my, int32_t n)
+/* Of two shares of one whole. */
+static double correlation(double a, double b)
 {
-    double xx = 0.0, yy = 0.0, xy = 0.0;
-    for (int32_t i = 0; i < n; i++) {
-        xx += (x[i] - mx) * (x[i] - mx);
-        yy += (y[i] - my) * (y[i] - my);
-        xy += (x[i] - mx) * (y[i] - my);
-    }
-    if (xy > 0.0)
-        xy = fmax(xy - 0.5, 0.0);
-    return xx > 1e-12 && yy > 1e-12 ? xy / sqrt(xx * yy) : 0.0;
+    double spread = a * (1.0 - a) * b * (1.0 - b);
+    return spread > 0.0 ? -a * b / sqrt(spread) : 0.0;
+}
+
+/* The root of a variance that is put together from those of two estimates. */
+static double joined(double a, double b, double r)
+{
+    return sqrt(fmax(a * a - 2.0 * r * a * b + b * b, 0.0));
 }
 
 struct interval interval_difference(const double *scores, const double *base, int32_t n)
 {
+    double gain = 0.0, loss = 0.0;
     if (n < 1)
         return (struct interval){0.0, -1.0, 1.0};
-    struct interval a = interval_mean(scores, n), b = interval_mean(base, n);
-    double r = correlation(scores, base, a.mean, b.mean, n), d = a.mean - b.mean;
-    double down_a = a.mean - a.low, up_a = a.high - a.mean;
-    double down_b = b.mean - b.low, up_b = b.high - b.mean;
-    double down = down_a * down_a - 2.0 * r * down_a * up_b + up_b * up_b;
-    double up = up_a * up_a - 2.0 * r * up_a * down_b + down_b * down_b;
-    return (struct interval){d, d - sqrt(fmax(down, 0.0)), d + sqrt(fmax(up, 0.0))};
+    for (int32_t i = 0; i < n; i++) {
+        gain += fmax(scores[i] - base[i], 0.0) / n;
+        loss += fmax(base[i] - scores[i], 0.0) / n;
+    }
+    struct interval up = wilson(gain, n), down = wilson(loss, n);
+    double r = correlation(gain, loss), d = gain - loss;
+    return (struct interval){d, fmax(d - joined(gain - up.low, down.high - loss, r), -1.0),
+                             fmin(d + joined(up.high - gain, loss - down.low, r), 1.0)};
 }

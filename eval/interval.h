@@ -4,10 +4,12 @@
  * also takes values between has a smaller variance than that of a coin with the same mean, so that
  * the interval is then wider than it need be, never narrower.
  *
- * The difference of two means over the same prompts is Newcombe's method 10: Wilson's intervals of
- * both, joined with the correlation of the paired scores. Unlike an interval from the standard
- * deviation of the differences it does not shrink to nothing when all pairs agree.
- * Sources: Wilson, JASA 22 (1927); Newcombe, Statistics in Medicine 17, 2635 (1998). */
+ * What a policy changes is judged by the pairs that differ alone: the mean of what prompts gained
+ * and the mean of what they lost are between 0 and 1, have Wilson's intervals, and are joined by
+ * recovering the variances (MOVER), with the correlation that shares of one whole have. Unlike an
+ * interval from the standard deviation of the differences it does not shrink to nothing when no
+ * pair differs: n such pairs leave room for 3.84 / (n + 3.84).
+ * Sources: Wilson, JASA 22 (1927); Zou and Donner, Statistics in Medicine 27, 1693 (2008). */
 #ifndef EVAL_INTERVAL_H
 #define EVAL_INTERVAL_H
 

@@ -21,8 +21,8 @@ static const struct niah {
 
 static void add_key(struct ruler *r, const struct niah *k)
 {
-    int32_t key[MAX_KEY], values[MAX_VALUES][MAX_VALUE];
-    double places[MAX_VALUES];
+    int32_t key[MAX_KEY] = {0}, values[MAX_VALUES][MAX_VALUE] = {{0}};
+    double places[MAX_VALUES] = {0};
     draw_ids(r, key, k->key_len, &r->vocab.key);
     for (int32_t v = 0; v < k->n_values; v++)
         draw_ids(r, values[v], k->value_len, &r->vocab.value);

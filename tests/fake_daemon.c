@@ -5,7 +5,8 @@
  *   wrong      answers are off by one          leak       pages of a cancelled request stay in use
  *   numeric    every request fails             stat       STATS lacks a name
  *   die        exits in the middle             exit       ends with code 3 after SIGTERM
- *   stall      stops answering                 deaf       ignores SIGTERM */
+ *   stall      stops answering                 deaf       ignores SIGTERM
+ *   sparse     wrong only where the prompt is not attended to densely */
 #include "cmd/demo_plan.h"
 #include "core/mem.h"
 #include "ipc/server.h"
@@ -133,7 +134,7 @@ static void send_token(struct fake *f, struct job *j)
 {
     const struct demo_ids *e = j->known ? &j->known->expected : NULL;
     int32_t id = e ? e->ids[j->answer_at] : j->tokens[j->answer_at % j->n];
-    if (e && fault(f, "wrong"))
+    if (e && (fault(f, "wrong") || (fault(f, "sparse") && !j->dense)))
         id = (id + 1) % VOCAB;
     struct ipc_logprob lp = {.token = id, .logprob = -0.25f, .n_top = j->logprobs};
     for (int32_t i = 0; i < j->logprobs; i++) {

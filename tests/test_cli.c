@@ -101,13 +101,61 @@ static void sparse_modes(void **state)
     assert_close(r.ln_lambda, -0.6931471805599453, 1e-15, 0);
     assert_ok(cli_parse_sparse(&r, "auto", NULL));
     assert_int_equal(r.sparse, SLUICE_AUTO);
-    static const char *const bad[] = {"",       "dens",  "k=",    "k=0",     "k=-1",   "k=1.5",
-                                      "k=1e99", "rel=0", "rel=2", "rel=nan", "rel=-1", "rel=0.5x"};
+    assert_ok(cli_parse_sparse(&r, "abs:35", NULL));
+    assert_int_equal(r.sparse, SLUICE_ABS);
+    assert_int_equal(r.k, 35);
+    assert_ok(cli_parse_sparse(&r, "rel:-0.001", NULL));
+    assert_int_equal(r.sparse, SLUICE_REL);
+    assert_close(r.ln_lambda, -0.001, 1e-15, 0);
+    static const char *const bad[] = {"",       "dens",     "k=",       "k=0",     "k=-1",
+                                      "k=1.5",  "k=1e99",   "rel=0",    "rel=2",   "rel=nan",
+                                      "rel=-1", "rel=0.5x", "abs:",     "abs:0",   "abs:1.5",
+                                      "rel:0",  "rel:1",    "rel:-inf", "rel:-1x", "dense/64"};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         struct err_msg why = {""};
         assert_true(cli_parse_sparse(&r, bad[i], &why) < 0);
         assert_non_null(strstr(why.text, "LAMBDA"));
     }
+}
+
+static void policies(void **state)
+{
+    (void)state;
+    struct sluice_request r;
+    const char *address = "";
+    sluice_request_init(&r);
+    assert_ok(cli_parse_policy(&r, &address, "rel:-0.5/64@tcp:[::1]:7", NULL));
+    assert_int_equal(r.sparse, SLUICE_REL);
+    assert_int_equal(r.gate_rows, 64);
+    assert_string_equal(address, "tcp:[::1]:7");
+    assert_ok(cli_parse_policy(&r, &address, "abs:8/128", NULL));
+    assert_int_equal(r.gate_rows, 128);
+    assert_null(address);
+    assert_ok(cli_parse_policy(&r, &address, "dense@unix:/a/64", NULL));
+    assert_int_equal(r.sparse, SLUICE_DENSE);
+    assert_int_equal(r.gate_rows, 0);
+    assert_string_equal(address, "unix:/a/64");
+    static const char *const bad[] = {"dense@", "abs:8/32", "abs:8/", "/64", "@unix:/a", "rel/64"};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        struct err_msg why = {""};
+        assert_true(cli_parse_policy(&r, &address, bad[i], &why) < 0);
+        assert_true(why.text[0]);
+    }
+}
+
+static void lengths(void **state)
+{
+    (void)state;
+    int32_t n[3];
+    assert_int_equal(cli_parse_lengths(n, 3, "8192, 16k,32K", NULL), 3);
+    assert_int_equal(n[0], 8192);
+    assert_int_equal(n[1], 16384);
+    assert_int_equal(n[2], 32768);
+    assert_int_equal(cli_parse_lengths(n, 3, "", NULL), 0);
+    static const char *const bad[] = {"1,2,3,4", "0",        "-5",   "8x",         "k",
+                                      "8kk",     "4000000k", "1.5k", "99999999999"};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
+        assert_true(cli_parse_lengths(n, 3, bad[i], NULL) < 0);
 }
 
 static void lists(void **state)
@@ -619,6 +667,8 @@ int main(void)
         cmocka_unit_test(tokens_are_read_in_every_form),
         cmocka_unit_test(bad_tokens_are_named),
         cmocka_unit_test(sparse_modes),
+        cmocka_unit_test(policies),
+        cmocka_unit_test(lengths),
         cmocka_unit_test(lists),
         cmocka_unit_test(mixes),
         cmocka_unit_test(mixed_load),

@@ -304,6 +304,148 @@ static void bench_replays_a_trace(void **state)
     (void)unlink(path);
 }
 
+/* Six prompts: fake_daemon has the seventh it knows in its cache. */
+#define EVAL                                                                                       \
+    "--seed 3 --tasks vt --lengths 512 --samples 6 --tokens " TEST_ROOT "/models/needle/"          \
+    "tokens.json"
+
+/* The row of a policy in what `eval --json -` printed. */
+static json_t *eval_row(const json_t *report, const char *policy)
+{
+    json_t *row, *found = NULL;
+    size_t i;
+    json_array_foreach(json_object_get(report, "rows"), i, row)
+    {
+        if (strcmp(json_string_value(json_object_get(row, "policy")), policy) == 0)
+            found = row;
+    }
+    assert_non_null(found);
+    return found;
+}
+
+static void expect_row(const json_t *report, const char *policy, double score, double change,
+                       double density)
+{
+    double got[3], low, high, attention, ttft;
+    int n, failed, cached;
+    json_t *row = eval_row(report, policy);
+    assert_int_equal(json_unpack(row, "{s:F, s:F, s:F, s:[FF], s:i, s:i, s:i, s:F, s:F}", "score",
+                                 &got[0], "change", &got[1], "density", &got[2], "change_interval",
+                                 &low, &high, "n", &n, "failed", &failed, "cached_tokens", &cached,
+                                 "attention_ms", &attention, "ttft_ms", &ttft),
+                     0);
+    assert_close(got[0], score, 1e-9, 0);
+    assert_close(got[1], change, 1e-9, 0);
+    assert_close(got[2], density, 0.02, 0);
+    assert_true(low <= change && change <= high && low >= -1 && high <= 1);
+    assert_int_equal(n, 6);
+    assert_int_equal(failed, 0);
+    assert_int_equal(cached, 0);
+    assert_true(attention > 0 && ttft > 1);
+}
+
+/* A daemon that knows the prompts' answers gives all of them, or under a gate none. */
+static void eval_compares_policies(void **state)
+{
+    (void)state;
+    static const char words[] = "eval --connect %s " EVAL " --policy auto,abs:32,rel:-0.1/64 "
+                                "--concurrency 3 --round 5 --json -";
+    char path[] = "/tmp/sluice-test-XXXXXX", print[512];
+    struct daemon d;
+    (void)close(mkstemp(path));
+    (void)snprintf(print, sizeof print, "eval " EVAL " --samples 8 --print %s", path);
+    expect(run(NULL, SLUICE, print), 0, NULL, NULL);
+    (void)setenv("FAKE_PROMPTS", path, 1); // NOLINT(concurrency-mt-unsafe)
+    for (int wrong = 0; wrong < 2; wrong++) {
+        daemon_start(&d, wrong ? "sparse" : NULL);
+        struct result *r = run(&d, SLUICE, words);
+        expect(r, 0, "\"disturbed\": false", NULL);
+        assert_null(strchr(r->err, '\r')); /* quiet in a pipe */
+        json_t *j = json_of(r);
+        expect_row(j, "dense", 1, 0, 1);
+        expect_row(j, "auto", !wrong, -wrong, 1.0 / 3);
+        expect_row(j, "abs:32", !wrong, -wrong, 1.0 / 3);
+        expect_row(j, "rel:-0.1/64", !wrong, -wrong, 1.0 / 3);
+        json_decref(j);
+        assert_int_equal(daemon_stop(&d), 0);
+    }
+    (void)unlink(path);
+    // NOLINTNEXTLINE(concurrency-mt-unsafe)
+    (void)setenv("FAKE_PROMPTS", TEST_ROOT "/models/needle/prompts.jsonl", 1);
+}
+
+static void eval_writes_answers_and_a_table(void **state)
+{
+    (void)state;
+    char path[] = "/tmp/sluice-test-XXXXXX", words[512], line[4096];
+    struct daemon d;
+    int lines = 0;
+    daemon_start(&d, NULL);
+    (void)close(mkstemp(path));
+    (void)snprintf(words, sizeof words,
+                   "eval --connect %%s " EVAL " --tasks niah_single_1,cwe --samples 3 --out %s",
+                   path);
+    struct result *r = run(&d, SLUICE, words);
+    static const char *const parts[] = {
+        "512 tokens", "niah_single_1\n  dense", "cwe\n  dense", "  auto ", "all\n", "1.00x"};
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++)
+        expect(r, 0, parts[i], NULL);
+    FILE *f = fopen(path, "re");
+    assert_non_null(f);
+    for (; fgets(line, sizeof line, f); lines++) {
+        json_t *o = json_loads(line, 0, NULL);
+        assert_true(json_array_size(json_object_get(o, "answer")) > 0);
+        json_decref(o);
+    }
+    (void)fclose(f);
+    (void)unlink(path);
+    assert_int_equal(lines, 2 * 3 * 2);
+    assert_int_equal(daemon_stop(&d), 0);
+}
+
+static void eval_tells_what_is_wrong(void **state)
+{
+    (void)state;
+    static const struct {
+        int code;
+        const char *words, *err;
+    } cases[] = {
+        {2, "--tasks vt,nosuch", "'nosuch' is not a task"},
+        {2, "--tasks ,", "--tasks"},
+        {2, "--lengths 511", "511"},
+        {2, "--lengths 2048k", "2097152"},
+        {2, "--lengths x", "'x' is not a length"},
+        {2, "--lengths ,", "--lengths"},
+        {2, "--policy abs:0", "--policy: 'abs:0'"},
+        {2, "--policy abs:8,abs:8", "comes twice"},
+        {2, "--set train", "--set"},
+        {2, "--samples 0", "--samples"},
+        {2, "--tokens /nonexistent/t.json", "/nonexistent/t.json"},
+        {2, "--tokens " TEST_ROOT "/models/needle/config.json", "special is not an object"},
+        {2, "--lengths 32k", "serves 20001 tokens"},
+        {2, "--out /nonexistent/o", "/nonexistent/o"},
+        {2, "--print /nonexistent/p", "/nonexistent/p"},
+        {1, "--json /nonexistent/j", "/nonexistent/j"},
+        {3, "--policy auto@unix:/nonexistent/s", "/nonexistent/s"},
+    };
+    struct daemon d;
+    char words[512];
+    daemon_start(&d, NULL);
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        (void)snprintf(words, sizeof words, "eval --connect %%s " EVAL " --samples 1 %s",
+                       cases[i].words);
+        expect(run(&d, SLUICE, words), cases[i].code, NULL, cases[i].err);
+    }
+    assert_int_equal(daemon_stop(&d), 0);
+    daemon_start(&d, "numeric"); /* failed requests are told and counted */
+    expect(run(&d, SLUICE, "eval --connect %s " EVAL), 1, "6 FAILED", "NUMERIC");
+    assert_int_equal(daemon_stop(&d), 0);
+    daemon_start(&d, "die");
+    expect(run(&d, SLUICE, "eval --connect %s " EVAL " --lengths 8k --num-warmups 0"), 3, "FAILED",
+           "connection");
+    (void)daemon_stop(&d);
+}
+
 static struct result *demo(const char *fault, const char *json)
 {
     char words[512];
@@ -419,6 +561,9 @@ int main(void)
         cmocka_unit_test(bench_measures),
         cmocka_unit_test(bench_survives_a_dying_daemon),
         cmocka_unit_test(bench_replays_a_trace),
+        cmocka_unit_test(eval_compares_policies),
+        cmocka_unit_test(eval_writes_answers_and_a_table),
+        cmocka_unit_test(eval_tells_what_is_wrong),
         cmocka_unit_test(demo_shows_three_modes),
         cmocka_unit_test(demo_notices),
         cmocka_unit_test(demo_leaves_no_daemon_behind),
