@@ -289,15 +289,29 @@ static void add_sample(struct calib *c, int32_t n)
         c->n_samples[i]++;
 }
 
-int calib_end_sample(struct calib *c, int32_t n_tokens, struct err_msg *why)
+double *calib_sample(struct calib *c)
+{
+    return c->sample;
+}
+
+int calib_restore_sample(struct calib *c, int32_t n_tokens, struct err_msg *why)
 {
     const int32_t n = n_tokens / KV_BLOCK_TOKENS;
-    if (c->device)
-        TRY(calib_device_fetch(c->device, c->sample));
-    if (atomic_exchange(&c->not_finite, false) || !sample_is_finite(c, n))
+    if (n_tokens < 0 || n > c->cfg.n_blocks)
+        return err_set(why, ERR_INVALID, "a sample of %d tokens", n_tokens);
+    if (!sample_is_finite(c, n))
         return err_set(why, ERR_NUMERIC, "a page maximum is NaN or infinite");
     add_sample(c, n);
     return 0;
+}
+
+int calib_end_sample(struct calib *c, int32_t n_tokens, struct err_msg *why)
+{
+    if (c->device)
+        TRY(calib_device_fetch(c->device, c->sample));
+    if (atomic_exchange(&c->not_finite, false))
+        return err_set(why, ERR_NUMERIC, "a page maximum is NaN or infinite");
+    return calib_restore_sample(c, n_tokens, why);
 }
 
 int32_t calib_filled_blocks(const struct calib *c)

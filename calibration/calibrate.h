@@ -56,6 +56,10 @@ bool calib_on_device(const struct calib *c);
 /* The current sample had n_tokens tokens, all of whose chunks and layers were fed. ERR_NUMERIC
  * where a maximum was not finite: nothing of the sample counts. */
 MUST_CHECK int calib_end_sample(struct calib *c, int32_t n_tokens, struct err_msg *why);
+/* The midpoints of the sample that ended last, [n_levels, n_layers, n_heads, n_blocks]: to be kept,
+ * or to be written before calib_restore_sample, which counts them as if their maxima were fed. */
+double *calib_sample(struct calib *c);
+MUST_CHECK int calib_restore_sample(struct calib *c, int32_t n_tokens, struct err_msg *why);
 /* Blocks that some sample filled; the rest repeat the last of them. */
 int32_t calib_filled_blocks(const struct calib *c);
 /* Writes the means to t [n_levels, n_layers, n_heads, n_blocks]. ERR_INVALID when no sample filled

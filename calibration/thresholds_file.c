@@ -127,36 +127,22 @@ static int write_all(int fd, const void *data, size_t len)
     return 0;
 }
 
-static int write_parts(int fd, const char *header, size_t header_len, const float *t,
-                       const int32_t *k, const struct shape *s)
+static int write_parts(int fd, const struct file_part *parts, int n_parts)
 {
-    unsigned char prefix[8];
-    size_t n = (size_t)s->levels * (size_t)s->layers * (size_t)s->heads * (size_t)s->blocks;
-    for (int i = 0; i < 8; i++)
-        prefix[i] = (unsigned char)((uint64_t)header_len >> (8 * i));
-    TRY(write_all(fd, prefix, sizeof prefix));
-    TRY(write_all(fd, header, header_len));
-    TRY(write_all(fd, t, n * sizeof *t));
-    TRY(write_all(fd, k, (size_t)s->levels * sizeof *k));
+    for (int i = 0; i < n_parts; i++)
+        TRY(write_all(fd, parts[i].data, parts[i].len));
     return fsync(fd) < 0 ? -errno : 0;
 }
 
-// NOLINTNEXTLINE(readability-function-size): the parameters are the tensor's shape
-int thresholds_save(const char *path, const struct thresholds_meta *meta, const float *t,
-                    const int32_t *k, int32_t n_levels, int32_t n_layers, int32_t n_heads,
-                    int32_t n_blocks, struct err_msg *why)
+int thresholds_write_file(const char *path, const struct file_part *parts, int n_parts,
+                          struct err_msg *why)
 {
-    struct shape s = {n_levels, n_layers, n_heads, n_blocks};
     char temporary[PATH_MAX];
-    size_t header_len = 0;
     int len = snprintf(temporary, sizeof temporary, "%s.%ld.tmp", path, (long)getpid());
     if (len < 0 || (size_t)len >= sizeof temporary)
         return err_set(why, -ENAMETOOLONG, "%.200s...: path too long", path);
-    char *header = make_header(meta, &s, &header_len);
-    if (!header)
-        return err_set(why, ERR_INVALID, "%s: metadata rope is not UTF-8", path);
     int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-    int err = fd < 0 ? -errno : write_parts(fd, header, header_len, t, k, &s);
+    int err = fd < 0 ? -errno : write_parts(fd, parts, n_parts);
     if (fd >= 0 && close(fd) < 0 && err == 0)
         err = -errno;
     if (err == 0 && rename(temporary, path) < 0)
@@ -166,6 +152,28 @@ int thresholds_save(const char *path, const struct thresholds_meta *meta, const 
             (void)unlink(temporary);
         (void)err_set(why, err, "%s: cannot write: %s", path, err_str(err));
     }
+    return err;
+}
+
+// NOLINTNEXTLINE(readability-function-size): the parameters are the tensor's shape
+int thresholds_save(const char *path, const struct thresholds_meta *meta, const float *t,
+                    const int32_t *k, int32_t n_levels, int32_t n_layers, int32_t n_heads,
+                    int32_t n_blocks, struct err_msg *why)
+{
+    const struct shape s = {n_levels, n_layers, n_heads, n_blocks};
+    const size_t n = (size_t)n_levels * (size_t)n_layers * (size_t)n_heads * (size_t)n_blocks;
+    unsigned char prefix[8];
+    size_t header_len = 0;
+    char *header = make_header(meta, &s, &header_len);
+    if (!header)
+        return err_set(why, ERR_INVALID, "%s: metadata rope is not UTF-8", path);
+    for (int i = 0; i < 8; i++)
+        prefix[i] = (unsigned char)((uint64_t)header_len >> (8 * i));
+    const struct file_part parts[] = {{prefix, sizeof prefix},
+                                      {header, header_len},
+                                      {t, n * sizeof *t},
+                                      {k, (size_t)n_levels * sizeof *k}};
+    int err = thresholds_write_file(path, parts, sizeof parts / sizeof *parts, why);
     mem_free(header);
     return err;
 }

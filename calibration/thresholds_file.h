@@ -1,4 +1,5 @@
-/* The bytes of a threshold file: names shared by reader and writer. Inside calibration/ only. */
+/* The bytes of files of thresholds: names that reader and writer share, reading and writing whole
+ * files. Inside calibration/ only. */
 #ifndef CALIBRATION_THRESHOLDS_FILE_H
 #define CALIBRATION_THRESHOLDS_FILE_H
 
@@ -14,5 +15,13 @@
 /* A whole file in memory, released with mem_free. */
 MUST_CHECK int thresholds_read_file(const char *path, void **data, size_t *len,
                                     struct err_msg *why);
+
+struct file_part {
+    const void *data;
+    size_t len;
+};
+/* The parts, one after the other, beside the file's place; synced, then renamed. */
+MUST_CHECK int thresholds_write_file(const char *path, const struct file_part *parts, int n_parts,
+                                     struct err_msg *why);
 
 #endif

@@ -1,7 +1,8 @@
 /* sluice-calibrate: page thresholds for a model from prompts, and how dense they leave held-out
  * prompts. The method is in calibration/README.md; this file wires its parts. */
+#include "calibration/export.h"
 #include "calibration/thresholds.h"
-#include "cmd/calibrate_work.h"
+#include "cmd/calibrate_pass.h"
 #include "core/clock.h"
 
 #include <math.h>
@@ -29,35 +30,68 @@ static int32_t choose_auto(const struct calibrate_work *w)
     return k;
 }
 
-static int finish(const struct calibrate_work *w, int64_t start_us, struct err_msg *why)
+static struct thresholds_meta make_meta(const struct calibrate_work *w)
 {
     const struct model_info *info = &w->info;
-    const struct samples_split *split = &w->split;
+    if (w->file)
+        return *thresholds_meta(w->file);
     struct thresholds_meta meta = {.model = info->fingerprint,
                                    .set = w->set,
                                    .gate_rows = calibrate_gate_rows(&w->o),
                                    .n_max = w->n_blocks * KV_BLOCK_TOKENS,
-                                   .n_samples = split->n_calibrate,
+                                   .n_samples = w->split.n_calibrate,
                                    .imported = w->o.import != NULL,
                                    .softmax_scale = info->softmax_scale,
                                    .auto_k = choose_auto(w),
                                    .auto_min = (int32_t)w->o.auto_min};
     memcpy(meta.rope, info->rope, sizeof meta.rope);
-    if (w->o.out) {
-        TRY(thresholds_save(w->o.out, &meta, w->t, w->k, w->n_levels, info->n_layers, info->n_heads,
-                            w->n_blocks, why));
-    }
-    struct calibrate_report r = {.model = info->name,
+    return meta;
+}
+
+static int write_files(const struct calibrate_work *w, const struct thresholds_meta *meta,
+                       struct err_msg *why)
+{
+    const struct model_info *info = &w->info;
+    if (w->o.export)
+        TRY(thresholds_export(w->o.export, &w->policy.abs, w->k, meta->gate_rows, why));
+    if (!w->o.out)
+        return 0;
+    TRY(thresholds_save(w->o.out, meta, w->t, w->k, w->n_levels, info->n_layers, info->n_heads,
+                        w->n_blocks, why));
+    calibrate_forget_state(w);
+    return 0;
+}
+
+/* How the thresholds were made, for the report. */
+static const char *how(const struct calibrate_options *o, char *text, size_t size)
+{
+    (void)snprintf(text, size, "%s%s%s", o->aggregate == CALIBRATE_MEAN ? "mean" : "quantile",
+                   o->smooth ? ", smooth" : "", o->second_pass ? ", second pass" : "");
+    return o->import ? "imported" : o->thresholds ? "read" : text;
+}
+
+static int finish(const struct calibrate_work *w, int64_t start_us, struct err_msg *why)
+{
+    const struct thresholds_meta meta = make_meta(w);
+    char text[64];
+    TRY(write_files(w, &meta, why));
+    struct calibrate_report r = {.model = w->info.name,
                                  .out = w->o.out,
+                                 .how = how(&w->o, text, sizeof text),
+                                 .n_resumed = w->n_resumed,
                                  .meta = &meta,
                                  .levels = w->levels,
                                  .held_out = w->held_out,
-                                 .n_held_out = split->n_held_out,
+                                 .heads = w->heads,
+                                 .t = w->t,
+                                 .n_held_out = w->held_out ? w->split.n_held_out : 0,
                                  .n_levels = w->n_levels,
-                                 .n_layers = info->n_layers,
-                                 .n_heads = info->n_heads,
+                                 .n_layers = w->info.n_layers,
+                                 .n_heads = w->info.n_heads,
                                  .n_blocks = w->n_blocks,
                                  .seconds = (double)(clock_monotonic_us(NULL) - start_us) / 1e6};
+    if (w->o.report)
+        TRY(calibrate_report_dir(&r, w->o.report, why));
     if (!w->o.json) {
         calibrate_report_text(&r, stdout);
         return 0;
@@ -75,10 +109,13 @@ static int run(struct calibrate_work *w, int argc, char **argv, struct err_msg *
         TRY(calibrate_import(w, why));
         return finish(w, start_us, why);
     }
-    TRY(calibrate_read(w, why));
-    TRY(calibrate_open(w, why));
-    TRY(calibrate_dense(w, why));
-    TRY(calibrate_measure(w, why));
+    if (w->o.samples) {
+        TRY(calibrate_read(w, why));
+        TRY(calibrate_open(w, why));
+    }
+    TRY(w->o.thresholds ? calibrate_load(w, why) : calibrate_runs(w, why));
+    if (w->o.samples)
+        TRY(calibrate_measure(w, why));
     return finish(w, start_us, why);
 }
 

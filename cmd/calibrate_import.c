@@ -1,5 +1,5 @@
-/* --import: thresholds come from a file of the reference implementation instead of dense runs. The
- * model's folder is read for its shape and identity only. */
+/* Thresholds from files instead of runs. --import: of the reference implementation's, where the
+ * model's folder is read for its shape and identity only. --thresholds: of our own. */
 #include "calibration/import.h"
 
 #include "cmd/calibrate_work.h"
@@ -7,6 +7,7 @@
 #include "model/describe.h"
 
 #include <inttypes.h>
+#include <string.h>
 
 _Static_assert((int)IMPORT_MAX_LEVELS <= (int)CALIBRATE_MAX_LEVELS, "every level has a place");
 
@@ -43,6 +44,30 @@ int calibrate_import(struct calibrate_work *w, struct err_msg *why)
         w->k[i] = t.k[i];
         w->levels[i].k = t.k[i];
     }
+    calibrate_set_policy(w);
     warn(w->o.import, &t);
     return calibrate_check_auto(&w->o, w->k, w->n_levels, why);
+}
+
+int calibrate_load(struct calibrate_work *w, struct err_msg *why)
+{
+    if (!w->model)
+        TRY(model_describe(&w->info, w->o.model, w->o.random_weights, why));
+    TRY(thresholds_load(&w->file, w->o.thresholds, why));
+    const struct thresholds_expect expect = {.model = w->info.fingerprint,
+                                             .n_layers = w->info.n_layers,
+                                             .n_heads = w->info.n_heads,
+                                             .softmax_scale = w->info.softmax_scale,
+                                             .rope = w->info.rope};
+    TRY(thresholds_check(w->file, &expect, why));
+    const struct thresholds_meta *meta = thresholds_meta(w->file);
+    const int32_t *k = thresholds_k(w->file, &w->n_levels);
+    w->policy.abs = *thresholds_view(w->file);
+    w->t = (float *)w->policy.abs.t; /* the file's; only read */
+    w->n_blocks = w->policy.abs.n_blocks;
+    w->set = meta->set;
+    w->o.gate_rows = meta->gate_rows == KV_BLOCK_TOKENS ? 0 : 1;
+    for (int32_t i = 0; i < w->n_levels; i++)
+        w->levels[i].k = w->k[i] = k[i];
+    return 0;
 }

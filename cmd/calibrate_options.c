@@ -29,7 +29,7 @@ static const struct conf_opt options[] = {
      {0},
      "FILE",
      "JSON lines with a `prompt` or `tokens` array of token ids and, optionally, a `task` "
-     "(required, but with --import)"},
+     "(required, but with --import or --thresholds)"},
     {"out",
      CONF_TEXT,
      AT(out),
@@ -48,6 +48,63 @@ static const struct conf_opt options[] = {
      {0},
      "FILE",
      "convert the reference implementation's .pt file for this model; nothing is run"},
+    {"thresholds",
+     CONF_TEXT,
+     AT(thresholds),
+     NULL,
+     0,
+     0,
+     {0},
+     "FILE",
+     "read this threshold file instead of calibrating: to measure it on the last --samples, or to "
+     "--export it"},
+    {"export",
+     CONF_TEXT,
+     AT(export),
+     NULL,
+     0,
+     0,
+     {0},
+     "FILE",
+     "write the thresholds as the reference implementation's .pt file as well"},
+    {"report",
+     CONF_TEXT,
+     AT(report),
+     NULL,
+     0,
+     0,
+     {0},
+     "DIR",
+     "write report.md, heat maps of density by layer and head, and thresholds along position, as "
+     "SVG"},
+    {"aggregate",
+     CONF_ENUM,
+     AT(aggregate),
+     "mean",
+     0,
+     0,
+     {"mean", "quantile"},
+     NULL,
+     "thresholds over samples: the mean of each sample's, or where all samples together keep the "
+     "level's share of pages"},
+    {"smooth",
+     CONF_BOOL,
+     AT(smooth),
+     "false",
+     0,
+     0,
+     {0},
+     NULL,
+     "make thresholds grow along position"},
+    {"second-pass",
+     CONF_BOOL,
+     AT(second_pass),
+     "false",
+     0,
+     0,
+     {0},
+     NULL,
+     "calibrate each level once more on runs that the first pass's thresholds gate"},
     {"task",
      CONF_TEXT,
      AT(task),
@@ -167,22 +224,31 @@ static const struct conf_opt options[] = {
 };
 
 const struct conf_program calibrate_program = {
-    "sluice-calibrate --model DIR (--samples FILE | --import FILE) [--out FILE] [options]",
+    "sluice-calibrate --model DIR (--samples FILE | --import FILE | --thresholds FILE) [--out "
+    "FILE] [options]",
     "Runs prompts densely, derives page thresholds for the ABS gate, and compares predicted with "
-    "measured density on prompts it has not seen. Or converts thresholds made elsewhere.",
+    "measured density on prompts it has not seen. A run with --out that was cut off goes on where "
+    "it "
+    "was. Or converts thresholds from and to the reference implementation's files.",
     options, sizeof options / sizeof *options};
 
-/* What would go unheard. */
-static int check_import(const struct calibrate_options *o, struct err_msg *why)
+/* What would go unheard where nothing is calibrated. */
+static int check_given(const struct calibrate_options *o, const char *source, struct err_msg *why)
 {
-    const char *other = o->samples   ? "samples"
-                        : o->task    ? "task"
-                        : o->k       ? "k"
-                        : o->density ? "density"
-                                     : NULL;
+    const char *other = o->k                             ? "k"
+                        : o->density                     ? "density"
+                        : o->aggregate != CALIBRATE_MEAN ? "aggregate"
+                        : o->smooth                      ? "smooth"
+                        : o->second_pass                 ? "second-pass"
+                        : o->import && o->thresholds     ? "thresholds"
+                        : o->import && o->samples        ? "samples"
+                        : o->import && o->task           ? "task"
+                        : o->import && o->report         ? "report"
+                        : o->thresholds && o->out        ? "out"
+                                                         : NULL;
     if (other)
-        return err_set(why, ERR_CONFIG, "--import and --%s exclude each other", other);
-    if (calibrate_gate_rows(o) != KV_BLOCK_TOKENS) {
+        return err_set(why, ERR_CONFIG, "--%s and --%s exclude each other", source, other);
+    if (o->import && calibrate_gate_rows(o) != KV_BLOCK_TOKENS) {
         return err_set(why, ERR_CONFIG, "--gate-rows: imported thresholds are for %d",
                        KV_BLOCK_TOKENS);
     }
@@ -193,9 +259,9 @@ int calibrate_options_check(const struct calibrate_options *o, struct err_msg *w
 {
     if (!o->model)
         return err_set(why, ERR_CONFIG, "--model is required (see --help)");
-    if (o->import)
-        return check_import(o, why);
-    if (!o->samples)
+    if (o->import || o->thresholds)
+        TRY(check_given(o, o->import ? "import" : "thresholds", why));
+    else if (!o->samples)
         return err_set(why, ERR_CONFIG, "--samples is required (see --help)");
     TRY(device_check(o->device, why));
     if (o->k && o->density)

@@ -6,8 +6,13 @@
 
 enum { CALIBRATE_MAX_LEVELS = 64 };
 
+enum calibrate_aggregate { CALIBRATE_MEAN, CALIBRATE_QUANTILE }; /* choices of --aggregate */
+
 struct calibrate_options {
-    char *model, *samples, *import, *task, *out, *k, *density, *device;
+    char *model, *samples, *import, *thresholds, *task, *out, *export, *report, *k, *density,
+        *device;
+    int aggregate; /* enum calibrate_aggregate */
+    bool smooth, second_pass;
     int64_t holdout, limit, max_len, threads, chunk, auto_k, auto_min;
     int gate_rows;       /* index into the choices 128, 64 */
     int dtype, kv_dtype; /* index into DEVICE_DTYPES */

@@ -39,8 +39,11 @@ void calibrate_progress_end(struct calibrate_progress *p)
         (void)fprintf(p->to, "\r\033[K");
 }
 
-void calibrate_density_add(struct calibrate_density *d, double predicted, double measured)
+void calibrate_density_add(struct calibrate_density *d, double predicted, double measured,
+                           double pages)
 {
+    d->pages += pages;
+    d->predicted_pages += predicted * pages;
     d->min = d->n == 0 || measured < d->min ? measured : d->min;
     d->max = d->n == 0 || measured > d->max ? measured : d->max;
     d->predicted = (d->predicted * d->n + predicted) / (d->n + 1);
@@ -54,11 +57,54 @@ double calibrate_density_mean(const struct calibrate_density *d)
     return d->n ? d->sum / d->n : (double)NAN;
 }
 
-static double deviation(const struct calibrate_density *d)
+double calibrate_density_std(const struct calibrate_density *d)
 {
     double mean = calibrate_density_mean(d);
     double variance = d->n ? d->sum_squares / d->n - mean * mean : 0;
     return variance > 0 ? sqrt(variance) : 0;
+}
+
+double calibrate_head_density(const struct calibrate_report *r, int32_t level, int32_t head)
+{
+    const struct attn_counts *c =
+        &r->heads[(size_t)level * (size_t)r->n_layers * (size_t)r->n_heads + (size_t)head];
+    return (double)c->kept / (double)c->reachable;
+}
+
+double calibrate_head_predicted(const struct calibrate_report *r, int32_t level)
+{
+    return r->levels[level].predicted_pages / r->levels[level].pages;
+}
+
+int32_t calibrate_heads_off(const struct calibrate_report *r, int32_t level, int32_t *worst)
+{
+    const double want = calibrate_head_predicted(r, level);
+    double farthest = 0;
+    int32_t n = 0;
+    *worst = 0;
+    for (int32_t i = 0; i < r->n_layers * r->n_heads; i++) {
+        const double d = fabs(calibrate_head_density(r, level, i) - want);
+        n += d > CALIBRATE_TOLERANCE;
+        if (d > farthest) {
+            farthest = d;
+            *worst = i;
+        }
+    }
+    return n;
+}
+
+static void warn_of_heads(const struct calibrate_report *r, FILE *to)
+{
+    for (int32_t i = 0; i < r->n_levels; i++) {
+        int32_t worst, n = calibrate_heads_off(r, i, &worst);
+        if (n == 0)
+            continue;
+        (void)fprintf(to,
+                      "warning: k=%d: %d of %d heads are more than %.2f from the prediction, layer "
+                      "%d head %d farthest at %.3f\n",
+                      r->levels[i].k, n, r->n_layers * r->n_heads, CALIBRATE_TOLERANCE,
+                      worst / r->n_heads, worst % r->n_heads, calibrate_head_density(r, i, worst));
+    }
 }
 
 void calibrate_report_text(const struct calibrate_report *r, FILE *to)
@@ -79,8 +125,12 @@ void calibrate_report_text(const struct calibrate_report *r, FILE *to)
             continue;
         }
         (void)fprintf(to, "%8d %10.3f %10.3f %8.3f    [%.3f %.3f]\n", d->k, d->predicted,
-                      calibrate_density_mean(d), deviation(d), d->min, d->max);
+                      calibrate_density_mean(d), calibrate_density_std(d), d->min, d->max);
     }
+    if (r->levels[0].n)
+        warn_of_heads(r, to);
+    if (r->n_resumed)
+        (void)fprintf(to, "%d samples were done by an earlier run\n", r->n_resumed);
     if (r->levels[0].n)
         (void)fprintf(to, "measured on %d held-out samples; auto: ", r->levels[0].n);
     else
@@ -95,16 +145,21 @@ void calibrate_report_text(const struct calibrate_report *r, FILE *to)
     }
 }
 
-static json_t *level_json(const struct calibrate_density *d, const struct thresholds_meta *m)
+static json_t *level_json(const struct calibrate_report *r, int32_t level)
 {
+    const struct calibrate_density *d = &r->levels[level];
+    const struct thresholds_meta *m = r->meta;
+    int32_t worst;
     double predicted =
         d->n ? d->predicted : thresholds_predicted_density(d->k, m->n_max, m->gate_rows);
     json_t *o = json_pack("{s:i,s:f,s:i}", "k", d->k, "predicted", predicted, "held_out", d->n);
     if (o && d->n) {
         (void)json_object_set_new(o, "measured", json_real(calibrate_density_mean(d)));
-        (void)json_object_set_new(o, "std", json_real(deviation(d)));
+        (void)json_object_set_new(o, "std", json_real(calibrate_density_std(d)));
         (void)json_object_set_new(o, "min", json_real(d->min));
         (void)json_object_set_new(o, "max", json_real(d->max));
+        (void)json_object_set_new(o, "heads_off",
+                                  json_integer(calibrate_heads_off(r, level, &worst)));
     }
     return o;
 }
@@ -123,15 +178,15 @@ int calibrate_report_json(const struct calibrate_report *r, FILE *to)
     const struct thresholds_meta *m = r->meta;
     json_t *levels = json_array(), *held_out = json_array();
     for (int32_t i = 0; i < r->n_levels; i++)
-        (void)json_array_append_new(levels, level_json(&r->levels[i], m));
+        (void)json_array_append_new(levels, level_json(r, i));
     for (int32_t i = 0; i < r->n_held_out; i++)
         (void)json_array_append_new(held_out, held_out_json(&r->held_out[i], r->n_levels));
-    json_t *o =
-        json_pack("{s:s,s:s?,s:b,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:o,s:o}", "model", r->model,
-                  "out", r->out, "imported", m->imported, "samples", m->n_samples, "n_max",
-                  m->n_max, "gate_rows", m->gate_rows, "shape", r->n_levels, r->n_layers,
-                  r->n_heads, r->n_blocks, "auto_k", m->auto_k, "auto_min", m->auto_min, "seconds",
-                  r->seconds, "levels", levels, "held_out", held_out);
+    json_t *o = json_pack("{s:s,s:s?,s:s,s:b,s:i,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:o,s:o}",
+                          "model", r->model, "out", r->out, "how", r->how, "imported", m->imported,
+                          "samples", m->n_samples, "resumed", r->n_resumed, "n_max", m->n_max,
+                          "gate_rows", m->gate_rows, "shape", r->n_levels, r->n_layers, r->n_heads,
+                          r->n_blocks, "auto_k", m->auto_k, "auto_min", m->auto_min, "seconds",
+                          r->seconds, "levels", levels, "held_out", held_out);
     int failed = !o || json_dumpf(o, to, JSON_COMPACT | JSON_REAL_PRECISION(6)) < 0;
     json_decref(o);
     return failed || fputc('\n', to) == EOF ? -EIO : 0;

@@ -2,6 +2,7 @@
 #ifndef CMD_CALIBRATE_REPORT_H
 #define CMD_CALIBRATE_REPORT_H
 
+#include "attention/policy.h"
 #include "calibration/thresholds.h"
 #include "cmd/calibrate_options.h"
 
@@ -28,10 +29,13 @@ struct calibrate_density {
     int32_t n;        /* samples measured */
     double predicted; /* mean over the samples' lengths */
     double sum, sum_squares, min, max;
+    double pages, predicted_pages; /* reachable, and of those predicted to be kept */
 };
 
-void calibrate_density_add(struct calibrate_density *d, double predicted, double measured);
+void calibrate_density_add(struct calibrate_density *d, double predicted, double measured,
+                           double pages);
 double calibrate_density_mean(const struct calibrate_density *d);
+double calibrate_density_std(const struct calibrate_density *d);
 
 /* One held-out sample and its density under each level. */
 struct calibrate_held_out {
@@ -40,8 +44,15 @@ struct calibrate_held_out {
     double density[CALIBRATE_MAX_LEVELS];
 };
 
+/* How far a head's density over all held-out samples may be from the level's prediction. */
+#define CALIBRATE_TOLERANCE 0.05
+
 struct calibrate_report {
-    const char *model, *out; /* out NULL: nothing written */
+    const char *model, *out;         /* out NULL: nothing written */
+    const char *how;                 /* the thresholds were made: "mean", "quantile, smooth" */
+    int32_t n_resumed;               /* samples that an earlier run left */
+    const struct attn_counts *heads; /* [n_levels, n_layers, n_heads]; NULL: nothing measured */
+    const float *t;                  /* [n_levels, n_layers, n_heads, n_blocks] */
     const struct thresholds_meta *meta;
     const struct calibrate_density *levels;
     const struct calibrate_held_out *held_out;
@@ -49,8 +60,18 @@ struct calibrate_report {
     double seconds;
 };
 
+/* Density of a head under a level, over all held-out samples, and its prediction there. */
+double calibrate_head_density(const struct calibrate_report *r, int32_t level, int32_t head);
+double calibrate_head_predicted(const struct calibrate_report *r, int32_t level);
+/* Heads (layer * n_heads + head) that leave CALIBRATE_TOLERANCE under a level; *worst is one of
+ * them, the farthest. */
+int32_t calibrate_heads_off(const struct calibrate_report *r, int32_t level, int32_t *worst);
+
 void calibrate_report_text(const struct calibrate_report *r, FILE *to);
 /* 0, or -EIO when `to` cannot be written. */
 MUST_CHECK int calibrate_report_json(const struct calibrate_report *r, FILE *to);
+/* calibrate_report_dir.c: report.md, density.svg and thresholds.svg in a folder, which is made. */
+MUST_CHECK int calibrate_report_dir(const struct calibrate_report *r, const char *dir,
+                                    struct err_msg *why);
 
 #endif

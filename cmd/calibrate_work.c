@@ -1,18 +1,24 @@
 #include "cmd/calibrate_work.h"
 
+#include "cmd/calibrate_pass.h"
 #include "cmd/device.h"
+#include "core/hash.h"
 #include "core/mem.h"
+
+#include <string.h>
 
 void calibrate_work_free(struct calibrate_work *w)
 {
-    calib_destroy(w->calib);
     calib_run_destroy(w->run);
     model_close(w->model);
     dev_close(w->dev);
     samples_split_free(&w->split);
     samples_free(&w->samples);
     mem_free(w->held_out);
-    mem_free(w->t);
+    mem_free(w->heads);
+    if (!w->file)
+        mem_free(w->t);
+    thresholds_free(w->file);
     conf_free(&calibrate_program, &w->o);
 }
 
@@ -21,6 +27,8 @@ int calibrate_read(struct calibrate_work *w, struct err_msg *why)
     const struct calibrate_options *o = &w->o;
     TRY(samples_load(&w->samples, o->samples, INT32_MAX, (int32_t)o->max_len, why));
     samples_split(&w->split, &w->samples, o->task, (int32_t)o->limit, (int32_t)o->holdout);
+    if (o->thresholds)
+        return 0;
     if (w->split.n_calibrate == 0) {
         return err_set(why, ERR_CONFIG, "%s: none of %d samples is left to calibrate on%s%s",
                        o->samples, w->samples.n, o->task ? ", task prefix " : "",
@@ -38,7 +46,8 @@ int calibrate_read(struct calibrate_work *w, struct err_msg *why)
 int calibrate_open(struct calibrate_work *w, struct err_msg *why)
 {
     struct calibrate_options *o = &w->o;
-    int32_t longest = samples_longest(&w->samples, w->split.calibrate, w->split.n_calibrate);
+    int32_t longest =
+        o->thresholds ? 1 : samples_longest(&w->samples, w->split.calibrate, w->split.n_calibrate);
     int32_t other = samples_longest(&w->samples, w->split.held_out, w->split.n_held_out);
     longest = other > longest ? other : longest;
     TRY(device_open(&w->dev, o->device, 0, (int)o->threads, why));
@@ -61,41 +70,58 @@ int calibrate_open(struct calibrate_work *w, struct err_msg *why)
     return 0;
 }
 
-int calibrate_dense(struct calibrate_work *w, struct err_msg *why)
+void calibrate_set_policy(struct calibrate_work *w)
 {
-    const struct model_info *info = model_info(w->model);
-    const struct samples_split *split = &w->split;
-    struct calib_config cfg = {.n_layers = info->n_layers,
-                               .n_heads = info->n_heads,
-                               .n_blocks = w->n_blocks,
-                               .gate_rows = calibrate_gate_rows(&w->o),
-                               .k = w->k,
-                               .n_levels = w->n_levels,
-                               .pool = w->dev->pool,
-                               .dev = w->dev->ops == &dev_cpu ? NULL : w->dev};
-    const struct batch_policy dense = {.gate = BATCH_DENSE, .gate_rows = (uint8_t)cfg.gate_rows};
-    TRY(calib_create(&w->calib, &cfg, why));
-    calibrate_progress_begin(&w->progress, "dense runs:",
-                             samples_tokens(&w->samples, split->calibrate, split->n_calibrate));
-    for (int32_t i = 0; i < split->n_calibrate; i++) {
-        const struct sample *s = &w->samples.items[split->calibrate[i]];
-        struct err_msg cause = {""};
-        int err = calib_run_sample(w->run, w->calib, dense, s->tokens, s->n_tokens, &cause);
-        if (err < 0)
-            return err_set(why, err, "%s:%d: %s", w->o.samples, s->line, err_why(&cause, err));
-    }
-    calibrate_progress_end(&w->progress);
-    size_t per_level = (size_t)info->n_layers * (size_t)info->n_heads * (size_t)w->n_blocks;
-    w->t = mem_zalloc((size_t)w->n_levels * per_level, sizeof *w->t);
+    const int64_t per_layer = (int64_t)w->info.n_heads * w->n_blocks;
     w->policy.abs = (struct attn_thresholds){.t = w->t,
                                              .n_levels = w->n_levels,
-                                             .n_layers = info->n_layers,
-                                             .n_heads = info->n_heads,
+                                             .n_layers = w->info.n_layers,
+                                             .n_heads = w->info.n_heads,
                                              .n_blocks = w->n_blocks,
-                                             .level_stride = (int64_t)per_level,
-                                             .layer_stride = (int64_t)info->n_heads * w->n_blocks,
+                                             .level_stride = w->info.n_layers * per_layer,
+                                             .layer_stride = per_layer,
                                              .head_stride = w->n_blocks};
-    return calib_thresholds(w->calib, w->t, why);
+}
+
+/* Each level from what its own gate, by the thresholds there are, lets the layers see. */
+static int second_pass(struct calibrate_work *w, size_t per_level, struct err_msg *why)
+{
+    float *t = mem_zalloc((size_t)w->n_levels * per_level, sizeof *t);
+    int err = model_set_policy(w->model, &w->policy, why);
+    for (int32_t s = 0; err == 0 && s < w->n_levels; s++) {
+        const float *gate = w->t + (size_t)s * per_level;
+        const struct calibrate_pass pass = {
+            .phase = "gated runs:",
+            .number = s + 1,
+            .policy = {.gate = BATCH_ABS,
+                       .gate_rows = (uint8_t)calibrate_gate_rows(&w->o),
+                       .level = (int16_t)s},
+            .policy_hash = hash_bytes(gate, per_level * sizeof *gate, 1),
+            .k = &w->k[s],
+            .n_levels = 1,
+            .t = t + (size_t)s * per_level};
+        err = calibrate_pass_run(w, &pass, why);
+    }
+    if (err == 0)
+        memcpy(w->t, t, (size_t)w->n_levels * per_level * sizeof *t);
+    mem_free(t);
+    return err;
+}
+
+int calibrate_runs(struct calibrate_work *w, struct err_msg *why)
+{
+    const struct model_info *info = &w->info;
+    const size_t per_level = (size_t)info->n_layers * (size_t)info->n_heads * (size_t)w->n_blocks;
+    w->t = mem_zalloc((size_t)w->n_levels * per_level, sizeof *w->t);
+    const struct calibrate_pass dense = {
+        .phase = "dense runs:",
+        .policy = {.gate = BATCH_DENSE, .gate_rows = (uint8_t)calibrate_gate_rows(&w->o)},
+        .k = w->k,
+        .n_levels = w->n_levels,
+        .t = w->t};
+    TRY(calibrate_pass_run(w, &dense, why));
+    calibrate_set_policy(w);
+    return w->o.second_pass ? second_pass(w, per_level, why) : 0;
 }
 
 /* One held-out sample under one level. */
@@ -110,29 +136,49 @@ static int measure_sample(struct calibrate_work *w, int32_t level, int32_t i, st
     if (err < 0)
         return err_set(why, err, "%s:%d: gated run: %s", w->o.samples, s->line, err_str(err));
     double density = (double)counts.kept / (double)counts.reachable;
+    double predicted = thresholds_predicted_density(w->k[level], s->n_tokens, gate_rows);
     w->held_out[i].task = s->task;
     w->held_out[i].line = s->line;
     w->held_out[i].n_tokens = s->n_tokens;
     w->held_out[i].density[level] = density;
-    calibrate_density_add(&w->levels[level],
-                          thresholds_predicted_density(w->k[level], s->n_tokens, gate_rows),
-                          density);
+    calibrate_density_add(&w->levels[level], predicted, density, (double)counts.reachable);
     return 0;
+}
+
+/* What the heads counted in the runs of a level: the counters now, less those before. */
+static void take_head_counts(struct calibrate_work *w, int32_t level, struct attn_counts *before)
+{
+    const size_t n = (size_t)w->info.n_layers * (size_t)w->info.n_heads;
+    const struct attn_counts *now = model_head_counts(w->model);
+    struct attn_counts *to = w->heads + (size_t)level * n;
+    for (size_t i = 0; i < n; i++) {
+        to[i] = (struct attn_counts){.reachable = now[i].reachable - before[i].reachable,
+                                     .visited = now[i].visited - before[i].visited,
+                                     .kept = now[i].kept - before[i].kept};
+    }
+    memcpy(before, now, n * sizeof *now);
 }
 
 int calibrate_measure(struct calibrate_work *w, struct err_msg *why)
 {
     const struct samples_split *split = &w->split;
+    const size_t n = (size_t)w->info.n_layers * (size_t)w->info.n_heads;
     TRY(model_set_policy(w->model, &w->policy, why));
     w->held_out = mem_zalloc((size_t)split->n_held_out, sizeof *w->held_out);
+    w->heads = mem_zalloc((size_t)w->n_levels * n, sizeof *w->heads);
+    struct attn_counts *before = mem_zalloc(n, sizeof *before);
+    int err = 0;
     calibrate_progress_begin(&w->progress, "held-out runs:",
                              samples_tokens(&w->samples, split->held_out, split->n_held_out) *
                                  w->n_levels);
-    for (int32_t level = 0; level < w->n_levels; level++) {
+    memcpy(before, model_head_counts(w->model), n * sizeof *before);
+    for (int32_t level = 0; err == 0 && level < w->n_levels; level++) {
         w->levels[level].k = w->k[level];
-        for (int32_t i = 0; i < split->n_held_out; i++)
-            TRY(measure_sample(w, level, i, why));
+        for (int32_t i = 0; err == 0 && i < split->n_held_out; i++)
+            err = measure_sample(w, level, i, why);
+        take_head_counts(w, level, before);
     }
+    mem_free(before);
     calibrate_progress_end(&w->progress);
-    return 0;
+    return err;
 }

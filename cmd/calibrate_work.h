@@ -18,24 +18,31 @@ struct calibrate_work {
     struct dev *dev;
     struct model *model;
     struct calib_run *run;
-    struct calib *calib;
+    struct thresholds *file;   /* of --thresholds, else NULL */
+    int32_t n_resumed;         /* samples that an earlier run left */
     struct attn_policy policy; /* the model keeps a pointer into it while it is open */
     float *t;                  /* [n_levels, n_layers, n_heads, n_blocks] */
     int32_t k[CALIBRATE_MAX_LEVELS], n_levels, n_blocks;
     struct calibrate_density levels[CALIBRATE_MAX_LEVELS];
     struct calibrate_held_out *held_out; /* [split.n_held_out] */
+    struct attn_counts *heads;           /* [n_levels, n_layers, n_heads] over those */
     struct calibrate_progress progress;
 };
 
 /* Samples and how they are split; the levels. */
 MUST_CHECK int calibrate_read(struct calibrate_work *w, struct err_msg *why);
 MUST_CHECK int calibrate_open(struct calibrate_work *w, struct err_msg *why);
-/* Dense runs over the calibration samples, then thresholds in w->t. */
-MUST_CHECK int calibrate_dense(struct calibrate_work *w, struct err_msg *why);
+/* Runs over the calibration samples, then thresholds in w->t and w->policy. */
+MUST_CHECK int calibrate_runs(struct calibrate_work *w, struct err_msg *why);
+/* w->policy from w->t. */
+void calibrate_set_policy(struct calibrate_work *w);
 /* Every held-out sample under every level. */
 MUST_CHECK int calibrate_measure(struct calibrate_work *w, struct err_msg *why);
 /* Instead of all these: levels and thresholds of the file that --import names. */
 MUST_CHECK int calibrate_import(struct calibrate_work *w, struct err_msg *why);
+/* Instead of runs: those of the file that --thresholds names, made for the open model; or, where
+ * none is open, for the folder's shape and rope. */
+MUST_CHECK int calibrate_load(struct calibrate_work *w, struct err_msg *why);
 void calibrate_work_free(struct calibrate_work *w); /* accepts zeroed memory */
 
 #endif

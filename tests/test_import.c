@@ -2,6 +2,7 @@
  * that torch wrote; a field that does not fit is refused by its name. */
 #include "tests/test.h"
 
+#include "calibration/export.h"
 #include "calibration/import.h"
 #include "calibration/thresholds.h"
 #include "tests/pt_case.h"
@@ -295,11 +296,61 @@ static void saved(void **state)
     assert_true(thresholds_import(&t, "/dev/null", 3, 4, &why) == ERR_FORMAT);
 }
 
+/* What is exported is imported bit for bit; its tensor is aligned as torch.save has it. */
+static void exported(void **state)
+{
+    (void)state;
+    static const int32_t shapes[][4] = {{1, 1, 1, 1}, {2, 3, 4, 5}, {IMPORT_MAX_LEVELS, 2, 2, 3}};
+    struct rng r = test_rng("exported", 1);
+    char path[] = "/tmp/sluice-pt-XXXXXX";
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    (void)close(fd);
+    for (size_t c = 0; c < sizeof shapes / sizeof *shapes; c++) {
+        const int32_t *s = shapes[c];
+        const size_t n = (size_t)s[0] * (size_t)s[1] * (size_t)s[2] * (size_t)s[3];
+        const struct attn_thresholds view = {.t = malloc(n * sizeof(float)),
+                                             .n_levels = s[0],
+                                             .n_layers = s[1],
+                                             .n_heads = s[2],
+                                             .n_blocks = s[3],
+                                             .level_stride = (int64_t)s[1] * s[2] * s[3],
+                                             .layer_stride = (int64_t)s[2] * s[3],
+                                             .head_stride = s[3]};
+        struct thresholds_import t;
+        struct err_msg why = {""};
+        int32_t k[IMPORT_MAX_LEVELS];
+        float *v = (float *)view.t;
+        assert_non_null(v);
+        for (size_t i = 0; i < n; i++)
+            v[i] = i % 7 == 3 ? -INFINITY : (float)rng_normal(&r);
+        for (int32_t i = 0; i < s[0]; i++)
+            k[i] = (i ? k[i - 1] : 0) + rng_range(&r, 1, 100000);
+        assert_int_equal(thresholds_export(path, &view, k, 64, &why), ERR_UNSUPPORTED);
+        assert_non_null(strstr(why.text, "thresholds for 64 rows"));
+        if (thresholds_export(path, &view, k, 128, &why) < 0 ||
+            thresholds_import(&t, path, s[1], s[2], &why) < 0)
+            fail_msg("%s", why.text);
+        assert_int_equal(t.n_levels, s[0]);
+        assert_int_equal(t.n_blocks, s[3]);
+        assert_memory_equal(t.k, k, (size_t)s[0] * sizeof *k);
+        assert_memory_equal(t.t, v, n * sizeof *v);
+        thresholds_import_free(&t);
+        free(v);
+    }
+    (void)unlink(path);
+    const float one = 1;
+    const int32_t k = 1;
+    const struct attn_thresholds view = {&one, 1, 1, 1, 1, 1, 1, 1};
+    assert_int_equal(thresholds_export("/none/x", &view, &k, 128, NULL), -ENOENT);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(genuine),     cmocka_unit_test(flipped),    cmocka_unit_test(bad_fields),
         cmocka_unit_test(bad_tensors), cmocka_unit_test(odd_values), cmocka_unit_test(saved),
+        cmocka_unit_test(exported),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

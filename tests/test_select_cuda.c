@@ -1,6 +1,8 @@
 /* calibration/select_cuda on the device, beside calib_select on the host: every level's midpoint
  * bit for bit over random maxima, many equal ones, few pages and the most there may be; both sizes
- * of row groups; what is not a number; what must not be written. Exit status 77: no device. */
+ * of row groups; what is not a number; what must not be written. test_select_cuda [quick]: the last
+ * two alone, for slow tools. Exit status 77: no device.
+ */
 #include "tests/cuda_case.h"
 
 #include "calibration/calibrate.h"
@@ -219,7 +221,7 @@ static void refusals(void **state)
     assert_int_equal(select_cuda_launch(&s, NULL), cudaSuccess); /* nothing to do */
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     const struct CMUnitTest host[] = {cmocka_unit_test(refusals)};
     const struct CMUnitTest device[] = {
@@ -227,8 +229,11 @@ int main(void)
         cmocka_unit_test(the_longest),
         cmocka_unit_test(not_a_number),
     };
+    const struct CMUnitTest quick[] = {cmocka_unit_test(not_a_number)};
     int failed = cmocka_run_group_tests(host, NULL, NULL);
     if (failed || !have_device())
         return failed ? failed : 77;
+    if (argc > 1 && strcmp(argv[1], "quick") == 0)
+        return cmocka_run_group_tests(quick, NULL, NULL);
     return cmocka_run_group_tests(device, NULL, NULL);
 }

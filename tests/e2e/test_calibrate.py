@@ -1,10 +1,16 @@
 """sluice-calibrate as a user meets it: the file it writes, what it prints, and what it refuses. Standard library only."""
+import collections
+import io
 import json
 import os
+import pickle
 import struct
 import subprocess
 import tempfile
+import time
 import unittest
+import zipfile
+from xml.etree import ElementTree
 
 ROOT = os.environ.get("SLUICE_ROOT", os.path.join(os.path.dirname(__file__), "..", ".."))
 BIN = os.environ.get("SLUICE_BIN", os.path.join(ROOT, "build", "release", "bin"))
@@ -118,7 +124,7 @@ class Calibrate(unittest.TestCase):
                      "--holdout", "0", "--k", "1")
         self.refused("/none: No such file", "--model", NEEDLE, "--samples", "/none")
         self.refused("/none", "--model", "/none", "--samples", SAMPLES)
-        self.refused("/none/t: cannot write: No such file", *both, "--k", "1", "--out", "/none/t")
+        self.refused("/none/t.state: cannot write: No such file", *both, "--k", "1", "--out", "/none/t")
 
     def test_import(self):
         """A file that torch wrote holds the same numbers afterwards; the densities are the formula's."""
@@ -157,6 +163,103 @@ class Calibrate(unittest.TestCase):
         self.refused("no zip archive", *file[:3], SAMPLES)
         self.refused("/none: No such file", *file[:3], "/none")
         self.refused("/none/t: cannot write", *file, "--out", "/none/t")
+
+    def test_resumes(self):
+        """Killed in the middle, a run goes on where it was and writes the same bytes, under every rule."""
+        for n, rule in enumerate((("--smooth",), ("--aggregate", "quantile"), ("--second-pass",))):
+            args = ["--model", NEEDLE, "--samples", SAMPLES, "--max-len", "900", "--limit", "8", "--holdout", "0", "--k", "3,6",
+                    "--chunk", "128", *rule]
+            whole, cut = (os.path.join(self.dir, "%s%d" % (name, n)) for name in ("whole", "cut"))
+            r = calibrate(*args, "--out", whole)
+            self.assertEqual(r.returncode, 0, r.stderr)
+            self.assertFalse(os.path.exists(whole + ".state"))
+            cmd = [os.path.join(BIN, "sluice-calibrate"), "--threads", "2", *args, "--out", cut]
+            p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL)
+            while p.poll() is None and not (os.path.exists(cut + ".state") and os.path.getsize(cut + ".state") > 12000):
+                time.sleep(0.002)
+            p.kill()
+            self.assertEqual(p.wait(), -9, "it ended before it was killed")
+            self.assertFalse(os.path.exists(cut))
+            self.refused("(its gate rows differ)", *args, "--gate-rows", "64", "--out", cut)
+            r = calibrate(*args, "--out", cut, "--json")
+            self.assertEqual(r.returncode, 0, r.stderr)
+            self.assertGreater(json.loads(r.stdout)["resumed"], 0)
+            with open(whole, "rb") as a, open(cut, "rb") as b:
+                self.assertEqual(a.read(), b.read())
+        self.assertEqual(len(os.listdir(self.dir)), 6)
+
+    def test_report(self):
+        folder = os.path.join(self.dir, "report")
+        self.run_ok("--task", "niah_", "--k", "3,6", "--holdout", "2", "--report", folder, "--aggregate", "quantile")
+        self.assertEqual(sorted(os.listdir(folder)), ["density.svg", "report.md", "thresholds.svg"])
+        cells = ElementTree.parse(os.path.join(folder, "density.svg")).getroot().iter("{http://www.w3.org/2000/svg}title")
+        densities = [float(c.text.rsplit(" ", 1)[1]) for c in cells]
+        self.assertEqual(len(densities), 2 * 36)
+        self.assertTrue(all(0 < d <= 1 for d in densities))
+        lines = list(ElementTree.parse(os.path.join(folder, "thresholds.svg")).getroot().iter("{http://www.w3.org/2000/svg}polyline"))
+        self.assertEqual(len(lines), 2)
+        with open(os.path.join(folder, "report.md")) as f:
+            text = f.read()
+        self.assertIn("needle (quantile)", text)
+        self.assertEqual(text.count("(line "), 2)
+        listed = [line.split("|")[1:-1] for line in text.split("| measured |")[1].splitlines()[2:]]
+        for k, _, _, predicted, measured in listed:
+            self.assertGreater(abs(float(predicted) - float(measured)), 0.0494)
+        warned = sum(int(line.split(": ")[2].split(" of ")[0]) for line in text.splitlines() if line.startswith("warning: "))
+        self.assertEqual(warned, len(listed))
+        self.refused("/none/x: cannot make the folder", "--model", NEEDLE, "--thresholds",
+                     os.path.join(NEEDLE, "thresholds.safetensors"), "--report", "/none/x")
+
+    def test_given_thresholds(self):
+        """A file of ours is measured again, and exported to a .pt file that Python reads and that is imported unchanged."""
+        shipped, pt, back = os.path.join(NEEDLE, "thresholds.safetensors"), os.path.join(self.dir, "x.pt"), os.path.join(self.dir, "y")
+        given = ("--model", NEEDLE, "--thresholds", shipped)
+        report = json.loads(self.run_given(*given, "--samples", SAMPLES, "--max-len", "700", "--holdout", "1", "--json"))
+        self.assertEqual([level["held_out"] for level in report["levels"]], [1] * 6)
+        self.run_given(*given, "--export", pt)
+        self.run_given("--model", NEEDLE, "--import", pt, "--out", back)
+        want, got = (read_safetensors(p)[1] for p in (shipped, back))
+        self.assertEqual(want, got)
+        self.assertEqual(zipfile.ZipFile(pt).testzip(), None)
+        self.check_pickle(pt, want)
+        self.refused("--thresholds and --k exclude", *given, "--k", "3")
+        self.refused("--thresholds and --out exclude", *given, "--out", back)
+        self.refused("/none: No such file", *given[:3], "/none")
+
+    def run_given(self, *args):
+        r = calibrate(*args)
+        self.assertEqual((r.returncode, r.stderr), (0, ""))
+        return r.stdout
+
+    def check_pickle(self, path, want):
+        """Reads the file with Python's own pickle, and with torch where there is one."""
+        class Reader(pickle.Unpickler):
+            def find_class(self, module, name):
+                known = {("torch._utils", "_rebuild_tensor_v2"): lambda *a: a, ("torch", "FloatStorage"): float,
+                         ("collections", "OrderedDict"): collections.OrderedDict}
+                return known[module, name]
+
+            def persistent_load(self, pid):
+                return pid
+        with zipfile.ZipFile(path) as z:
+            self.assertEqual(z.namelist(), ["archive/data.pkl", "archive/byteorder", "archive/data/0", "archive/version"])
+            fields = Reader(io.BytesIO(z.read("archive/data.pkl"))).load()
+            data = z.read("archive/data/0")
+        shape, values = want["thresholds"]
+        self.assertEqual(list(fields), ["thresholds", "k_values", "max_num_blocks", "num_layers", "num_heads", "q_block_size",
+                                        "k_block_size", "aggregation_method", "shape_description"])
+        storage, offset, size, stride, grad, hooks = fields["thresholds"]
+        self.assertEqual((storage, offset, list(size), grad), (("storage", float, "0", "cpu", len(values)), 0, shape, False))
+        self.assertEqual(list(stride), [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1])
+        self.assertEqual(struct.unpack("<%df" % len(values), data), values)
+        self.assertEqual(fields["k_values"], list(want["k"][1]))
+        try:
+            import torch
+        except ImportError:
+            return
+        loaded = torch.load(path, weights_only=True)
+        self.assertEqual(list(loaded["thresholds"].shape), shape)
+        self.assertEqual(loaded["thresholds"].flatten().tolist(), list(values))
 
 
 if __name__ == "__main__":

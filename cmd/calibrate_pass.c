@@ -1,0 +1,164 @@
+#include "cmd/calibrate_pass.h"
+
+#include "calibration/calib_pool.h"
+#include "calibration/calib_state.h"
+#include "core/mem.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+
+/* What a pass takes and gives back. */
+struct parts {
+    int32_t grid[CALIB_MAX_LEVELS]; /* levels of calib: those of the pass, or more for the pool */
+    struct calib_config cfg;
+    struct calib *calib;
+    struct calib_pool *pool;   /* NULL: means */
+    struct calib_state *state; /* NULL: nothing is written */
+};
+
+static int state_path(char *path, size_t size, const char *out, int number, struct err_msg *why)
+{
+    int n = number ? snprintf(path, size, "%s.state.%d", out, number)
+                   : snprintf(path, size, "%s.state", out);
+    return n < 0 || (size_t)n >= size ? err_set(why, -ENAMETOOLONG, "%.200s...: path too long", out)
+                                      : 0;
+}
+
+static int open_state(struct parts *x, const struct calibrate_work *w,
+                      const struct calibrate_pass *p, struct err_msg *why)
+{
+    char path[PATH_MAX];
+    struct calib_state_id id;
+    memset(&id, 0, sizeof id); /* padding too: it is written as it is */
+    id.model = w->info.fingerprint;
+    id.set = w->set;
+    id.policy = p->policy_hash;
+    (void)snprintf(id.numbers, sizeof id.numbers, "%s %s %s", w->dev->ops->name,
+                   dtype_name(w->info.dtype), dtype_name(w->info.kv_dtype));
+    id.gate_rows = x->cfg.gate_rows;
+    id.n_layers = x->cfg.n_layers;
+    id.n_heads = x->cfg.n_heads;
+    id.n_blocks = x->cfg.n_blocks;
+    id.n_levels = x->cfg.n_levels;
+    memcpy(id.k, x->grid, (size_t)x->cfg.n_levels * sizeof *id.k);
+    TRY(state_path(path, sizeof path, w->o.out, p->number, why));
+    return calib_state_open(&x->state, path, &id, why);
+}
+
+static int open_parts(struct parts *x, struct calibrate_work *w, const struct calibrate_pass *p,
+                      struct err_msg *why)
+{
+    const bool pooled = w->o.aggregate == CALIBRATE_QUANTILE;
+    x->cfg = (struct calib_config){.n_layers = w->info.n_layers,
+                                   .n_heads = w->info.n_heads,
+                                   .n_blocks = w->n_blocks,
+                                   .gate_rows = calibrate_gate_rows(&w->o),
+                                   .k = x->grid,
+                                   .n_levels = p->n_levels,
+                                   .pool = w->dev->pool,
+                                   .dev = w->dev->ops == &dev_cpu ? NULL : w->dev};
+    if (pooled)
+        x->cfg.n_levels = calib_pool_grid(x->grid, p->k, p->n_levels, w->n_blocks);
+    else
+        memcpy(x->grid, p->k, (size_t)p->n_levels * sizeof *x->grid);
+    TRY(calib_create(&x->calib, &x->cfg, why));
+    if (pooled)
+        TRY(calib_pool_create(&x->pool, &x->cfg, w->split.n_calibrate, why));
+    return w->o.out ? open_state(x, w, p, why) : 0;
+}
+
+static void close_parts(struct parts *x)
+{
+    calib_state_close(x->state);
+    calib_pool_destroy(x->pool);
+    calib_destroy(x->calib);
+}
+
+static const struct sample *sample_at(const struct calibrate_work *w, int32_t i)
+{
+    return &w->samples.items[w->split.calibrate[i]];
+}
+
+/* Samples that an earlier run left; *n of them. */
+static int restore(struct parts *x, struct calibrate_work *w, int32_t *n, struct err_msg *why)
+{
+    for (*n = 0; x->state && *n < w->split.n_calibrate; (*n)++) {
+        int32_t n_tokens = 0;
+        int found = calib_state_next(x->state, calib_sample(x->calib), &n_tokens, why);
+        if (found <= 0)
+            return found;
+        if (n_tokens != sample_at(w, *n)->n_tokens)
+            return err_set(why, ERR_FORMAT, "%s.state: sample %d has %d tokens", w->o.out, *n,
+                           n_tokens);
+        TRY(calib_restore_sample(x->calib, n_tokens, why));
+        if (x->pool)
+            TRY(calib_pool_add(x->pool, calib_sample(x->calib), n_tokens));
+        calibrate_progress_add(&w->progress, n_tokens);
+    }
+    return 0;
+}
+
+static int run_sample(struct parts *x, struct calibrate_work *w, const struct calibrate_pass *p,
+                      const struct sample *s, struct err_msg *why)
+{
+    struct err_msg cause = {""};
+    int err = calib_run_sample(w->run, x->calib, p->policy, s->tokens, s->n_tokens, &cause);
+    if (err < 0)
+        return err_set(why, err, "%s:%d: %s", w->o.samples, s->line, err_why(&cause, err));
+    if (x->pool)
+        TRY(calib_pool_add(x->pool, calib_sample(x->calib), s->n_tokens));
+    return x->state ? calib_state_append(x->state, calib_sample(x->calib), s->n_tokens, why) : 0;
+}
+
+static int run_all(struct parts *x, struct calibrate_work *w, const struct calibrate_pass *p,
+                   struct err_msg *why)
+{
+    int32_t done = 0;
+    TRY(restore(x, w, &done, why));
+    w->n_resumed += done;
+    for (int32_t i = done; i < w->split.n_calibrate; i++)
+        TRY(run_sample(x, w, p, sample_at(w, i), why));
+    if (x->pool)
+        TRY(calib_pool_thresholds(x->pool, p->k, p->n_levels, p->t, why));
+    else
+        TRY(calib_thresholds(x->calib, p->t, why));
+    return 0;
+}
+
+/* Rows are smoothed over the blocks that the level gates. */
+static void smooth(const struct calibrate_work *w, const struct calibrate_pass *p)
+{
+    const int64_t rows = (int64_t)w->info.n_layers * w->info.n_heads;
+    for (int32_t s = 0; s < p->n_levels; s++) {
+        const int32_t first = p->k[s] / (KV_BLOCK_TOKENS / KV_PAGE_TOKENS) + 1;
+        calib_smooth(p->t + s * rows * w->n_blocks, rows, w->n_blocks, first);
+    }
+}
+
+int calibrate_pass_run(struct calibrate_work *w, const struct calibrate_pass *p,
+                       struct err_msg *why)
+{
+    struct parts x = {.state = NULL};
+    const struct samples_split *split = &w->split;
+    calibrate_progress_begin(&w->progress, p->phase,
+                             samples_tokens(&w->samples, split->calibrate, split->n_calibrate));
+    int err = open_parts(&x, w, p, why);
+    if (err == 0)
+        err = run_all(&x, w, p, why);
+    close_parts(&x);
+    calibrate_progress_end(&w->progress);
+    if (err == 0 && w->o.smooth)
+        smooth(w, p);
+    return err;
+}
+
+void calibrate_forget_state(const struct calibrate_work *w)
+{
+    char path[PATH_MAX];
+    for (int i = 0; w->o.out && i <= w->n_levels; i++) {
+        if (state_path(path, sizeof path, w->o.out, i, NULL) == 0)
+            (void)remove(path);
+    }
+}
