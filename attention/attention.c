@@ -120,6 +120,20 @@ static int check_tile_max(const struct attn_problem *p, struct err_msg *why)
     return 0;
 }
 
+static int check_rel_counts(const struct attn_problem *p, struct err_msg *why)
+{
+    const struct attn_rel_counts *c = p->rel_counts;
+    if (!c)
+        return 0;
+    if (!c->bins || c->n_edges < 1)
+        return err_set(why, ERR_INVALID, "rel_counts: %d edges", c->n_edges);
+    for (int32_t i = 0; i < c->n_edges; i++) {
+        if (!(c->edges[i] <= 0.0f) || (i > 0 && !(c->edges[i] > c->edges[i - 1])))
+            return err_set(why, ERR_INVALID, "rel_counts: edges[%d] = %g", i, (double)c->edges[i]);
+    }
+    return 0;
+}
+
 int attn_validate(const struct attn_problem *p, const struct kv_view *kv,
                   const struct attn_policy *policy, struct err_msg *why)
 {
@@ -129,6 +143,7 @@ int attn_validate(const struct attn_problem *p, const struct kv_view *kv,
         TRY(check_seq(&p->seqs[i], kv, i, why));
         TRY(check_choice(&p->seqs[i], policy, i, why));
     }
+    TRY(check_rel_counts(p, why));
     return check_tile_max(p, why);
 }
 

@@ -47,6 +47,17 @@ struct attn_tile_max {
     int32_t gate_rows; /* 128 or 64 */
 };
 
+/* What the REL gate would do in this run, for calibration: decisions of prompt rows on the pages
+ * before their block, by gap = the largest, over a group's rows, of the page's maximum less the
+ * running maximum. The gate skips iff gap < ln(lambda), and skipped pages never raise a maximum, so
+ * a dense run knows the decisions at every lambda. A decision with exactly i of the edges <= gap
+ * counts in bin i (NaN in the last): at ln(lambda) = edges[e] bins 0 to e are skipped. */
+struct attn_rel_counts {
+    const float *edges; /* [n_edges], increasing */
+    int32_t n_edges;
+    uint64_t *bins; /* [2, n_heads, n_edges + 1], added to: groups of 128 rows, of 64 rows */
+};
+
 struct attn_problem {
     int layer;
     int32_t n_heads; /* query heads of this rank */
@@ -58,10 +69,11 @@ struct attn_problem {
     const struct attn_seq *seqs;
     int32_t n_seqs;
     /* optional outputs, added to (never reset) */
-    struct attn_counts *seq_counts;  /* [n_seqs], summed over heads */
-    struct attn_counts *head_counts; /* [n_heads], summed over sequences */
-    struct attn_tile_max *tile_max;  /* NULL: none */
-    void *workspace;                 /* attn_workspace_bytes */
+    struct attn_counts *seq_counts;           /* [n_seqs], summed over heads */
+    struct attn_counts *head_counts;          /* [n_heads], summed over sequences */
+    struct attn_tile_max *tile_max;           /* NULL: none */
+    const struct attn_rel_counts *rel_counts; /* NULL: none; the CPU kernel alone has it */
+    void *workspace;                          /* attn_workspace_bytes */
 };
 
 struct attn_ops {

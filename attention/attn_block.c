@@ -211,6 +211,32 @@ static void write_tile_max(struct block *b, int32_t h)
     }
 }
 
+/* Decisions that REL would take here on one head's row groups of `rows` rows: rel_skips at every
+ * edge. */
+static void count_gaps(const struct block *b, int32_t h, int32_t rows, uint64_t *bins)
+{
+    const struct attn_rel_counts *out = b->job->p->rel_counts;
+    const float *m = b->x.m + (size_t)h * (size_t)b->task->n_rows;
+    for (int32_t first = 0; first < b->task->n_rows; first += rows) {
+        const int32_t end = first + rows < b->task->n_rows ? first + rows : b->task->n_rows;
+        int32_t bin = 0;
+        for (int32_t r = first; r < end; r++) {
+            while (bin < out->n_edges && !(b->x.row_max[r] < m[r] + out->edges[bin]))
+                bin++;
+        }
+        (void)__atomic_fetch_add(&bins[bin], 1, __ATOMIC_RELAXED);
+    }
+}
+
+static void write_rel_counts(const struct block *b, int32_t h)
+{
+    const struct attn_rel_counts *out = b->job->p->rel_counts;
+    const size_t heads = (size_t)b->job->p->n_heads, n = (size_t)out->n_edges + 1;
+    const size_t head = (size_t)(b->task->head + h);
+    count_gaps(b, h, KV_BLOCK_TOKENS, out->bins + head * n);
+    count_gaps(b, h, KV_BLOCK_TOKENS / 2, out->bins + (heads + head) * n);
+}
+
 /* The gate's predicates. Both are written so that NaN keeps the page. */
 static bool abs_skips(const struct block *b, int32_t h, int32_t first, int32_t end)
 {
@@ -275,7 +301,7 @@ static void run_panel(struct block *b, int32_t h, int32_t h1)
 {
     const int32_t n = b->task->n_rows, rows = (h1 - h) * n, row0 = h * n;
     const bool diagonal = b->page >= b->diag;
-    const bool watched = b->gate != ATTN_GATE_NONE || b->job->p->tile_max;
+    const bool watched = b->gate != ATTN_GATE_NONE || b->job->p->tile_max || b->job->p->rel_counts;
     const uint64_t groups = groups_reaching(b, b->page);
     /* the leading rows of a block do not reach its second page */
     int32_t skip = b->page * KV_PAGE_TOKENS - b->task->pos;
@@ -290,6 +316,8 @@ static void run_panel(struct block *b, int32_t h, int32_t h1)
         sticky_row_max(b, rows);
     if (b->job->p->tile_max && !b->task->generated)
         write_tile_max(b, h);
+    if (b->job->p->rel_counts && !b->task->generated && !diagonal)
+        write_rel_counts(b, h);
     for (int32_t i = h; i < h1; i++)
         b->x.counts[i].visited += groups;
     if (b->gate != ATTN_GATE_NONE) {
@@ -399,7 +427,7 @@ static void open_block(struct block *b, const struct attn_job *job, int32_t task
         b->group_rows = 1;
     else if (b->gate != ATTN_GATE_NONE)
         b->group_rows = b->seq->choice.gate_rows;
-    b->alone = b->gate != ATTN_GATE_NONE || job->p->tile_max;
+    b->alone = b->gate != ATTN_GATE_NONE || job->p->tile_max || job->p->rel_counts;
     carve(&b->x, &at, b->head_dim);
 }
 

@@ -270,9 +270,20 @@ static void write_span(void *arg, int task, int worker)
                        (size_t)m->qkv_width);
 }
 
+/* The layer's part of what the step counts. */
+static struct attn_rel_counts rel_counts_of(const struct llama_cpu_state *m,
+                                            const struct llama_input *in, int layer)
+{
+    struct attn_rel_counts c = in->rel_counts ? *in->rel_counts : (struct attn_rel_counts){0};
+    if (in->rel_counts)
+        c.bins += (ptrdiff_t)layer * 2 * m->shard->n_heads * (c.n_edges + 1);
+    return c;
+}
+
 static int attend(struct llama_cpu_state *m, const struct llama_input *in, int layer,
                   struct llama_times *times)
 {
+    const struct attn_rel_counts rel = rel_counts_of(m, in, layer);
     const struct attn_problem p = {
         .layer = layer,
         .n_heads = m->shard->n_heads,
@@ -286,6 +297,7 @@ static int attend(struct llama_cpu_state *m, const struct llama_input *in, int l
         .seq_counts = in->seq_counts,
         .head_counts = m->head_counts + (ptrdiff_t)layer * m->shard->n_heads,
         .tile_max = in->tile_max,
+        .rel_counts = in->rel_counts ? &rel : NULL,
         .workspace = m->workspace,
     };
     int64_t start = clock_monotonic_us(NULL);

@@ -331,7 +331,7 @@ int llama_cuda_run(struct llama *base, const struct llama_input *in, struct llam
     struct llama_cuda_state *m = llama_cuda_of(base);
     const struct attn_cuda_probe none = {0};
     ASSERT(m->attn && in->n_rows <= m->max_tokens && in->n_outputs <= m->max_outputs);
-    if (in->tile_max)
+    if (in->tile_max || in->rel_counts)
         return ERR_UNSUPPORTED; /* page maxima stay on the device: dev_max */
     TRY(dev_cuda_bind(m->dev));
     m->probed = in->dev_max ? in : NULL;

@@ -49,6 +49,7 @@ struct model {
     struct attn_counts *head_counts; /* [n_layers, n_heads] since open */
     float *limbs;                    /* counters on their way through an all-reduce */
     struct probe probe;
+    struct attn_rel_counts rel_counts; /* bins NULL: off */
 };
 
 /* The number formats: what was asked for, where the device can. st NULL: random weights. */
@@ -329,6 +330,14 @@ int model_probe_tiles_dev(struct model *m, int32_t gate_rows, model_tile_dev_fn 
     return 0;
 }
 
+int model_count_rel(struct model *m, const struct attn_rel_counts *counts)
+{
+    if (m->shard.n_ranks > 1 || llama_ops_of(m->dev)->half)
+        return ERR_UNSUPPORTED;
+    m->rel_counts = counts ? *counts : (struct attn_rel_counts){0};
+    return 0;
+}
+
 /* Shapes the probe's memory for the one sequence of the step. */
 static int aim_probe(struct model *m)
 {
@@ -359,6 +368,7 @@ static int run_plan(struct model *m, struct llama_times *times)
         .tokens = m->tokens,
         .draws = m->batch ? m->batch->seqs : NULL,
         .seq_counts = m->seq_counts,
+        .rel_counts = m->rel_counts.bins ? &m->rel_counts : NULL,
     };
     if (!m->store)
         return ERR_INVALID;

@@ -3,6 +3,7 @@
 #ifndef MODEL_MODEL_H
 #define MODEL_MODEL_H
 
+#include "attention/attention.h"
 #include "attention/policy.h"
 #include "core/dev.h"
 #include "core/err.h"
@@ -99,6 +100,10 @@ typedef int (*model_tile_dev_fn)(void *arg, const struct model_tiles *tiles);
  * memory for one layer of one chunk. Dense and ABS steps only, on one rank. */
 MUST_CHECK int model_probe_tiles_dev(struct model *m, int32_t gate_rows, model_tile_dev_fn fn,
                                      void *arg);
+/* Counts in every later step what the REL gate would do (attention.h), with bins [n_layers, 2,
+ * n_heads, n_edges + 1] that must outlive the steps; NULL turns it off. Copied shallowly. On the
+ * CPU, on one rank. */
+MUST_CHECK int model_count_rel(struct model *m, const struct attn_rel_counts *counts);
 /* Counters per [n_layers, n_heads], summed since open; 0 for heads of other ranks. */
 const struct attn_counts *model_head_counts(struct model *m);
 /* Logits [vocab_size] f32 of sequence i of the last step (where sample was set); for tests and

@@ -275,6 +275,7 @@ int case_run(struct attn_case *t, const struct case_chunk *chunks, int32_t n)
     p.seq_counts = counts;
     p.head_counts = t->head_counts;
     p.tile_max = t->tile_max;
+    p.rel_counts = t->rel_counts;
     int err = attn_cpu_run_with(t->tile, &p, &t->kv, &t->policy, t->dev);
     if (err == 0)
         gather(t, chunks, n, seqs, &a);

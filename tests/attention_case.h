@@ -48,6 +48,7 @@ struct attn_case {
     void *workspace;
     struct attn_counts *head_counts;
     struct attn_tile_max *tile_max;
+    const struct attn_rel_counts *rel_counts;
     const struct attn_tile_ops *tile;
 };
 

@@ -470,6 +470,47 @@ static void bad_problems_are_named(void **state)
     case_close(&t);
 }
 
+/* A dense run counts, for every lambda at once, what the gate then does; it changes no bit. */
+static void rel_counts_are_the_gates_decisions(void **state)
+{
+    static const float edges[] = {-20, -6, -3, -1.5f, -0.7f, -0.1f, 0};
+    enum { EDGES = sizeof edges / sizeof *edges, TOKENS = 700, HEADS = 4 };
+    struct rng r = test_rng("rel counts", 15);
+    struct attn_case t;
+    struct case_bits dense;
+    uint64_t bins[2][HEADS][EDGES + 1] = {{{0}}};
+    const struct attn_rel_counts out = {edges, EDGES, &bins[0][0][0]};
+    struct attn_counts head_counts[HEADS];
+    (void)state;
+    open_one(&t, &r, TOKENS, 64, 2);
+    case_run_whole(&t);
+    case_save(&t, &dense);
+    t.rel_counts = &out;
+    case_run_whole(&t);
+    case_assert_bits(&t, &dense);
+    t.rel_counts = NULL;
+    for (int wide = 0; wide < 2; wide++) {
+        for (int e = 0; e < EDGES; e++) {
+            t.seqs[0].choice = (struct attn_choice){
+                .gate = ATTN_GATE_REL, .gate_rows = wide ? 128 : 64, .ln_lambda = edges[e]};
+            case_run_whole(&t);
+            memcpy(head_counts, t.head_counts, sizeof head_counts);
+            for (int h = 0; h < HEADS; h++) {
+                uint64_t skipped = 0;
+                for (int i = 0; i <= e; i++)
+                    skipped += bins[!wide][h][i];
+                assert_int_equal(head_counts[h].visited - head_counts[h].kept, skipped);
+            }
+        }
+    }
+    uint64_t inner = 0;
+    for (int i = 1; i < EDGES; i++)
+        inner += bins[0][0][i] + bins[1][0][i];
+    assert_true(inner > 0); /* some are decided by which lambda it is */
+    case_drop(&dense);
+    case_close(&t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -482,6 +523,7 @@ int main(void)
         cmocka_unit_test(a_closed_gate_leaves_the_diagonal),
         cmocka_unit_test(tile_max_holds_page_maxima),
         cmocka_unit_test(the_gate_compares_what_tile_max_reports),
+        cmocka_unit_test(rel_counts_are_the_gates_decisions),
         cmocka_unit_test(nan_stays_where_it_may_be_seen),
         cmocka_unit_test(nan_keeps_a_page),
         cmocka_unit_test(bad_problems_are_named),
