@@ -13,7 +13,7 @@
 struct eval_options {
     struct cli_target target;
     char *tokens, *tasks, *lengths, *policy, *json, *out, *print;
-    int64_t samples, seed, concurrency, round, num_warmups;
+    int64_t samples, seed, concurrency, round, num_warmups, limit_ms;
     int set;
 };
 
@@ -47,6 +47,8 @@ static const struct conf_opt options[] = {
             "prompts that a policy answers before the next one's turn; 0 is four a user"),
     CLI_INT(O, num_warmups, "num-warmups", "1", 0, 1e6,
             "prompts of each length and policy before the measured ones"),
+    CLI_MS(O, limit_ms, "limit", "0",
+           "begin no round after this time, and report what was asked; 0 is no limit"),
     CLI_TEXT(O, out, "out", NULL, "FILE", "write every answer and its figures, JSON lines"),
     CLI_TEXT(O, json, "json", NULL, "FILE",
              "write the figures as one JSON object; - is standard output, instead of the table"),
@@ -139,6 +141,7 @@ static int make_plan(struct eval_plan *p, const struct eval_options *o, char *po
     *p = (struct eval_plan){.n_samples = (int32_t)o->samples,
                             .n_users = (int32_t)o->concurrency,
                             .n_warmups = (int32_t)o->num_warmups,
+                            .limit_ms = o->limit_ms,
                             .seed = (uint64_t)o->seed,
                             .set = (enum ruler_set)o->set,
                             .progress = isatty(STDERR_FILENO) == 1};
@@ -188,6 +191,8 @@ static int measure_to(struct eval_plan *p, const struct eval_options *o)
     int code;
     if (o->out && !(p->out = fopen(o->out, "we")))
         return cli_fail(CLI_USAGE, "eval: cannot write %s: %s", o->out, err_str(-errno));
+    if (p->out)
+        (void)setvbuf(p->out, NULL, _IOLBF, 0); /* whatever ends the run, its answers are there */
     code = measure(p, o->json);
     if (p->out && fclose(p->out) != 0)
         return cli_fail(CLI_FAILED, "eval: cannot write %s: %s", o->out, err_str(-errno));

@@ -158,6 +158,9 @@ void eval_print(const struct eval *e, FILE *to)
             }
         }
     }
+    if (e->limited)
+        (void)fputs("\nEnded by --limit: fewer prompts were asked, of some tasks a round less.\n",
+                    to);
     if (e->disturbed)
         (void)fputs("\nSomebody else used a daemon meanwhile: times are not of these requests "
                     "alone.\n",
@@ -208,12 +211,12 @@ int eval_write_json(const struct eval *e, const char *path, struct err_msg *why)
                 (void)json_array_append_new(rows, row_json(e, l, &groups[g], k));
         }
     }
-    json_t *out =
-        json_pack("{s:s, s:s, s:s, s:I, s:s, s:i, s:i, s:i, s:o, s:b, s:o}", "version",
-                  info->version, "model", info->model, "device", info->device, "seed",
-                  (json_int_t)p->seed, "set", p->set == RULER_CALIBRATE ? "calibrate" : "evaluate",
-                  "samples", p->n_samples, "users", p->n_users, "round", p->n_round, "policies",
-                  policies, "disturbed", (int)e->disturbed, "rows", rows);
+    json_t *out = json_pack(
+        "{s:s, s:s, s:s, s:I, s:s, s:i, s:i, s:i, s:o, s:b, s:b, s:o}", "version", info->version,
+        "model", info->model, "device", info->device, "seed", (json_int_t)p->seed, "set",
+        p->set == RULER_CALIBRATE ? "calibrate" : "evaluate", "samples", p->n_samples, "users",
+        p->n_users, "round", p->n_round, "policies", policies, "disturbed", (int)e->disturbed,
+        "limited", (int)e->limited, "rows", rows);
     int err = strcmp(path, "-") == 0 ? json_dumpf(out, stdout, JSON_INDENT(1))
                                      : json_dump_file(out, path, JSON_INDENT(1));
     json_decref(out);

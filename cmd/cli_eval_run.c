@@ -23,7 +23,10 @@ struct turn {
 struct runner {
     struct eval *e;
     uint64_t salt; /* of this run: nothing cached before is used */
-    int32_t n_rounds, round, n_shown;
+    struct clock clock;
+    int64_t start_us;
+    int32_t n_rounds, round, pass, n_shown;
+    bool warm[EVAL_MAX_LENGTHS];
 };
 
 void eval_init(struct eval *e, const struct eval_plan *plan)
@@ -236,8 +239,9 @@ static int play(struct runner *r, struct turn *t, int length, int policy, int32_
     return code;
 }
 
-/* Prompts first .. first + n - 1 of a length and task, under every policy. */
-static int play_round(struct runner *r, int length, enum ruler_task task, int32_t first, int32_t n)
+/* Prompts first .. first + n - 1 of a length and task, under every policy, from `begins` on. */
+static int play_round(struct runner *r, int length, enum ruler_task task, int32_t first, int32_t n,
+                      int begins)
 {
     const struct eval_plan *p = &r->e->plan;
     struct turn t;
@@ -249,7 +253,7 @@ static int play_round(struct runner *r, int length, enum ruler_task task, int32_
             code = cli_fail(CLI_USAGE, "eval: %s", why.text);
     }
     for (int i = 0; i < p->n_policies && code == CLI_OK; i++)
-        code = play(r, &t, length, (r->round + i) % p->n_policies, first);
+        code = play(r, &t, length, (begins + i) % p->n_policies, first);
     turn_deinit(&t);
     r->round++;
     return code;
@@ -281,21 +285,23 @@ static int warm_up(struct runner *r, int length, enum ruler_task task)
     return code;
 }
 
-static int run_length(struct runner *r, int length)
+/* One round of every length and task, from prompt `first` on. */
+static int run_pass(struct runner *r, int32_t first)
 {
-    const struct eval_plan *p = &r->e->plan;
-    int code = CLI_OK;
-    bool warm = false;
-    for (int t = 0; t < RULER_N_TASKS && code == CLI_OK; t++) {
-        if (!(p->tasks >> t & 1))
+    struct eval *e = r->e;
+    const struct eval_plan *p = &e->plan;
+    int32_t left = p->n_samples - first, n = left < p->n_round ? left : p->n_round;
+    int begins = r->pass++, code = CLI_OK;
+    for (int i = 0; i < p->n_lengths * RULER_N_TASKS && code == CLI_OK && !e->limited; i++) {
+        int length = i / RULER_N_TASKS, task = i % RULER_N_TASKS;
+        if (!(p->tasks >> task & 1))
             continue;
-        if (!warm)
-            code = warm_up(r, length, (enum ruler_task)t);
-        warm = true;
-        for (int32_t i = 0; i < p->n_samples && code == CLI_OK; i += p->n_round) {
-            int32_t n = p->n_samples - i < p->n_round ? p->n_samples - i : p->n_round;
-            code = play_round(r, length, (enum ruler_task)t, i, n);
-        }
+        if (!r->warm[length])
+            code = warm_up(r, length, (enum ruler_task)task);
+        r->warm[length] = true;
+        if (code == CLI_OK)
+            code = play_round(r, length, (enum ruler_task)task, first, n, begins++);
+        e->limited = p->limit_ms && clock_now_us(&r->clock) - r->start_us > p->limit_ms * 1000;
     }
     return code;
 }
@@ -303,14 +309,15 @@ static int run_length(struct runner *r, int length)
 int eval_run(struct eval *e)
 {
     const struct eval_plan *p = &e->plan;
-    struct clock clock = clock_real();
-    struct runner r = {.e = e};
+    struct runner r = {.e = e, .clock = clock_real()};
     int code = CLI_OK;
-    r.salt = hash_pair((uint64_t)clock_now_us(&clock), (uint64_t)getpid());
+    r.start_us = clock_now_us(&r.clock);
+    r.salt = hash_pair((uint64_t)r.start_us, (uint64_t)getpid());
     for (int t = 0; t < RULER_N_TASKS; t++)
         r.n_rounds += p->tasks >> t & 1 ? (p->n_samples + p->n_round - 1) / p->n_round : 0;
     r.n_rounds *= p->n_lengths;
-    for (int l = 0; l < p->n_lengths && code == CLI_OK; l++)
-        code = run_length(&r, l);
+    for (int32_t i = 0; i < p->n_samples && code == CLI_OK && !e->limited; i += p->n_round)
+        code = run_pass(&r, i);
+    e->limited = e->limited && r.round < r.n_rounds;
     return code;
 }

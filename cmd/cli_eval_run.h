@@ -2,7 +2,8 @@
  * round is some prompts of one length and task: all users ask them under one policy, then the same
  * under the next, and the policy that begins changes from round to round. So the policies have
  * equal prompts and equal load, drift of the machine hits all of them, and what the daemon counts
- * during a turn (attention time) belongs to one policy. */
+ * during a turn (attention time) belongs to one policy. Rounds go over all lengths and tasks before
+ * the second round of any, so that a run that its limit ends has asked all of them alike. */
 #ifndef CMD_CLI_EVAL_RUN_H
 #define CMD_CLI_EVAL_RUN_H
 
@@ -28,6 +29,7 @@ struct eval_plan {
     int32_t lengths[EVAL_MAX_LENGTHS], n_lengths;
     uint32_t tasks; /* bit t: task t */
     int32_t n_samples, n_round, n_users, n_warmups;
+    int64_t limit_ms; /* no round begins after this; 0: none */
     uint64_t seed;
     enum ruler_set set;
     bool progress;
@@ -52,6 +54,7 @@ struct eval {
     struct eval_plan plan;
     struct eval_cell *cells; /* [n_lengths][RULER_N_TASKS][n_policies] */
     bool disturbed;          /* somebody else used a daemon during a turn */
+    bool limited;            /* the limit ended it */
 };
 
 void eval_init(struct eval *e, const struct eval_plan *plan);

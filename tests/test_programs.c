@@ -400,6 +400,8 @@ static void eval_writes_answers_and_a_table(void **state)
     (void)fclose(f);
     (void)unlink(path);
     assert_int_equal(lines, 2 * 3 * 2);
+    expect(run(&d, SLUICE, "eval --connect %s " EVAL " --round 1 --limit 1ms"), 0,
+           "Ended by --limit", NULL);
     assert_int_equal(daemon_stop(&d), 0);
 }
 
