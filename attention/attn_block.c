@@ -232,7 +232,7 @@ static void write_rel_counts(const struct block *b, int32_t h)
 {
     const struct attn_rel_counts *out = b->job->p->rel_counts;
     const size_t heads = (size_t)b->job->p->n_heads, n = (size_t)out->n_edges + 1;
-    const size_t head = (size_t)(b->task->head + h);
+    const size_t head = (size_t)b->task->head + (size_t)h;
     count_gaps(b, h, KV_BLOCK_TOKENS, out->bins + head * n);
     count_gaps(b, h, KV_BLOCK_TOKENS / 2, out->bins + (heads + head) * n);
 }

@@ -13,6 +13,9 @@ struct calib_run {
     void (*on_chunk)(void *arg, int32_t n_tokens);
     void *on_chunk_arg;
     uint64_t step_id;
+    /* NULL: off. With a trial below 0 the run is dense and counted, else gated. */
+    struct calib_rel *rel;
+    int32_t rel_trial, rel_rows;
 };
 
 int calib_run_create(struct calib_run **out, struct model *m, int32_t max_tokens, int32_t chunk,
@@ -52,6 +55,19 @@ void calib_run_on_chunk(struct calib_run *r, void (*fn)(void *arg, int32_t n_tok
     r->on_chunk_arg = arg;
 }
 
+/* Tells the REL gate's law how far the prompt is. */
+static void report_rel(struct calib_run *r, const struct batch_seq *seq,
+                       const struct batch_counts *counts)
+{
+    const int32_t end = seq->start + seq->n_tokens;
+    const bool last = end == seq->prompt_len;
+    if (r->rel_trial < 0)
+        calib_rel_reached(r->rel, end, last);
+    else
+        calib_rel_gated(r->rel, r->rel_rows, r->rel_trial,
+                        (double)counts->kept / (double)counts->reachable, end, last);
+}
+
 static int run_chunk(struct calib_run *r, struct batch_seq *seq, struct batch_counts *counts)
 {
     struct batch_result result = {.tokens = &r->token, .counts = &r->counts};
@@ -62,6 +78,8 @@ static int run_chunk(struct calib_run *r, struct batch_seq *seq, struct batch_co
         counts->reachable += r->counts.reachable;
         counts->visited += r->counts.visited;
         counts->kept += r->counts.kept;
+        if (r->rel)
+            report_rel(r, seq, counts);
     }
     if (r->on_chunk)
         r->on_chunk(r->on_chunk_arg, seq->n_tokens);
@@ -104,4 +122,37 @@ int calib_run_sample(struct calib_run *r, struct calib *c, struct batch_policy p
     if (err < 0 || off < 0)
         return err_set(why, err < 0 ? err : off, "the run: %s", err_str(err < 0 ? err : off));
     return calib_end_sample(c, n_tokens, why);
+}
+
+static int run_trials(struct calib_run *r, const int32_t *tokens, int32_t n_tokens)
+{
+    struct batch_counts counts;
+    for (r->rel_rows = 64; r->rel_rows <= 128; r->rel_rows += 64) {
+        for (r->rel_trial = 0; r->rel_trial < CALIB_REL_TRIALS; r->rel_trial++) {
+            const struct batch_policy gated = {.gate = BATCH_REL,
+                                               .gate_rows = (uint8_t)r->rel_rows,
+                                               .ln_lambda = calib_rel_trials()[r->rel_trial]};
+            TRY(calib_run_prompt(r, tokens, n_tokens, gated, &counts));
+        }
+    }
+    return 0;
+}
+
+int calib_run_rel(struct calib_run *r, struct calib_rel *rel, const int32_t *tokens,
+                  int32_t n_tokens, struct err_msg *why)
+{
+    const struct batch_policy dense = {.gate = BATCH_DENSE, .gate_rows = KV_BLOCK_TOKENS};
+    struct batch_counts counts;
+    int err = model_count_rel(r->model, calib_rel_counts(rel));
+    r->rel = rel;
+    r->rel_trial = -1;
+    if (err == 0) {
+        err = calib_run_prompt(r, tokens, n_tokens, dense, &counts);
+        int off = model_count_rel(r->model, NULL);
+        err = err < 0 ? err : off;
+    } else if (err == ERR_UNSUPPORTED) {
+        err = run_trials(r, tokens, n_tokens);
+    }
+    r->rel = NULL;
+    return err < 0 ? err_set(why, err, "the run: %s", err_str(err)) : 0;
 }

@@ -110,6 +110,51 @@ static int source_field(const struct reader *r, bool *imported)
     return text ? fixed_field(r, "source", THRESHOLDS_IMPORTED, ERR_FORMAT) : 0;
 }
 
+/* n finite numbers with blanks between them. */
+static bool parse_numbers(const char *text, double *out, int n)
+{
+    for (int i = 0; i < n; i++) {
+        char *end;
+        if (*text == ' ' && i == 0)
+            return false;
+        out[i] = strtod(text, &end);
+        if (end == text || !isfinite(out[i]) || *end != (i < n - 1 ? ' ' : '\0'))
+            return false;
+        text = end + 1;
+    }
+    return true;
+}
+
+static int rel_field(const struct reader *r, const char *field, struct thresholds_rel *out)
+{
+    const char *text = safetensors_metadata(r->st, field);
+    double v[5];
+    *out = (struct thresholds_rel){0};
+    if (!text)
+        return 0;
+    if (!parse_numbers(text, v, 5) || !(v[1] > 0) || fabs(v[0]) > 1e6 || v[1] > 1e6)
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: metadata %s is '%.80s', not a fit: ln a, b > 0, r2, least and most S",
+                       r->name, field, text);
+    *out = (struct thresholds_rel){v[0], v[1], v[2], v[3], v[4]};
+    return 0;
+}
+
+static int auto_density_field(const struct reader *r, struct thresholds_meta *m)
+{
+    const char *text = safetensors_metadata(r->st, "auto_density");
+    m->auto_density = 0;
+    if (!text)
+        return 0;
+    if (!parse_numbers(text, &m->auto_density, 1) || !(m->auto_density > 0) || m->auto_density > 1)
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: metadata auto_density is '%.40s', not a number above 0, at most 1",
+                       r->name, text);
+    if (m->rel_64.b == 0)
+        return err_set(r->why, ERR_FORMAT, "%s: metadata auto_density without rel_64", r->name);
+    return 0;
+}
+
 static int read_meta(const struct reader *r, struct thresholds_meta *m)
 {
     const char *rope;
@@ -129,6 +174,9 @@ static int read_meta(const struct reader *r, struct thresholds_meta *m)
     TRY(int_field(r, "auto_k", 0, &m->auto_k));
     TRY(int_field(r, "auto_min", 0, &m->auto_min));
     TRY(scale_field(r, &m->softmax_scale));
+    TRY(rel_field(r, "rel_128", &m->rel_128));
+    TRY(rel_field(r, "rel_64", &m->rel_64));
+    TRY(auto_density_field(r, m));
     TRY(text_field(r, "rope", &rope));
     if (!*rope || strlen(rope) >= sizeof m->rope) {
         return err_set(r->why, ERR_FORMAT, "%s: metadata rope is empty or longer than %zu bytes",

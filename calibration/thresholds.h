@@ -3,10 +3,12 @@
  * digits), gate_rows, page "64", rope, softmax_scale, n_max (tokens), samples, set (hash of the
  * calibration set, 16 hex digits), auto_k (level that `--sparse auto` chooses), auto_min (prompt
  * tokens below which auto is dense), and source "imported" where another program's file was
- * converted (import.h): samples may then be 0, unknown. T[s][l][h][i] gates query head h of layer l
- * at absolute query block i (128 tokens); natural scaled-logit units. Levels are stored by
- * increasing k; NB is n_max in blocks. -inf (dense) and +inf (diagonal only) are values, NaN is
- * not. Every error names the file and the field. Source: BSFA section 4.2-4.3. */
+ * converted (import.h): samples may then be 0, unknown. Optional, and ignored by readers that do
+ * not know them: rel_128 and rel_64 ("ln_a b r2 min max", struct thresholds_rel), auto_density.
+ * T[s][l][h][i] gates query head h of layer l at absolute query block i (128 tokens); natural
+ * scaled-logit units. Levels are stored by increasing k; NB is n_max in blocks. -inf (dense) and
+ * +inf (diagonal only) are values, NaN is not. Every error names the file and the field. Source:
+ * BSFA section 4.2-4.3. */
 #ifndef CALIBRATION_THRESHOLDS_H
 #define CALIBRATION_THRESHOLDS_H
 
@@ -17,6 +19,11 @@
 #include <stddef.h>
 
 struct thresholds;
+
+/* How the REL gate of so many rows reaches a density (calib_rel.h); b 0: not calibrated. */
+struct thresholds_rel {
+    double ln_a, b, r2, min, max;
+};
 
 struct thresholds_meta {
     uint64_t model;    /* struct model_info.fingerprint */
@@ -29,6 +36,8 @@ struct thresholds_meta {
     char rope[64];
     int32_t auto_k; /* 0: auto is dense */
     int32_t auto_min;
+    struct thresholds_rel rel_128, rel_64;
+    double auto_density; /* above 0: auto is the REL gate of 64 rows at this density, not auto_k */
 };
 
 MUST_CHECK int thresholds_load(struct thresholds **out, const char *path, struct err_msg *why);

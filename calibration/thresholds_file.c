@@ -72,8 +72,16 @@ struct shape {
     int32_t levels, layers, heads, blocks;
 };
 
+/* NULL where the gate was not calibrated. */
+static const char *rel_text(const struct thresholds_rel *r, char *text, size_t size)
+{
+    (void)snprintf(text, size, "%.9g %.9g %.6g %.6g %.6g", r->ln_a, r->b, r->r2, r->min, r->max);
+    return r->b > 0 ? text : NULL;
+}
+
 static json_t *make_meta(const struct thresholds_meta *m)
 {
+    char rel_128[128], rel_64[128], density[32];
     char model[17], set[17], gate_rows[12], scale[32], n_max[12], samples[12], auto_k[12],
         auto_min[12];
     (void)snprintf(model, sizeof model, "%016" PRIx64, m->model);
@@ -84,11 +92,16 @@ static json_t *make_meta(const struct thresholds_meta *m)
     (void)snprintf(samples, sizeof samples, "%d", m->n_samples);
     (void)snprintf(auto_k, sizeof auto_k, "%d", m->auto_k);
     (void)snprintf(auto_min, sizeof auto_min, "%d", m->auto_min);
-    return json_pack("{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s*}", "format",
-                     THRESHOLDS_FORMAT, "version", THRESHOLDS_VERSION, "page", THRESHOLDS_PAGE,
-                     "model", model, "set", set, "gate_rows", gate_rows, "softmax_scale", scale,
-                     "rope", m->rope, "n_max", n_max, "samples", samples, "auto_k", auto_k,
-                     "auto_min", auto_min, "source", m->imported ? THRESHOLDS_IMPORTED : NULL);
+    (void)snprintf(density, sizeof density, "%.9g", m->auto_density);
+    return json_pack("{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s*,s:s*,s:s*,s:s*}",
+                     "format", THRESHOLDS_FORMAT, "version", THRESHOLDS_VERSION, "page",
+                     THRESHOLDS_PAGE, "model", model, "set", set, "gate_rows", gate_rows,
+                     "softmax_scale", scale, "rope", m->rope, "n_max", n_max, "samples", samples,
+                     "auto_k", auto_k, "auto_min", auto_min, "source",
+                     m->imported ? THRESHOLDS_IMPORTED : NULL, "rel_128",
+                     rel_text(&m->rel_128, rel_128, sizeof rel_128), "rel_64",
+                     rel_text(&m->rel_64, rel_64, sizeof rel_64), "auto_density",
+                     m->auto_density > 0 ? density : NULL);
 }
 
 /* The header as safetensors wants it: JSON padded with spaces so that the data is aligned. */

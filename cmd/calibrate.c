@@ -43,7 +43,10 @@ static struct thresholds_meta make_meta(const struct calibrate_work *w)
                                    .imported = w->o.import != NULL,
                                    .softmax_scale = info->softmax_scale,
                                    .auto_k = choose_auto(w),
-                                   .auto_min = (int32_t)w->o.auto_min};
+                                   .auto_min = (int32_t)w->o.auto_min,
+                                   .rel_128 = w->rel_128,
+                                   .rel_64 = w->rel_64,
+                                   .auto_density = w->o.auto_density};
     memcpy(meta.rope, info->rope, sizeof meta.rope);
     return meta;
 }
@@ -84,6 +87,8 @@ static int finish(const struct calibrate_work *w, int64_t start_us, struct err_m
                                  .held_out = w->held_out,
                                  .heads = w->heads,
                                  .t = w->t,
+                                 .rel_levels = w->rel_levels,
+                                 .n_rel_levels = w->n_rel_targets,
                                  .n_held_out = w->held_out ? w->split.n_held_out : 0,
                                  .n_levels = w->n_levels,
                                  .n_layers = w->info.n_layers,
@@ -116,6 +121,10 @@ static int run(struct calibrate_work *w, int argc, char **argv, struct err_msg *
     TRY(w->o.thresholds ? calibrate_load(w, why) : calibrate_runs(w, why));
     if (w->o.samples)
         TRY(calibrate_measure(w, why));
+    if (w->o.rel > 0) {
+        TRY(calibrate_rel(w, why));
+        TRY(calibrate_measure_rel(w, why));
+    }
     return finish(w, start_us, why);
 }
 

@@ -220,6 +220,35 @@ static const struct conf_opt options[] = {
      {0},
      "N",
      "prompts of fewer tokens are dense under `auto`"},
+    {"rel",
+     CONF_INT,
+     AT(rel),
+     "0",
+     0,
+     1e6,
+     {0},
+     "N",
+     "fit on N of the calibration samples which lambda gives the REL gate which density; 0 is not "
+     "at "
+     "all"},
+    {"rel-density",
+     CONF_TEXT,
+     AT(rel_density),
+     "0.5,0.3,0.2",
+     0,
+     0,
+     {0},
+     "D,D,...",
+     "densities that --rel is to reach on the held-out samples"},
+    {"auto-density",
+     CONF_FLOAT,
+     AT(auto_density),
+     "0",
+     0,
+     1,
+     {0},
+     "D",
+     "requests with `auto` get the REL gate of 64 rows at this density; 0 is --auto-k"},
     {"json", CONF_BOOL, AT(json), "false", 0, 0, {0}, NULL, "print the result as one JSON object"},
 };
 
@@ -239,6 +268,7 @@ static int check_given(const struct calibrate_options *o, const char *source, st
                         : o->density                     ? "density"
                         : o->aggregate != CALIBRATE_MEAN ? "aggregate"
                         : o->smooth                      ? "smooth"
+                        : o->rel                         ? "rel"
                         : o->second_pass                 ? "second-pass"
                         : o->import && o->thresholds     ? "thresholds"
                         : o->import && o->samples        ? "samples"
@@ -266,6 +296,8 @@ int calibrate_options_check(const struct calibrate_options *o, struct err_msg *w
     TRY(device_check(o->device, why));
     if (o->k && o->density)
         return err_set(why, ERR_CONFIG, "--k and --density exclude each other");
+    if (o->auto_density > 0 && o->rel == 0)
+        return err_set(why, ERR_CONFIG, "--auto-density needs --rel");
     if (o->chunk % KV_BLOCK_TOKENS) {
         return err_set(why, ERR_CONFIG, "--chunk: %lld is not a multiple of %d",
                        (long long)o->chunk, KV_BLOCK_TOKENS);
@@ -321,6 +353,18 @@ int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
     }
     *n = unique;
     return calibrate_check_auto(o, k, unique, why);
+}
+
+int calibrate_rel_targets(const struct calibrate_options *o, double targets[CALIBRATE_MAX_LEVELS],
+                          int32_t *n, struct err_msg *why)
+{
+    *n = 0;
+    for (const char *text = o->rel_density; o->rel > 0 && *text;) {
+        if (*n == CALIBRATE_MAX_LEVELS)
+            return err_set(why, ERR_CONFIG, "more than %d densities", CALIBRATE_MAX_LEVELS);
+        TRY(next_number("rel-density", &text, 0.001, 1, &targets[(*n)++], why));
+    }
+    return 0;
 }
 
 int calibrate_check_auto(const struct calibrate_options *o, const int32_t *k, int32_t n,

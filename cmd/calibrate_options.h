@@ -10,9 +10,11 @@ enum calibrate_aggregate { CALIBRATE_MEAN, CALIBRATE_QUANTILE }; /* choices of -
 
 struct calibrate_options {
     char *model, *samples, *import, *thresholds, *task, *out, *export, *report, *k, *density,
-        *device;
+        *rel_density, *device;
     int aggregate; /* enum calibrate_aggregate */
     bool smooth, second_pass;
+    int64_t rel;         /* samples for the REL gate's law; 0: none */
+    double auto_density; /* 0: auto is auto_k */
     int64_t holdout, limit, max_len, threads, chunk, auto_k, auto_min;
     int gate_rows;       /* index into the choices 128, 64 */
     int dtype, kv_dtype; /* index into DEVICE_DTYPES */
@@ -26,6 +28,10 @@ MUST_CHECK int calibrate_options_check(const struct calibrate_options *o, struct
 /* The levels, increasing: --k as given, or one for each --density at a prompt of n_tokens. */
 MUST_CHECK int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
                                 int32_t k[CALIBRATE_MAX_LEVELS], int32_t *n, struct err_msg *why);
+/* The densities of --rel-density. */
+MUST_CHECK int calibrate_rel_targets(const struct calibrate_options *o,
+                                     double targets[CALIBRATE_MAX_LEVELS], int32_t *n,
+                                     struct err_msg *why);
 /* --auto-k is one of the n levels, or none of its own. */
 MUST_CHECK int calibrate_check_auto(const struct calibrate_options *o, const int32_t *k, int32_t n,
                                     struct err_msg *why);

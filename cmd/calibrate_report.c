@@ -107,6 +107,24 @@ static void warn_of_heads(const struct calibrate_report *r, FILE *to)
     }
 }
 
+static void show_rel(const struct calibrate_report *r, FILE *to)
+{
+    const struct thresholds_rel *fits[] = {&r->meta->rel_128, &r->meta->rel_64};
+    for (int i = 0; i < 2 && fits[i]->b > 0; i++) {
+        (void)fprintf(
+            to,
+            "REL, %d rows: lambda * tokens = exp(%.3f + %.3f S), S skipped; r2 %.3f, from S "
+            "%.2f to %.2f\n",
+            i ? 64 : 128, fits[i]->ln_a, fits[i]->b, fits[i]->r2, fits[i]->min, fits[i]->max);
+    }
+    for (int32_t i = 0; i < r->n_rel_levels; i++) {
+        const struct calibrate_density *d = &r->rel_levels[i];
+        if (d->n)
+            (void)fprintf(to, "%8s %10.3f %10.3f %8.3f    [%.3f %.3f]\n", "rel", d->predicted,
+                          calibrate_density_mean(d), calibrate_density_std(d), d->min, d->max);
+    }
+}
+
 void calibrate_report_text(const struct calibrate_report *r, FILE *to)
 {
     const struct thresholds_meta *m = r->meta;
@@ -127,6 +145,7 @@ void calibrate_report_text(const struct calibrate_report *r, FILE *to)
         (void)fprintf(to, "%8d %10.3f %10.3f %8.3f    [%.3f %.3f]\n", d->k, d->predicted,
                       calibrate_density_mean(d), calibrate_density_std(d), d->min, d->max);
     }
+    show_rel(r, to);
     if (r->levels[0].n)
         warn_of_heads(r, to);
     if (r->n_resumed)
@@ -135,7 +154,9 @@ void calibrate_report_text(const struct calibrate_report *r, FILE *to)
         (void)fprintf(to, "measured on %d held-out samples; auto: ", r->levels[0].n);
     else
         (void)fprintf(to, "predicted at %d tokens, no held-out samples; auto: ", m->n_max);
-    if (m->auto_k)
+    if (m->auto_density > 0)
+        (void)fprintf(to, "REL at density %.3g from %d tokens on\n", m->auto_density, m->auto_min);
+    else if (m->auto_k)
         (void)fprintf(to, "k=%d from %d tokens on\n", m->auto_k, m->auto_min);
     else
         (void)fprintf(to, "dense\n");
@@ -164,6 +185,26 @@ static json_t *level_json(const struct calibrate_report *r, int32_t level)
     return o;
 }
 
+static json_t *rel_json(const struct calibrate_report *r)
+{
+    const struct thresholds_rel *fits[] = {&r->meta->rel_128, &r->meta->rel_64};
+    json_t *all = json_array(), *levels = json_array();
+    for (int i = 0; i < 2 && fits[i]->b > 0; i++) {
+        (void)json_array_append_new(all, json_pack("{s:i,s:f,s:f,s:f,s:f,s:f}", "gate_rows",
+                                                   i ? 64 : 128, "ln_a", fits[i]->ln_a, "b",
+                                                   fits[i]->b, "r2", fits[i]->r2, "min",
+                                                   fits[i]->min, "max", fits[i]->max));
+    }
+    for (int32_t i = 0; i < r->n_rel_levels && r->rel_levels[i].n; i++) {
+        const struct calibrate_density *d = &r->rel_levels[i];
+        (void)json_array_append_new(
+            levels, json_pack("{s:f,s:f,s:f,s:f,s:f}", "wanted", d->predicted, "measured",
+                              calibrate_density_mean(d), "std", calibrate_density_std(d), "min",
+                              d->min, "max", d->max));
+    }
+    return json_pack("{s:o,s:o}", "fits", all, "levels", levels);
+}
+
 static json_t *held_out_json(const struct calibrate_held_out *h, int32_t n_levels)
 {
     json_t *measured = json_array();
@@ -181,12 +222,13 @@ int calibrate_report_json(const struct calibrate_report *r, FILE *to)
         (void)json_array_append_new(levels, level_json(r, i));
     for (int32_t i = 0; i < r->n_held_out; i++)
         (void)json_array_append_new(held_out, held_out_json(&r->held_out[i], r->n_levels));
-    json_t *o = json_pack("{s:s,s:s?,s:s,s:b,s:i,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:o,s:o}",
-                          "model", r->model, "out", r->out, "how", r->how, "imported", m->imported,
-                          "samples", m->n_samples, "resumed", r->n_resumed, "n_max", m->n_max,
-                          "gate_rows", m->gate_rows, "shape", r->n_levels, r->n_layers, r->n_heads,
-                          r->n_blocks, "auto_k", m->auto_k, "auto_min", m->auto_min, "seconds",
-                          r->seconds, "levels", levels, "held_out", held_out);
+    json_t *o = json_pack(
+        "{s:s,s:s?,s:s,s:b,s:i,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:f,s:o,s:o,s:o}", "model",
+        r->model, "out", r->out, "how", r->how, "imported", m->imported, "samples", m->n_samples,
+        "resumed", r->n_resumed, "n_max", m->n_max, "gate_rows", m->gate_rows, "shape", r->n_levels,
+        r->n_layers, r->n_heads, r->n_blocks, "auto_k", m->auto_k, "auto_min", m->auto_min,
+        "auto_density", m->auto_density, "seconds", r->seconds, "levels", levels, "rel",
+        rel_json(r), "held_out", held_out);
     int failed = !o || json_dumpf(o, to, JSON_COMPACT | JSON_REAL_PRECISION(6)) < 0;
     json_decref(o);
     return failed || fputc('\n', to) == EOF ? -EIO : 0;

@@ -57,6 +57,8 @@ struct calibrate_report {
     const struct calibrate_density *levels;
     const struct calibrate_held_out *held_out;
     int32_t n_held_out, n_levels, n_layers, n_heads, n_blocks;
+    const struct calibrate_density *rel_levels; /* predicted: what was wanted */
+    int32_t n_rel_levels;
     double seconds;
 };
 

@@ -27,6 +27,7 @@ int calibrate_read(struct calibrate_work *w, struct err_msg *why)
     const struct calibrate_options *o = &w->o;
     TRY(samples_load(&w->samples, o->samples, INT32_MAX, (int32_t)o->max_len, why));
     samples_split(&w->split, &w->samples, o->task, (int32_t)o->limit, (int32_t)o->holdout);
+    TRY(calibrate_rel_targets(o, w->rel_targets, &w->n_rel_targets, why));
     if (o->thresholds)
         return 0;
     if (w->split.n_calibrate == 0) {

@@ -24,8 +24,12 @@ struct calibrate_work {
     float *t;                  /* [n_levels, n_layers, n_heads, n_blocks] */
     int32_t k[CALIBRATE_MAX_LEVELS], n_levels, n_blocks;
     struct calibrate_density levels[CALIBRATE_MAX_LEVELS];
-    struct calibrate_held_out *held_out; /* [split.n_held_out] */
-    struct attn_counts *heads;           /* [n_levels, n_layers, n_heads] over those */
+    struct calibrate_held_out *held_out;      /* [split.n_held_out] */
+    struct attn_counts *heads;                /* [n_levels, n_layers, n_heads] over those */
+    struct thresholds_rel rel_128, rel_64;    /* b 0: not calibrated */
+    double rel_targets[CALIBRATE_MAX_LEVELS]; /* densities to reach by REL on held-out samples */
+    int32_t n_rel_targets;
+    struct calibrate_density rel_levels[CALIBRATE_MAX_LEVELS]; /* by those */
     struct calibrate_progress progress;
 };
 
@@ -38,6 +42,9 @@ MUST_CHECK int calibrate_runs(struct calibrate_work *w, struct err_msg *why);
 void calibrate_set_policy(struct calibrate_work *w);
 /* Every held-out sample under every level. */
 MUST_CHECK int calibrate_measure(struct calibrate_work *w, struct err_msg *why);
+/* calibrate_rel.c: the REL gate's law, and the densities it reaches on held-out samples. */
+MUST_CHECK int calibrate_rel(struct calibrate_work *w, struct err_msg *why);
+MUST_CHECK int calibrate_measure_rel(struct calibrate_work *w, struct err_msg *why);
 /* Instead of all these: levels and thresholds of the file that --import names. */
 MUST_CHECK int calibrate_import(struct calibrate_work *w, struct err_msg *why);
 /* Instead of runs: those of the file that --thresholds names, made for the open model; or, where

@@ -25,6 +25,9 @@ static void check(const struct thresholds *t)
     demand(n == v->n_levels && n >= 1 && v->n_blocks >= 1 && v->n_layers >= 1 && v->n_heads >= 1);
     demand(m->gate_rows == 128 || m->gate_rows == 64);
     demand(m->auto_k == 0 || thresholds_level(t, m->auto_k, NULL) >= 0);
+    demand(m->auto_density >= 0 && m->auto_density <= 1);
+    demand(m->auto_density == 0 || m->rel_64.b > 0);
+    demand(m->rel_64.b >= 0 && m->rel_128.b >= 0 && isfinite(m->rel_64.ln_a + m->rel_64.b));
     demand(memchr(m->rope, 0, sizeof m->rope) != NULL);
     for (int32_t i = 0; i < n; i++)
         demand(k[i] > (i ? k[i - 1] : 0) && thresholds_level(t, k[i], NULL) == i);

@@ -163,12 +163,45 @@ static void file_fits_model(void **state)
     close_model(&f);
 }
 
+/* What a dense run counts for the REL gate is what the gate does in the first layer. */
+static void rel_counts_in_layer_0(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct attn_counts before[64];
+    struct calib_rel *rel = NULL;
+    uint64_t skipped = 0;
+    open_model(&f, 256);
+    const struct model_info *info = model_info(f.model);
+    calib_rel_create(&rel, info->n_layers, info->n_heads);
+    assert_ok(calib_run_rel(f.run, rel, f.tokens, N_TOKENS, NULL));
+    for (int32_t trial = 3; trial < CALIB_REL_TRIALS; trial += 8) {
+        const struct batch_policy gated = {
+            .gate = BATCH_REL, .gate_rows = 64, .ln_lambda = calib_rel_trials()[trial]};
+        memcpy(before, model_head_counts(f.model), (size_t)info->n_heads * sizeof *before);
+        assert_ok(calib_run_prompt(f.run, f.tokens, N_TOKENS, gated, NULL));
+        for (int32_t h = 0; h < info->n_heads; h++) {
+            const struct attn_counts *now = &model_head_counts(f.model)[h];
+            const uint64_t left = (now->visited - before[h].visited) - (now->kept - before[h].kept);
+            const double off =
+                2.0 * FULL * (FULL - 1) + 2.0 * FULL; /* and a cut block of 2 groups */
+            assert_close((double)left, calib_rel_skipped(rel, 64, trial, 0, h) * (off + 2.0 * FULL),
+                         1e-6, 1e-9);
+            skipped += left;
+        }
+    }
+    assert_true(skipped > 0);
+    calib_rel_destroy(rel);
+    close_model(&f);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(keeps_k_in_layer_0),
         cmocka_unit_test(same_bits_in_any_chunk),
         cmocka_unit_test(file_fits_model),
+        cmocka_unit_test(rel_counts_in_layer_0),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

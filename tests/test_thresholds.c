@@ -20,7 +20,9 @@ static const struct thresholds_meta meta0 = {.model = 0x0123456789abcdef,
                                              .softmax_scale = 0.088388347f,
                                              .rope = "llama3 theta=500000 factor=8",
                                              .auto_k = 16,
-                                             .auto_min = 4096};
+                                             .auto_min = 4096,
+                                             .rel_64 = {1.5, 10, 0.875, 0.125, 0.75},
+                                             .auto_density = 0.25};
 
 static void values(float *t, uint64_t seed)
 {
@@ -86,6 +88,8 @@ static void round_trip(void **state)
     assert_int_equal(m->n_samples, 16);
     assert_true(m->softmax_scale == meta0.softmax_scale); /* every bit */
     assert_string_equal(m->rope, meta0.rope);
+    assert_memory_equal(&m->rel_64, &meta0.rel_64, sizeof m->rel_64);
+    assert_true(m->rel_128.b == 0 && m->auto_density == 0.25);
     assert_int_equal(m->auto_k, 16);
     assert_int_equal(m->auto_min, 4096);
     const struct attn_thresholds *v = thresholds_view(t);
@@ -247,6 +251,17 @@ static void bad_fields(void **state)
         {"\"samples\":\"16\"", "\"samples\":\"-1\"", ERR_FORMAT, "metadata samples is '-1'"},
         {"\"auto_k\":\"16\"", "\"auto_k\":\"17\"", ERR_FORMAT, "auto_k is 17, which is not in k"},
         {"\"auto_min\":\"4096\"", "\"auto_min\":\"\"", ERR_FORMAT, "metadata auto_min is ''"},
+        {"\"rel_64\":", "\"rel_65\":", ERR_FORMAT, "metadata auto_density without rel_64"},
+        {"1.5 10 0.875", "1.5 -10 0.875", ERR_FORMAT, "rel_64 is '1.5 -10 0.875 0.125 0.75', not"},
+        {"1.5 10 0.875", "1.5 nan 0.875", ERR_FORMAT, "rel_64 is '1.5 nan"},
+        {"1.5 10 0.875", "1e99 10 0.875", ERR_FORMAT, "rel_64 is '1e99 "},
+        {"1.5 10 0.875", "1.5 10", ERR_FORMAT, "rel_64 is '1.5 10 0.125 0.75', not a fit"},
+        {"0.125 0.75", "0.125 0.75 1", ERR_FORMAT, "not a fit"},
+        {"\"rel_64\":\"1.5 ", "\"rel_64\":\" 1.5 ", ERR_FORMAT, "rel_64 is ' 1.5"},
+        {"\"rel_64\":", "\"rel_128\":\"x\",\"rel_64\":", ERR_FORMAT, "rel_128 is 'x', not a fit"},
+        {"\"auto_density\":\"0.25\"", "\"auto_density\":\"0\"", ERR_FORMAT, "auto_density is '0'"},
+        {"\"auto_density\":\"0.25\"", "\"auto_density\":\"1.5\"", ERR_FORMAT,
+         "auto_density is '1.5'"},
         {"0.0883883461", "nan", ERR_FORMAT, "metadata softmax_scale is 'nan'"},
         {"0.0883883461", "-1", ERR_FORMAT, "metadata softmax_scale is '-1'"},
         {"llama3 theta=500000 factor=8", "", ERR_FORMAT, "metadata rope is empty"},

@@ -210,6 +210,27 @@ class Calibrate(unittest.TestCase):
         self.refused("/none/x: cannot make the folder", "--model", NEEDLE, "--thresholds",
                      os.path.join(NEEDLE, "thresholds.safetensors"), "--report", "/none/x")
 
+    def test_rel(self):
+        """The law of the REL gate is in the file, in the report, and meets what is wanted better than chance."""
+        out = os.path.join(self.dir, "t")
+        args = ("--model", NEEDLE, "--samples", SAMPLES, "--max-len", "2500", "--task", "niah_", "--limit", "2", "--holdout", "2",
+                "--k", "6", "--rel", "2", "--rel-density", "0.75,0.6")
+        r = calibrate(*args, "--auto-density", "0.6", "--out", out, "--json")
+        self.assertEqual((r.returncode, r.stderr), (0, ""))
+        report = json.loads(r.stdout)
+        self.assertEqual([f["gate_rows"] for f in report["rel"]["fits"]], [128, 64])
+        self.assertEqual([x["wanted"] for x in report["rel"]["levels"]], [0.75, 0.6])
+        for x in report["rel"]["levels"]:
+            self.assertLess(abs(x["measured"] - x["wanted"]), 0.12)
+        meta, _ = read_safetensors(out)
+        self.assertEqual((meta["version"], meta["auto_density"]), ("1", "0.6"))
+        for fit in report["rel"]["fits"]:
+            numbers = [float(x) for x in meta["rel_%d" % fit["gate_rows"]].split()]
+            for a, b in zip(numbers, (fit["ln_a"], fit["b"], fit["r2"], fit["min"], fit["max"])):
+                self.assertAlmostEqual(a, b, delta=1e-4 * max(1, abs(b)))
+        self.refused("--auto-density needs --rel", *args[:-4], "--auto-density", "0.6")
+        self.refused("--rel-density: '2'", *args[:-1], "2")
+
     def test_given_thresholds(self):
         """A file of ours is measured again, and exported to a .pt file that Python reads and that is imported unchanged."""
         shipped, pt, back = os.path.join(NEEDLE, "thresholds.safetensors"), os.path.join(self.dir, "x.pt"), os.path.join(self.dir, "y")

@@ -1,0 +1,80 @@
+/* --rel: how the REL gate's lambda reaches a density, from some of the calibration samples, and
+ * what it then reaches on the held-out ones. */
+#include "calibration/calib_rel.h"
+
+#include "cmd/calibrate_work.h"
+
+static struct thresholds_rel keep(const struct calib_rel_fit *f)
+{
+    return (struct thresholds_rel){f->ln_a, f->b, f->r2, f->min, f->max};
+}
+
+static int fit(struct calibrate_work *w, const struct calib_rel *rel, struct err_msg *why)
+{
+    struct calib_rel_fit f;
+    TRY(calib_rel_fit(rel, 128, &f, why));
+    w->rel_128 = keep(&f);
+    TRY(calib_rel_fit(rel, 64, &f, why));
+    w->rel_64 = keep(&f);
+    return 0;
+}
+
+/* Sample i of n, evenly spread over those that calibrate. */
+static const struct sample *chosen(const struct calibrate_work *w, int64_t i, int64_t n)
+{
+    return &w->samples.items[w->split.calibrate[i * w->split.n_calibrate / n]];
+}
+
+int calibrate_rel(struct calibrate_work *w, struct err_msg *why)
+{
+    const int64_t n = w->o.rel < w->split.n_calibrate ? w->o.rel : (int64_t)w->split.n_calibrate;
+    struct calib_rel *rel = NULL;
+    int64_t tokens = 0;
+    int err = 0;
+    for (int64_t i = 0; i < n; i++)
+        tokens += chosen(w, i, n)->n_tokens;
+    calib_rel_create(&rel, w->info.n_layers, w->info.n_heads);
+    calibrate_progress_begin(&w->progress, "REL gate:", tokens);
+    for (int64_t i = 0; err == 0 && i < n; i++) {
+        const struct sample *s = chosen(w, i, n);
+        struct err_msg cause = {""};
+        err = calib_run_rel(w->run, rel, s->tokens, s->n_tokens, &cause);
+        if (err < 0)
+            err = err_set(why, err, "%s:%d: %s", w->o.samples, s->line, err_why(&cause, err));
+    }
+    if (err == 0)
+        err = fit(w, rel, why);
+    calibrate_progress_end(&w->progress);
+    calib_rel_destroy(rel);
+    return err;
+}
+
+static int measure_one(struct calibrate_work *w, int32_t target, int32_t i, struct err_msg *why)
+{
+    const struct sample *s = &w->samples.items[w->split.held_out[i]];
+    const double wanted = w->rel_targets[target];
+    const struct batch_policy policy = {
+        .gate = BATCH_REL,
+        .gate_rows = 64,
+        .ln_lambda = (float)calib_rel_ln_lambda(w->rel_64.ln_a, w->rel_64.b, wanted, s->n_tokens)};
+    struct batch_counts counts;
+    int err = calib_run_prompt(w->run, s->tokens, s->n_tokens, policy, &counts);
+    if (err < 0)
+        return err_set(why, err, "%s:%d: gated run: %s", w->o.samples, s->line, err_str(err));
+    calibrate_density_add(&w->rel_levels[target], wanted,
+                          (double)counts.kept / (double)counts.reachable, (double)counts.reachable);
+    return 0;
+}
+
+int calibrate_measure_rel(struct calibrate_work *w, struct err_msg *why)
+{
+    calibrate_progress_begin(&w->progress, "held-out runs:",
+                             samples_tokens(&w->samples, w->split.held_out, w->split.n_held_out) *
+                                 w->n_rel_targets);
+    for (int32_t t = 0; t < w->n_rel_targets; t++) {
+        for (int32_t i = 0; i < w->split.n_held_out; i++)
+            TRY(measure_one(w, t, i, why));
+    }
+    calibrate_progress_end(&w->progress);
+    return 0;
+}

@@ -1,0 +1,129 @@
+/* calibration/calib_rel: the law comes back from counts that follow it, from whole prompts and
+ * their beginnings; what has no law is refused; lambda stays within its bounds. */
+#include "tests/test.h"
+
+#include "calibration/calib_rel.h"
+
+enum { LAYERS = 2, HEADS = 3, BINS = CALIB_REL_TRIALS + 1 };
+
+/* Decisions off the diagonal of one head over n tokens, multiple of 128. */
+static double decisions(int32_t rows, int32_t n)
+{
+    const double blocks = n / 128;
+    return blocks * (blocks - 1) * (128.0 / rows);
+}
+
+/* Fills the counts so that the share skipped of all pages, diagonal included, is the law's. */
+static void fill(struct calib_rel *r, int32_t n, double ln_a, double b)
+{
+    const struct attn_rel_counts *c = calib_rel_counts(r);
+    assert_int_equal(c->n_edges, CALIB_REL_TRIALS);
+    for (int i = 0; i < LAYERS * 2 * HEADS; i++) {
+        const int32_t rows = i / HEADS % 2 ? 64 : 128;
+        const double off = decisions(rows, n), all = off + n / 128 * (rows == 64 ? 3.0 : 2.0);
+        uint64_t *bins = c->bins + (size_t)i * BINS, before = 0;
+        for (int e = 0; e < CALIB_REL_TRIALS; e++) {
+            double s = ((double)c->edges[e] + log(n) - ln_a) / b * all / off;
+            s = s < 0 ? 0 : s > 1 ? 1 : s;
+            const uint64_t skipped = (uint64_t)llround(s * off);
+            bins[e] = skipped - before;
+            before = skipped;
+        }
+        bins[CALIB_REL_TRIALS] = (uint64_t)off - before;
+    }
+}
+
+static void trials_increase(void **state)
+{
+    (void)state;
+    const float *t = calib_rel_trials();
+    assert_close(exp((double)t[0]), 1e-6, 0, 1e-5);
+    for (int i = 0; i < CALIB_REL_TRIALS; i++)
+        assert_true(t[i] < 0 && (i == 0 || t[i] > t[i - 1]));
+    assert_close(exp((double)t[CALIB_REL_TRIALS - 1]), 0.99, 0, 1e-5);
+}
+
+static void the_law_comes_back(void **state)
+{
+    (void)state;
+    static const int32_t lengths[] = {8192, 2048, 16384};
+    struct calib_rel *r = NULL;
+    struct calib_rel_fit f;
+    struct err_msg why = {""};
+    calib_rel_create(&r, LAYERS, HEADS);
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        for (int32_t at = 512; at <= lengths[i]; at += 512) { /* the beginning has the law too */
+            fill(r, at, 2.5, 9);
+            calib_rel_reached(r, at, at == lengths[i]);
+        }
+    }
+    for (int32_t rows = 64; rows <= 128; rows += 64) {
+        if (calib_rel_fit(r, rows, &f, &why) < 0)
+            fail_msg("%s", why.text);
+        assert_close(f.ln_a, 2.5, 0.05, 0);
+        assert_close(f.b, 9, 0.05, 0);
+        assert_true(f.r2 > 0.999 && f.min >= 0.1 && f.max <= 0.9 && f.gate_rows == rows);
+        /* 1024 to 8192, to 2048, to 16384, twenty trials each, some of them out of bounds */
+        assert_true(f.n_points > 40 && f.n_points < 11 * CALIB_REL_TRIALS);
+        assert_close(calib_rel_ln_lambda(f.ln_a, f.b, 0.6, 10000), 2.5 + 9 * 0.4 - log(10000), 0.05,
+                     0);
+    }
+    for (int e = 1; e < CALIB_REL_TRIALS; e++)
+        assert_true(calib_rel_skipped(r, 64, e, 1, 2) >= calib_rel_skipped(r, 64, e - 1, 1, 2));
+    calib_rel_destroy(r);
+    calib_rel_destroy(NULL);
+}
+
+/* Gated runs, where only densities are known. */
+static void from_gated_runs(void **state)
+{
+    (void)state;
+    struct calib_rel *r = NULL;
+    struct calib_rel_fit f;
+    calib_rel_create(&r, LAYERS, HEADS);
+    for (int e = 0; e < CALIB_REL_TRIALS; e++) {
+        for (int32_t at = 1000; at <= 4000; at += 1000) {
+            const double s = ((double)calib_rel_trials()[e] + log(at) - 1) / 12;
+            calib_rel_gated(r, 128, e, 1 - s, at, at == 4000);
+        }
+    }
+    assert_ok(calib_rel_fit(r, 128, &f, NULL));
+    assert_close(f.ln_a, 1, 1e-4, 0);
+    assert_close(f.b, 12, 1e-4, 0);
+    assert_int_equal(calib_rel_fit(r, 64, &f, NULL), ERR_INVALID); /* nothing was run with 64 */
+    calib_rel_destroy(r);
+}
+
+static void no_law(void **state)
+{
+    (void)state;
+    struct err_msg why = {""};
+    for (int kind = 0; kind < 3; kind++) {
+        struct calib_rel *r = NULL;
+        struct calib_rel_fit f;
+        calib_rel_create(&r, LAYERS, HEADS);
+        for (int e = 0; kind > 0 && e < CALIB_REL_TRIALS; e++)
+            calib_rel_gated(r, 64, e, kind == 1 ? 0.5 : 0.2 + 0.03 * e, 4000, true);
+        assert_int_equal(calib_rel_fit(r, 64, &f, &why), ERR_INVALID);
+        assert_non_null(strstr(why.text, "no law follows"));
+        calib_rel_destroy(r);
+    }
+}
+
+static void bounds(void **state)
+{
+    (void)state;
+    assert_true(calib_rel_ln_lambda(30, 10, 0.1, 4096) == -1e-4);
+    assert_true(calib_rel_ln_lambda(-100, 1, 1, 4096) == -60);
+    assert_true(isfinite(calib_rel_ln_lambda(1, 1, 0.5, 0)));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(trials_increase), cmocka_unit_test(the_law_comes_back),
+        cmocka_unit_test(from_gated_runs), cmocka_unit_test(no_law),
+        cmocka_unit_test(bounds),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
