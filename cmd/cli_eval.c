@@ -39,7 +39,8 @@ static const struct conf_opt options[] = {
      "NAME",
      "evaluate or calibrate: no prompt of one set is in the other, whatever the seeds"},
     CLI_TEXT(O, policy, "policy", "dense,auto", "LIST",
-             "attention policies: dense, auto, abs:K, rel:LN (logarithm of lambda), rel=LAMBDA; "
+             "attention policies: dense, auto, abs:K, rel:LN (logarithm of lambda), rel=LAMBDA, "
+             "abs~D, rel~D (a density); "
              "/64 or /128 after one sets its gate rows, @ADDR asks another daemon; dense is always "
              "first"),
     CLI_INT(O, concurrency, "concurrency", "8", 1, 1024, "users, each with one open request"),

@@ -142,6 +142,8 @@ static bool parse_real(const char *text, double *out)
 int cli_parse_sparse(struct sluice_request *r, const char *text, struct err_msg *why)
 {
     double v;
+    r->k = 0;
+    r->ln_lambda = r->density = 0;
     if (strcmp(text, "auto") == 0) {
         r->sparse = SLUICE_AUTO;
     } else if (strcmp(text, "dense") == 0) {
@@ -151,6 +153,10 @@ int cli_parse_sparse(struct sluice_request *r, const char *text, struct err_msg 
                v <= INT32_MAX) {
         r->sparse = SLUICE_ABS;
         r->k = (int32_t)v;
+    } else if ((strncmp(text, "abs~", 4) == 0 || strncmp(text, "rel~", 4) == 0) &&
+               parse_real(text + 4, &v) && v > 0 && v <= 1) {
+        r->sparse = *text == 'a' ? SLUICE_ABS : SLUICE_REL;
+        r->density = v;
     } else if (strncmp(text, "rel=", 4) == 0 && parse_real(text + 4, &v) && v > 0 && v <= 1) {
         r->sparse = SLUICE_REL;
         r->ln_lambda = log(v);
@@ -160,7 +166,7 @@ int cli_parse_sparse(struct sluice_request *r, const char *text, struct err_msg 
     } else {
         return err_set(why, ERR_INVALID,
                        "'%s' is not dense, auto, k=K or abs:K (whole, above 0), rel=LAMBDA (above "
-                       "0, at most 1) or rel:LN (below 0)",
+                       "0, at most 1), rel:LN (below 0), or abs~D or rel~D (density, at most 1)",
                        text);
     }
     return 0;

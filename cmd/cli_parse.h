@@ -23,7 +23,8 @@ MUST_CHECK int cli_parse_tokens(struct cli_tokens *out, const char *text, int64_
                                 struct err_msg *why);
 /* At most max ids, "1,2,3"; "" or NULL is none. Returns their number. */
 MUST_CHECK int cli_parse_ids(int32_t *out, int max, const char *text, struct err_msg *why);
-/* dense | k=K or abs:K | rel=LAMBDA or rel:LN, its logarithm | auto: sets sparse, k, ln_lambda. */
+/* dense | k=K or abs:K | rel=LAMBDA or rel:LN, its logarithm | abs~D or rel~D, a density | auto:
+ * sets sparse, k, ln_lambda, density. */
 MUST_CHECK int cli_parse_sparse(struct sluice_request *r, const char *text, struct err_msg *why);
 /* The same with "/ROWS" for gate_rows and "@ADDRESS" for a daemon of its own, both optional:
  * rel:-0.001/64@unix:/tmp/other.sock. *address points into text, or is NULL. */

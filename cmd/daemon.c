@@ -3,6 +3,8 @@
  * --shm), decides everything, and fails as a whole when one of them dies. With --nnodes the ranks
  * are spread over hosts: on the others sluiced is a follower itself, and starts the rest there. */
 #define LOG_MODULE "sluiced"
+#include "calibration/calib_rel.h"
+#include "calibration/thresholds.h"
 #include "cmd/daemon_model.h"
 #include "cmd/daemon_options.h"
 #include "cmd/secret.h"
@@ -129,6 +131,12 @@ static void fill_policy(const struct daemon *d, struct engine_policy *p)
     p->gate_rows = thresholds_meta(t)->gate_rows;
     p->auto_k = thresholds_meta(t)->auto_k;
     p->auto_min = thresholds_meta(t)->auto_min;
+    p->auto_density = thresholds_meta(t)->auto_density;
+    p->predicted = thresholds_predicted_density;
+    p->ln_lambda = calib_rel_ln_lambda;
+    p->rel_128 =
+        (struct engine_rel){thresholds_meta(t)->rel_128.ln_a, thresholds_meta(t)->rel_128.b};
+    p->rel_64 = (struct engine_rel){thresholds_meta(t)->rel_64.ln_a, thresholds_meta(t)->rel_64.b};
 }
 
 static void fill_ipc(const struct daemon *d, struct ipc_server_config *c)

@@ -126,6 +126,7 @@ struct sluice_request {
     int32_t k;                 /* SLUICE_ABS */
     double ln_lambda;          /* SLUICE_REL, <= 0 */
     int32_t gate_rows;         /* 64, 128; 0: the daemon's */
+    double density;            /* SLUICE_ABS and SLUICE_REL: in place of k and ln_lambda, above 0 */
 };
 
 struct sluice_logprob {

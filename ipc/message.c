@@ -52,6 +52,13 @@ static int sparse_check(const struct ipc_sparse *s, struct err_msg *why)
     if (s->gate_rows != 0 && s->gate_rows != 64 && s->gate_rows != 128)
         return err_set(why, ERR_INVALID, "sparse.gate_rows: %d, must be 0, 64 or 128",
                        s->gate_rows);
+    if (s->density > 0) {
+        if (s->mode != IPC_SPARSE_ABS && s->mode != IPC_SPARSE_REL)
+            return err_set(why, ERR_INVALID, "sparse.density: for the modes abs and rel");
+        if (s->k != 0 || s->ln_lambda < 0)
+            return err_set(why, ERR_INVALID, "sparse.density: excludes k and ln_lambda");
+        return 0;
+    }
     if (s->mode == IPC_SPARSE_ABS && s->k <= 0)
         return err_set(why, ERR_INVALID, "sparse.k: mode abs needs a level above 0");
     if (s->mode == IPC_SPARSE_REL && !(s->ln_lambda < 0))

@@ -27,8 +27,16 @@ struct engine_policy {
     const int32_t *k; /* levels of the threshold file, increasing; borrowed */
     int32_t n_levels; /* 0: no file, ABS is refused */
     int32_t gate_rows;
-    int32_t auto_k;       /* level of `auto`; 0: dense */
-    int32_t auto_min;     /* prompts shorter than this are dense under `auto` */
+    int32_t auto_k;      /* level of `auto`; 0: dense */
+    int32_t auto_min;    /* prompts shorter than this are dense under `auto` */
+    double auto_density; /* above 0: `auto` is REL of 64 rows at this density, not auto_k */
+    /* Densities that requests name; set where n_levels > 0. Of level k; and ln(lambda) by a law of
+     * the REL gate, which is there where b > 0. */
+    double (*predicted)(int32_t k, int64_t n_tokens, int32_t gate_rows);
+    double (*ln_lambda)(double ln_a, double b, double density, int64_t n_tokens);
+    struct engine_rel {
+        double ln_a, b;
+    } rel_128, rel_64;
     uint64_t fingerprint; /* of threshold file and visit sets */
 };
 

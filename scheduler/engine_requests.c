@@ -46,10 +46,20 @@ static int32_t level_of(const struct engine_policy *p, int32_t k)
     return -1;
 }
 
-static int choose_abs(const struct engine_policy *p, const struct ipc_sparse *s,
+/* The smallest level that is predicted to reach the density, or the largest. */
+static int32_t level_for(const struct engine_policy *p, double density, int32_t n_tokens)
+{
+    int32_t i = 0;
+    while (i < p->n_levels - 1 && p->predicted(p->k[i], n_tokens, p->gate_rows) < density)
+        i++;
+    return i;
+}
+
+static int choose_abs(const struct engine_policy *p, const struct ipc_sparse *s, int32_t n_tokens,
                       struct batch_policy *out, struct err_msg *why)
 {
-    int32_t level = level_of(p, s->k);
+    int32_t level =
+        s->density > 0 && p->n_levels > 0 ? level_for(p, s->density, n_tokens) : level_of(p, s->k);
     if (p->n_levels == 0)
         return err_set(why, ERR_INVALID,
                        "sparse.mode: the daemon has no threshold file (--thresholds)");
@@ -70,23 +80,42 @@ static int choose_abs(const struct engine_policy *p, const struct ipc_sparse *s,
     return 0;
 }
 
+static int choose_rel(const struct engine_policy *p, const struct ipc_sparse *s, int32_t n_tokens,
+                      struct batch_policy *out, struct err_msg *why)
+{
+    const int32_t rows = s->gate_rows ? s->gate_rows : KV_BLOCK_TOKENS;
+    const struct engine_rel *law = rows == 64 ? &p->rel_64 : &p->rel_128;
+    double ln_lambda = s->ln_lambda;
+    if (s->density > 0) {
+        if (!(law->b > 0))
+            return err_set(why, ERR_INVALID,
+                           "sparse.density: the daemon has no law for the REL gate of %d rows "
+                           "(sluice-calibrate --rel)",
+                           rows);
+        ln_lambda = p->ln_lambda(law->ln_a, law->b, s->density, n_tokens);
+    }
+    *out = (struct batch_policy){
+        .gate = BATCH_REL, .gate_rows = (uint8_t)rows, .ln_lambda = (float)ln_lambda};
+    return 0;
+}
+
 static int choose_policy(const struct engine_policy *p, const struct ipc_submit *m,
                          struct batch_policy *out, struct err_msg *why)
 {
     struct ipc_sparse s = m->sparse;
     *out = (struct batch_policy){.gate = BATCH_DENSE, .gate_rows = KV_BLOCK_TOKENS};
     if (s.mode == IPC_SPARSE_AUTO) {
-        if (p->auto_k <= 0 || m->n_tokens < p->auto_min)
+        if ((p->auto_k <= 0 && !(p->auto_density > 0)) || m->n_tokens < p->auto_min)
             return 0;
-        s = (struct ipc_sparse){.mode = IPC_SPARSE_ABS, .k = p->auto_k};
+        s = p->auto_density > 0 ? (struct ipc_sparse){.mode = IPC_SPARSE_REL,
+                                                      .gate_rows = 64,
+                                                      .density = p->auto_density}
+                                : (struct ipc_sparse){.mode = IPC_SPARSE_ABS, .k = p->auto_k};
     }
     if (s.mode == IPC_SPARSE_ABS)
-        return choose_abs(p, &s, out, why);
-    if (s.mode == IPC_SPARSE_REL) {
-        out->gate = BATCH_REL;
-        out->gate_rows = (uint8_t)(s.gate_rows ? s.gate_rows : KV_BLOCK_TOKENS);
-        out->ln_lambda = (float)s.ln_lambda;
-    }
+        return choose_abs(p, &s, m->n_tokens, out, why);
+    if (s.mode == IPC_SPARSE_REL)
+        return choose_rel(p, &s, m->n_tokens, out, why);
     return 0;
 }
 

@@ -107,6 +107,16 @@ static void sparse_modes(void **state)
     assert_ok(cli_parse_sparse(&r, "rel:-0.001", NULL));
     assert_int_equal(r.sparse, SLUICE_REL);
     assert_close(r.ln_lambda, -0.001, 1e-15, 0);
+    assert_ok(cli_parse_sparse(&r, "abs~0.25", NULL));
+    assert_true(r.sparse == SLUICE_ABS && r.density == 0.25 && r.ln_lambda == 0);
+    assert_ok(cli_parse_sparse(&r, "rel~1", NULL));
+    assert_true(r.sparse == SLUICE_REL && r.density == 1);
+    static const char *const tildes[] = {"abs~",    "abs~0",     "rel~1.1",
+                                         "rel~nan", "dense~0.5", "k~0.5"};
+    for (size_t i = 0; i < sizeof tildes / sizeof tildes[0]; i++)
+        assert_true(cli_parse_sparse(&r, tildes[i], NULL) < 0);
+    assert_ok(cli_parse_sparse(&r, "dense", NULL));
+    assert_true(r.density == 0);
     static const char *const bad[] = {"",       "dens",     "k=",       "k=0",     "k=-1",
                                       "k=1.5",  "k=1e99",   "rel=0",    "rel=2",   "rel=nan",
                                       "rel=-1", "rel=0.5x", "abs:",     "abs:0",   "abs:1.5",

@@ -149,6 +149,12 @@ static void make_consistent(struct ipc_msg *m)
     s->sparse.gate_rows = s->sparse.gate_rows / 64 * 64;
     s->sparse.k += s->sparse.k == 0;
     s->sparse.ln_lambda -= s->sparse.ln_lambda < 0 ? 0 : 1;
+    if (s->sparse.density > 0 && s->sparse.mode < IPC_SPARSE_ABS)
+        s->sparse.density = 0;
+    if (s->sparse.density > 0) {
+        s->sparse.k = 0;
+        s->sparse.ln_lambda = 0;
+    }
 }
 
 static void same_logprobs(const struct ipc_logprob *a, const struct ipc_logprob *b, int32_t n)
@@ -521,6 +527,11 @@ static void test_field_errors(void **state)
         {"sparse.ln_lambda", 21, RAW("\x81\x00\x03")},
         {"sparse.ln_lambda", 21, RAW("\x82\x00\x03\x02\x01")},
         {"sparse.gate_rows", 21, RAW("\x81\x03\x20")},
+        {"sparse.density", 21, RAW("\x82\x00\x02\x04\x02")},
+        {"sparse.density", 21, RAW("\x82\x00\x02\x04\xff")},
+        {"sparse.density", 21, RAW("\x82\x00\x01\x04\x01")},         /* dense */
+        {"sparse.density", 21, RAW("\x83\x00\x02\x01\x05\x04\x01")}, /* and k */
+        {"sparse.density", 21, RAW("\x83\x00\x03\x02\xff\x04\x01")}, /* and ln_lambda */
     };
     struct ipc_msg m;
     (void)state;

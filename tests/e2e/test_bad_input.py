@@ -84,6 +84,10 @@ class BadInput(unittest.TestCase):
         self.expect_field("sparse", sparse={0: 3, 2: float("nan")})
         self.expect_field("sparse", sparse={0: 3, 2: 1.0})
         self.expect_field("sparse", sparse={0: 99})
+        self.expect_field("sparse", sparse={0: ABS, 4: 0.5})
+        self.expect_field("sparse.density", sparse={0: 3, 4: 0.5})
+        self.expect_field("sparse.density", sparse={0: 3, 4: 1.5})
+        self.expect_field("sparse.density", sparse={0: 3, 2: -1.0, 4: 0.5})
 
     def test_ids(self):
         self.expect_field("id", **{"id": "i" * 129})
