@@ -17,7 +17,7 @@ def short(policy):
 
 def family(policy):
     """Policies that one line joins: of one gate, gate rows and daemon, and another level."""
-    return re.sub(r"^(abs|k|rel)[:=][^/@]*", r"\1", short(policy))
+    return re.sub(r"^(abs|k|rel)[:=~][^/@]*", r"\1", short(policy))
 
 
 def panel(out, rows, left, top, what, title):

@@ -186,14 +186,15 @@ static json_t *row_json(const struct eval *e, int length, const struct group *g,
     eval_row(&r, e, length, g->tasks, policy);
     return json_pack(
         "{s:i, s:s, s:b, s:s, s:i, s:i, s:f, s:[ff], s:f, s:[ff], s:f, s:[ff], s:f, s:f, s:f, s:f, "
-        "s:f, s:I}",
+        "s:f, s:I, s:f}",
         "length", e->plan.lengths[length], "task", g->name, "group",
         (int)((g->tasks & (g->tasks - 1)) != 0), "policy", e->plan.policies[policy].name, "n", r.n,
         "failed", r.failed, "score", r.score.mean, "score_interval", r.score.low, r.score.high,
         "exact", r.exact.mean, "exact_interval", r.exact.low, r.exact.high, "change", r.change.mean,
         "change_interval", r.change.low, r.change.high, "density", r.density, "density_std",
         r.density_std, "ttft_ms", r.ttft_ms, "ttft_median_ms", r.ttft_median_ms, "attention_ms",
-        r.attention_ms, "cached_tokens", (json_int_t)r.cached);
+        r.attention_ms, "cached_tokens", (json_int_t)r.cached, "density_asked",
+        e->plan.policies[policy].request.density);
 }
 
 int eval_write_json(const struct eval *e, const char *path, struct err_msg *why)

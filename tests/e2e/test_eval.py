@@ -6,7 +6,7 @@ import sys
 import tempfile
 import unittest
 
-from harness import BIN, NEEDLE, ROOT, Daemon, main
+from harness import BIN, NEEDLE, ROOT, SANITIZED, Daemon, main
 
 sys.path.insert(0, os.path.join(ROOT, "tests"))
 import test_prompts  # noqa: E402: the solver
@@ -54,9 +54,10 @@ class Prompts(unittest.TestCase):
 class Daemons(unittest.TestCase):
     def test_two_daemons(self):
         """Answers of the model that ships, dense and gated, here and at a daemon with a window; prefixes are never reused."""
+        n = 1 if SANITIZED else 2
         with Daemon("--thresholds", THRESHOLDS) as a, Daemon("--window", "1:2") as b:
             window = "dense@unix:" + b.path
-            options = ("--connect", "unix:" + a.path, "--tasks", "niah_single_2,vt", "--lengths", "1536", "--samples", "3",
+            options = ("--connect", "unix:" + a.path, "--tasks", "niah_single_2,vt", "--lengths", "1536", "--samples", str(n),
                        "--concurrency", "3", "--num-warmups", "0", "--policy", "abs:16,rel:-0.001/64," + window, "--json", "-")
             first, again = (json.loads(sluice(*options)) for _ in range(2))
         self.assertEqual(first["policies"], ["dense", "abs:16", "rel:-0.001/64", window])
@@ -73,7 +74,7 @@ class Daemons(unittest.TestCase):
             self.assertAlmostEqual(row[task, window]["change"], row[task, window]["score"] - 1)
         for x in first["rows"]:
             self.assertEqual((x["failed"], x["cached_tokens"]), (0, 0))
-            self.assertEqual(x["n"], 6 if x["group"] else 3)
+            self.assertEqual(x["n"], 2 * n if x["group"] else n)
             self.assertGreater(x["attention_ms"], 0)
             self.assertGreater(x["ttft_ms"], 0)
             low, high = x["score_interval"]
