@@ -117,13 +117,14 @@ static void print_ratio(FILE *to, double base, double value)
         (void)fprintf(to, " %7s", "");
 }
 
-static void print_row(const char *name, const struct eval_row *r, const struct eval_row *first,
-                      bool is_first, FILE *to)
+/* width: of the longest policy's name. */
+static void print_row(const char *name, int width, const struct eval_row *r,
+                      const struct eval_row *first, bool is_first, FILE *to)
 {
-    (void)fprintf(to, "  %-22s %5d %6.3f [%5.3f %5.3f] %6.3f", name, r->n, r->score.mean,
+    (void)fprintf(to, "  %-*s %5d %6.3f [%5.3f %5.3f] %6.3f", width, name, r->n, r->score.mean,
                   r->score.low, r->score.high, r->exact.mean);
     if (is_first)
-        (void)fprintf(to, " %23s", "");
+        (void)fprintf(to, " %22s", "");
     else
         (void)fprintf(to, " %+6.3f [%+6.3f %+6.3f]", r->change.mean, r->change.low, r->change.high);
     (void)fprintf(to, " %7.3f %9.1f", r->density, r->ttft_ms);
@@ -139,22 +140,24 @@ void eval_print(const struct eval *e, FILE *to)
 {
     const struct eval_plan *p = &e->plan;
     struct group groups[MAX_GROUPS];
-    int n = groups_of(groups, p);
+    int n = groups_of(groups, p), width = 0;
+    for (int k = 0; k < p->n_policies; k++)
+        width = (int)strlen(p->policies[k].name) > width ? (int)strlen(p->policies[k].name) : width;
     (void)fprintf(to,
                   "%d prompts a task and length, each asked under every policy by %d users; "
                   "seed %llu; 95%% intervals\n",
                   p->n_samples, p->n_users, (unsigned long long)p->seed);
     for (int l = 0; l < p->n_lengths; l++) {
-        (void)fprintf(to, "\n%d tokens %17s %4s %s%12s %9s %s%5s %7s %9s %17s\n", p->lengths[l], "",
-                      "n", "score", "interval", "exact", "- first", "", "density", "TTFT ms",
-                      "attention ms");
+        (void)fprintf(to, "\n%d tokens\n  %-*s %5s %6s %13s %6s %22s %7s %9s %7s %9s\n",
+                      p->lengths[l], width, "", "n", "score", "interval", "exact",
+                      "- dense       interval", "density", "TTFT ms", "", "attn ms");
         for (int g = 0; g < n; g++) {
             struct eval_row first, row;
             (void)fprintf(to, "%s\n", groups[g].name);
             eval_row(&first, e, l, groups[g].tasks, 0);
             for (int k = 0; k < p->n_policies; k++) {
                 eval_row(&row, e, l, groups[g].tasks, k);
-                print_row(p->policies[k].name, &row, &first, k == 0, to);
+                print_row(p->policies[k].name, width, &row, &first, k == 0, to);
             }
         }
     }

@@ -10,7 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { MAX_FAILURES_SHOWN = 10 };
+enum { MAX_FAILURES_SHOWN = 3 /* of a policy */ };
 
 /* The prompts of a round, and one policy's answers to them. */
 struct turn {
@@ -25,7 +25,7 @@ struct runner {
     uint64_t salt; /* of this run: nothing cached before is used */
     struct clock clock;
     int64_t start_us;
-    int32_t n_rounds, round, pass, n_shown;
+    int32_t n_rounds, round, pass, n_shown[EVAL_MAX_POLICIES];
     bool warm[EVAL_MAX_LENGTHS];
 };
 
@@ -176,8 +176,8 @@ static void write_answer(struct runner *r, const struct turn *t, int32_t i, int3
     (void)fputs("]}\n", p->out);
 }
 
-static void judge(struct runner *r, const struct turn *t, int32_t i, const struct bench_sample *s,
-                  struct eval_answer *a)
+static void judge(struct runner *r, const struct turn *t, int32_t i, int policy,
+                  const struct bench_sample *s, struct eval_answer *a)
 {
     struct score_key key;
     ruler_score_key(&key, &t->prompts[i]);
@@ -189,9 +189,9 @@ static void judge(struct runner *r, const struct turn *t, int32_t i, const struc
                               .exact = score_exact(&key, t->answers[i], t->n_answers[i])};
     if (s->reachable)
         a->density = (double)s->kept / (double)s->reachable;
-    if (!s->ok && r->n_shown++ < MAX_FAILURES_SHOWN)
-        (void)cli_fail(0, "%s at %d: a request failed: %s", ruler_task_name(t->prompts[i].task),
-                       t->prompts[i].length, s->error);
+    if (!s->ok && r->n_shown[policy]++ < MAX_FAILURES_SHOWN)
+        (void)cli_fail(0, "eval: %s: %s at %d: %s", r->e->plan.policies[policy].name,
+                       ruler_task_name(t->prompts[i].task), t->prompts[i].length, s->error);
 }
 
 /* Whether the daemon admitted other prompts than this turn's. */
@@ -223,7 +223,7 @@ static int play(struct runner *r, struct turn *t, int length, int policy, int32_
     if (code == CLI_OK) {
         for (int32_t i = 0; i < t->n; i++) {
             struct eval_answer *a = &cell->answers[first + i];
-            judge(r, t, i, &samples[i], a);
+            judge(r, t, i, policy, &samples[i], a);
             write_answer(r, t, i, first + i, policy, a);
         }
         cell->n_asked += t->n;
