@@ -4,7 +4,7 @@
 #ifndef ATTENTION_ATTN_PREFILL_LOAD_SM90_CUH
 #define ATTENTION_ATTN_PREFILL_LOAD_SM90_CUH
 
-#include "attention/attn_prefill_sm90.cuh"
+#include "attention/attn_prefill_list_sm90.cuh"
 
 /* ---- warp 0: tiles and Q ---- */
 
@@ -42,19 +42,9 @@ __device__ __forceinline__ void describe_item(struct item_info *it, const struct
     it->n_pages = n_diag + w.sink + w.local;
 }
 
-__device__ __forceinline__ void describe_tile(struct tile_info *info, const struct sm90_seq *s,
-                                              int seq)
-{
-    const struct item_info *it = info->item;
-    info->pages = s->pages;
-    info->seq = seq;
-    info->shared =
-        it[1].n_pages == 0 || (it[0].block == it[1].block && it[0].kv_head == it[1].kv_head &&
-                               it[0].sink == it[1].sink && it[0].local == it[1].local);
-    info->n_entries = info->shared ? it[0].n_pages : GROUPS * max(it[0].n_pages, it[1].n_pages);
-}
-
-/* Lanes 0 and 1, each for the group of its number. */
+/* Lanes 0 and 1, each for the group of its number. A tile is taken when the copies of K have come
+ * to the end of the one before, six pages ahead of the computing groups: a thread block that took
+ * one earlier would sit on it while others run out of work. */
 template <int D, int GATE>
 __device__ __forceinline__ void produce_tiles(uint32_t smem, unsigned char *smem_ptr,
                                               const struct sm90_maps &maps,
@@ -62,35 +52,41 @@ __device__ __forceinline__ void produce_tiles(uint32_t smem, unsigned char *smem
 {
     using L = smem_layout<D, GATE>;
     const uint32_t lanes = (1u << GROUPS) - 1;
-    uint32_t q_parity = 0, n = 0; /* n: tiles taken */
-    for (int at = blockIdx.x;; n++) {
+    uint32_t q_parity = 0; /* and from bit 1 on the number of tiles taken: registers are dear */
+    for (int at = blockIdx.x;; q_parity += 2) {
         const int g = opaque((int)threadIdx.x);
-        const uint32_t slot = n % TILE_SLOTS;
+        const uint32_t n = q_parity >> 1, slot = n % TILE_SLOTS;
         struct tile_info *info = (struct tile_info *)(smem_ptr + L::info) + slot;
+        mbar_wait(smem + L::tile_wanted, n & 1);
+        if (g == 0 && n > 0)
+            at = (int)(atomicAdd(&a.queue[0], 1) + grid_blocks());
+        at = __shfl_sync(lanes, at, 0);
         const bool more = at < a.n_tiles;
         mbar_wait(smem + L::tile_empty + 8 * slot, ~(n / TILE_SLOTS) & 1);
         if (more) {
             const struct sm90_tile *t = a.tiles + at;
-            info->item[g].q_parity = q_parity;
-            info->item[g].kv_head = t->kv_head[g];
+            info->item[g].q_parity = q_parity & 1;
             describe_item(&info->item[g], a, a.seqs + t->seq, t->block[g], t->head[g]);
         }
         __syncwarp(lanes);
-        if (g == 0) {
-            if (more)
-                describe_tile(info, a.seqs + a.tiles[at].seq, a.tiles[at].seq);
-            else
-                info->seq = -1;
+        const uint32_t tile = smem + L::info + slot * (uint32_t)sizeof *info;
+        if (g == 0)
+            info->seq = more ? (int)a.tiles[at].seq : -1;
+        if (more) {
+            if (g == 0) {
+                info->pages = a.seqs[info->seq].pages;
+                info->kv_head = a.tiles[at].kv_head;
+                count_runs(tile, opaque(a.order) == SM90_ORDER_L2R);
+            }
+            __syncwarp(lanes);
+            list_pages(tile, g);
         }
         mbar_arrive(smem + L::tile_full + 8 * slot);
-        if (g == 0 && more)
-            at = (int)(atomicAdd(&a.queue[0], 1) + gridDim.x);
         if (!more)
             break;
-        at = __shfl_sync(lanes, at, 0);
         if (info->item[g].n_pages > 0) {
             const uint32_t full = smem + L::q_full + 8 * g;
-            mbar_wait(smem + L::q_empty + 8 * g, q_parity ^ 1);
+            mbar_wait(smem + L::q_empty + 8 * g, ~q_parity & 1);
             q_parity ^= 1;
             mbar_arrive_expect_tx(full, L::q_bytes);
             for (int h = 0; h < L::halves; h++)
@@ -100,7 +96,7 @@ __device__ __forceinline__ void produce_tiles(uint32_t smem, unsigned char *smem
         }
         __syncwarp(lanes);
     }
-    if (threadIdx.x == 0 && atomicAdd(&a.queue[1], 1) == gridDim.x - 1) {
+    if (threadIdx.x == 0 && atomicAdd(&a.queue[1], 1) == grid_blocks() - 1) {
         a.queue[0] = 0;
         a.queue[1] = 0;
     }
@@ -112,12 +108,13 @@ __device__ __forceinline__ void produce_tiles(uint32_t smem, unsigned char *smem
 __device__ __forceinline__ int entry_tile(const struct tile_info *t, const struct sm90_args &a,
                                           int e)
 {
-    const int g = t->shared ? 0 : e & 1, i = t->shared ? e : e >> 1;
-    const struct item_info *it = &t->item[g];
-    if (e >= t->n_entries || i >= it->n_pages)
+    if (e >= t->n_entries)
         return -1;
-    const int page = item_page(it, a.order, i);
-    return t->pages[page] * a.n_kv_heads + it->kv_head;
+    const struct page_run *run = t->run;
+    while (e >= run->end)
+        run++;
+    const int page = item_page(&t->item[run->item], a.order, e + run->shift);
+    return t->pages[page] * a.n_kv_heads + t->kv_head;
 }
 
 /* Fills a slot of a ring with a page, or with nothing. One lane. */
@@ -144,14 +141,16 @@ __device__ __forceinline__ void produce_pages(uint32_t smem, unsigned char *smem
     using L = smem_layout<D, GATE>;
     const int lane = threadIdx.x & 31;
     struct ring<TILE_SLOTS> tile = {
-        0, 0
+        0
     };
     struct ring<N> r = {
-        0, 0
+        0
     };
     for (;;) {
-        const struct tile_info *t = (const struct tile_info *)(smem_ptr + L::info) + tile.slot;
-        mbar_wait(smem + L::tile_full + 8 * tile.slot, tile.parity);
+        const struct tile_info *t = (const struct tile_info *)(smem_ptr + L::info) + tile.slot();
+        if (SLOTS == L::k && lane == 0)
+            mbar_arrive(smem + L::tile_wanted);
+        mbar_wait(smem + L::tile_full + 8 * tile.slot(), tile.parity());
         if (t->seq < 0)
             break;
         int mine = -1, n = t->n_entries;
@@ -160,15 +159,15 @@ __device__ __forceinline__ void produce_pages(uint32_t smem, unsigned char *smem
             if ((e & 31) == 0)
                 mine = entry_tile(t, a, e + lane);
             const int page = __shfl_sync(0xffffffffu, mine, e & 31);
-            const uint32_t slot = r.slot;
+            const uint32_t slot = r.slot();
             if (lane == 0) {
-                mbar_wait(smem + EMPTY + 8 * slot, r.parity ^ 1);
+                mbar_wait(smem + EMPTY + 8 * slot, r.parity() ^ 1);
                 load_page<D, GATE>(smem, map, smem + SLOTS + slot * L::page_bytes,
                                    smem + FULL + 8 * slot, slot, page);
             }
             r.next();
         }
-        mbar_arrive(smem + L::tile_empty + 8 * tile.slot);
+        mbar_arrive(smem + L::tile_empty + 8 * tile.slot());
         tile.next();
     }
 }

@@ -43,7 +43,7 @@ template <int D, int GATE>
 __device__ __forceinline__ void release_k(struct consumer<D, GATE> &c)
 {
     if (elect_one())
-        mbar_arrive(c.smem + smem_layout<D, GATE>::k_empty + 8 * c.k.slot);
+        mbar_arrive(c.smem + smem_layout<D, GATE>::k_empty + 8 * c.k.slot());
     c.k.next();
 }
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ void release_v(struct consumer<D, GATE> &c)
 {
     if (GATE == SM90_GATE_NONE) {
         if (elect_one())
-            mbar_arrive(c.smem + smem_layout<D, GATE>::v_empty + 8 * c.v.slot);
+            mbar_arrive(c.smem + smem_layout<D, GATE>::v_empty + 8 * c.v.slot());
     }
     c.v.next();
 }
@@ -62,8 +62,8 @@ template <int D, int GATE>
 __device__ __forceinline__ uint32_t wait_k(const struct consumer<D, GATE> &c)
 {
     using L = smem_layout<D, GATE>;
-    const uint32_t slot = c.k.slot;
-    mbar_wait(c.smem + L::k_full + 8 * slot, c.k.parity);
+    const uint32_t slot = c.k.slot();
+    mbar_wait(c.smem + L::k_full + 8 * slot, c.k.parity());
     return c.smem + L::k + slot * L::page_bytes;
 }
 
@@ -71,7 +71,7 @@ template <int D, int GATE>
 __device__ __forceinline__ uint32_t v_slot(const struct consumer<D, GATE> &c)
 {
     return (GATE == SM90_GATE_NONE ? 0u : (uint32_t)(c.group * smem_layout<D, GATE>::own_v_slots)) +
-           c.v.slot;
+           c.v.slot();
 }
 
 template <int D, int GATE>
@@ -79,7 +79,7 @@ __device__ __forceinline__ uint32_t wait_v(const struct consumer<D, GATE> &c)
 {
     using L = smem_layout<D, GATE>;
     const uint32_t slot = v_slot(c);
-    mbar_wait(c.smem + L::v_full + 8 * slot, c.v.parity);
+    mbar_wait(c.smem + L::v_full + 8 * slot, c.v.parity());
     return c.smem + L::v + slot * L::page_bytes;
 }
 
@@ -106,7 +106,7 @@ __device__ __forceinline__ void request_v(const struct consumer<D, GATE> &c, con
     if (c.thread != 0)
         return;
     const uint32_t slot = v_slot(c), full = c.smem + L::v_full + 8 * slot;
-    const int tile = ld_shared_s32(c.smem + L::k_tile + 4 * c.k.slot);
+    const int tile = ld_shared_s32(c.smem + L::k_tile + 4 * c.k.slot());
     mbar_arrive_expect_tx(full, L::page_bytes);
     tma_load_4d(c.smem + L::v + slot * L::page_bytes, map, full, 0, 0, 0, tile, L2_EVICT_LAST);
 }
@@ -136,7 +136,7 @@ __device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CU
                                            float (&o0)[D / 2], float (&o1)[D / 2], int at)
 {
     using L = smem_layout<D, GATE>;
-    float s0[32], s1[32], pm[2];
+    float s0[32], s1[32], pm[2], alpha[2];
     uint32_t p0[16], p1[16];
     const uint32_t k = wait_k(c);
     const uint64_t q = desc_k_major(c.smem + L::q + c.group * L::q_bytes);
@@ -150,7 +150,7 @@ __device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CU
     if (GATE != SM90_GATE_NONE) {
         const bool first = wants(c, st[0], pm, 0);
         bool keep = false;
-        if (all_of(c.hot))
+        if (all_of(c.valid & HOT))
             keep = vote(c, BAR_EARLY, first);
         if (all_of(!keep)) {
             float pm1[2];
@@ -166,18 +166,19 @@ __device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CU
         }
         request_v(c, map);
     }
-    raise_maxima<GATE>(st[0], o0, pm, a);
+    raise_maxima<GATE>(st[0], alpha, pm, a);
     page_exp<DT>(p0, s0, st[0], a.scale_log2);
     count_kept(c, 1);
     wgmma_wait<0>();
     wgmma_pin(s1);
     release_k(c);
-    const uint32_t v = wait_v(c);
-    issue_pv<D, DT>(o0, p0, v);
-    wgmma_pin(s1);
+    scale_rows(o0, alpha);
     page_max(pm, s1);
     write_max(c, a, pm, 1, at);
-    raise_maxima<GATE>(st[1], o1, pm, a);
+    raise_maxima<GATE>(st[1], alpha, pm, a);
+    scale_rows(o1, alpha);
+    const uint32_t v = wait_v(c);
+    issue_pv<D, DT>(o0, p0, v);
     page_exp<DT>(p1, s1, st[1], a.scale_log2);
     issue_pv<D, DT>(o1, p1, v);
     wgmma_wait<0>();
@@ -199,7 +200,7 @@ __device__ __forceinline__ bool half_page(struct consumer<D, GATE> &c, const CUt
                                           bool mask, bool asked)
 {
     using L = smem_layout<D, GATE>;
-    float s[32], pm[2];
+    float s[32], pm[2], alpha[2];
     uint32_t p[16];
     wgmma_fence();
     issue_qk<D, DT>(s, desc_k_major(c.smem + L::q + c.group * L::q_bytes + half * HALF_M * 128), k);
@@ -218,7 +219,8 @@ __device__ __forceinline__ bool half_page(struct consumer<D, GATE> &c, const CUt
         if (!asked)
             request_v(c, map);
     }
-    raise_maxima<GATE>(st, o, pm, a);
+    raise_maxima<GATE>(st, alpha, pm, a);
+    scale_rows(o, alpha);
     page_exp<DT>(p, s, st, a.scale_log2);
     issue_pv<D, DT>(o, p, wait_v(c));
     wgmma_wait<0>();

@@ -10,6 +10,9 @@
 /* Named barriers, one a warpgroup each. */
 enum { BAR_EARLY = 1, BAR_LATE = 3 };
 
+/* A bit of `valid`. */
+enum { HOT = 16 };
+
 /* A computing thread: its place, its positions in the rings, and what it keeps of its item through
  * the page loop, in as few registers as can be. */
 template <int D, int GATE>
@@ -19,9 +22,7 @@ struct consumer {
     int group;  /* 0 or 1: the item */
     int thread; /* of the group */
     float gate;
-    int valid; /* bit 2 i + r: row r of half i belongs to the chunk */
-    int gap;   /* 1, 2: an entry of the other item before, behind each of this one */
-    bool hot;  /* the last page was kept */
+    int valid; /* bit 2 i + r: row r of half i belongs to the chunk; HOT: the last page was kept */
     struct ring<L::k_slots> k;
     struct ring<GATE == SM90_GATE_NONE ? L::v_slots : L::own_v_slots> v;
 };
@@ -100,18 +101,17 @@ __device__ __forceinline__ void write_max(const struct consumer<D, GATE> &c,
               max);
 }
 
-/* Moves the maxima of one half and scales O to them, where a row of the warp has outgrown its own.
- * Rows seldom do after the first pages: then all of this falls away, with the same bits. O must not
- * be written while products are in flight. */
-template <int GATE, int N>
-__device__ __forceinline__ void raise_maxima(struct row_state &st, float (&o)[N],
+/* Moves the maxima of one half where a row of the warp has outgrown its own; O must then be scaled
+ * by alpha, which is negative otherwise. Rows seldom do after the first pages: then all of this
+ * falls away, with the same bits. */
+template <int GATE>
+__device__ __forceinline__ void raise_maxima(struct row_state &st, float (&alpha)[2],
                                              const float (&pm)[2], const struct sm90_args &a)
 {
     const float slack = GATE == SM90_GATE_REL ? 0.0f : a.slack;
+    alpha[0] = -1.0f;
     if (!all_of(!(pm[0] <= st.m[0] + slack) || !(pm[1] <= st.m[1] + slack)))
         return;
-    wgmma_wait<0>();
-    float alpha[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const float m = max_nan(st.m[r], quad_max(pm[r]));
@@ -119,55 +119,69 @@ __device__ __forceinline__ void raise_maxima(struct row_state &st, float (&o)[N]
         st.m[r] = m;
         st.l[r] = __fmul_rn(st.l[r], alpha[r]);
     }
+}
+
+/* No products may be in flight. */
+template <int N>
+__device__ __forceinline__ void scale_rows(float (&o)[N], const float (&alpha)[2])
+{
+    if (all_of(alpha[0] < 0.0f))
+        return;
 #pragma unroll
     for (int i = 0; i < N; i++)
         o[i] *= alpha[(i >> 1) & 1];
 }
 
-/* O and LSE of one half: through this warp's rows of the Q slot, so that stores are whole lines. */
+/* Four registers of each of four neighbouring threads, transposed: x[i] of thread j to x[j] of
+ * thread i. */
+__device__ __forceinline__ void quad_transpose(uint32_t (&x)[4], int lane)
+{
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+        const bool upper = lane & bit;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & bit)
+                continue;
+            const uint32_t theirs = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + bit], bit);
+            x[i] = upper ? theirs : x[i];
+            x[i + bit] = upper ? x[i + bit] : theirs;
+        }
+    }
+}
+
+/* O and LSE of one half, in whole sectors: four threads hold 32 columns of a row and each stores
+ * eight of them. */
 template <int D, int DT, int GATE>
 __device__ __forceinline__ void write_half(struct consumer<D, GATE> &c, const struct sm90_args &a,
                                            const struct row_state &st, const float (&o)[D / 2],
                                            int half)
 {
-    using L = smem_layout<D, GATE>;
     const int q_row = ITEM_FIELD(c, q_row), head = ITEM_FIELD(c, head);
     const int row_begin = ITEM_FIELD(c, row_begin), row_end = ITEM_FIELD(c, row_end);
-    float inv[2];
     const int thread = opaque(c.thread), lane = thread & 31;
-    const int first = half * HALF_M + thread / 32 * 16;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const float l = quad_sum(st.l[r]);
-        inv[r] = l == 0.0f ? 0.0f : 1.0f / l;
-        const int row = first + lane / 4 + 8 * r;
-        if (a.lse && (lane & 3) == 0 && row >= row_begin && row < row_end)
+        const int row = half * HALF_M + thread / 32 * 16 + lane / 4 + 8 * r;
+        const bool mine = row >= row_begin && row < row_end;
+        const float l = quad_sum(st.l[r]), inv = l == 0.0f ? 0.0f : 1.0f / l;
+        if (a.lse && (lane & 3) == 0 && mine)
             a.lse[(int64_t)(q_row + row) * a.n_heads + head] =
                 l == 0.0f ? -INFINITY : fmaf(st.m[r], a.scale, logf(l));
-    }
-    const uint32_t base = c.smem + L::q + c.group * L::q_bytes;
-    const int srow = first + (lane & 15);
+        uint16_t *out =
+            (uint16_t *)a.out + (int64_t)(q_row + row) * a.out_stride + head * D + (lane & 3) * 8;
 #pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        const uint32_t chunk = (uint32_t)(2 * (i & 3) + (lane >> 4)) ^ (srow & 7);
-        stmatrix_x4(base + (i / 4) * L::q_half_bytes + srow * 128 + chunk * 16,
-                    pack2<DT>(o[8 * i] * inv[0], o[8 * i + 1] * inv[0]),
-                    pack2<DT>(o[8 * i + 2] * inv[1], o[8 * i + 3] * inv[1]),
-                    pack2<DT>(o[8 * i + 4] * inv[0], o[8 * i + 5] * inv[0]),
-                    pack2<DT>(o[8 * i + 6] * inv[1], o[8 * i + 7] * inv[1]));
-    }
-    __syncwarp();
-    constexpr int chunks = D / 8, rows = 32 / chunks;
-    const int chunk = lane % chunks;
+        for (int i = 0; i < D / 32; i++) {
+            uint32_t x[4];
 #pragma unroll
-    for (int i = 0; i < 16 / rows; i++) {
-        const int row = first + i * rows + lane / chunks;
-        const uint32_t from = base + (chunk / 8) * L::q_half_bytes + row * 128 +
-                              (((uint32_t)chunk & 7) ^ (row & 7)) * 16;
-        const uint4 x = ld_shared_v4(from);
-        if (row >= row_begin && row < row_end)
-            *(uint4 *)((uint16_t *)a.out + (int64_t)(q_row + row) * a.out_stride + head * D +
-                       chunk * 8) = x;
+            for (int j = 0; j < 4; j++) {
+                const int at = 16 * i + 4 * j + 2 * r;
+                x[j] = pack2<DT>(o[at] * inv, o[at + 1] * inv);
+            }
+            quad_transpose(x, lane);
+            if (mine)
+                *(uint4 *)(out + 32 * i) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 /* Gated causal prefill over the paged cache for Hopper (sm_90a).
  * O = softmax(scale * Q K^T) V over the pages the policy keeps. An item is 128 query rows (one
- * absolute block of one head); a tile is two items, of two heads that share K where it can be, and
- * takes one 64-token page a step.
+ * absolute block of one head); a tile is two items that share K: two blocks of a head, which also
+ * keep about as many pages, or two heads of a KV head where a block is left over. It takes one
+ * 64-token page a step.
  *
  * Roles. Warpgroup 0 loads: lanes 0 and 1 of warp 0 take tiles from the queue and copy Q, warp 1 K,
  * warp 2 V where there is no gate. Warpgroups 1 and 2 compute an item each, all its 128 rows, as
@@ -19,12 +20,12 @@
  *
  * Tile shapes: Q 128 x D, K and V 64 x D; products m64n64k16 (QK, from shared memory) and m64nDk16
  * (PV, P from registers). Shared memory, head_dim 128: Q 2 x 32 KiB, K 6 x 16 KiB, V 4 x 16 KiB
- * (with a gate 2 a group), then descriptions of two tiles and barriers. O leaves through its item's
- * Q. Registers: 240 a computing thread, 24 a loading one; O takes 128 of them, scores 64.
- * mbarriers: full and empty for each slot, Q of each group and tile description; named barriers:
- * two a group. Bottleneck: QK of 64 keys reads Q and K at shared memory's full rate; where pages
- * are kept, the wait of either group for its own last product. Source: BSFA (arXiv 2512.07011)
- * section 4; FlashAttention-3 (arXiv 2407.08608) section 3. */
+ * (with a gate 2 a group), then descriptions of two tiles and barriers. O leaves out of
+ * registers, under the next item's Q. Registers: 240 a computing thread, 24 a loading one; O takes
+ * 128 of them, scores 64. mbarriers: full and empty for each slot, Q of each group and tile
+ * description; named barriers: two a group. Bottleneck: QK of 64 keys reads Q and K at shared
+ * memory's full rate; where pages are kept, the wait of either group for its own last product.
+ * Source: BSFA (arXiv 2512.07011) section 4; FlashAttention-3 (arXiv 2407.08608) section 3. */
 #include "attention/attn_prefill_load_sm90.cuh"
 #include "attention/attn_prefill_page_sm90.cuh"
 
@@ -57,10 +58,8 @@ __device__ __forceinline__ void take_item(struct consumer<D, GATE> &c, const str
         const int row = (i >> 1) * HALF_M + c.thread / 32 * 16 + (c.thread & 31) / 4 + 8 * (i & 1);
         valid |= (row >= row_begin && row < row_end) << i;
     }
-    c.valid = valid;
-    c.gap = TILE_FIELD(c, shared) ? 0 : 2 - c.group;
+    c.valid = valid | HOT;
     c.gate = item_gate(c, a);
-    c.hot = true;
     if (GATE != SM90_GATE_NONE && c.thread == 0)
         st_shared_s32(c.smem + smem_layout<D, GATE>::kept + 4 * c.group, 0);
 }
@@ -71,30 +70,30 @@ __device__ __forceinline__ void attend(struct consumer<D, GATE> &c, const CUtens
                                        const struct sm90_args &a, struct row_state (&st)[2],
                                        float (&o0)[D / 2], float (&o1)[D / 2])
 {
-    const bool rows64 = GATE != SM90_GATE_NONE && ITEM_FIELD(c, rows64);
+    constexpr int watched = GATE == SM90_GATE_ABS_MAX;
+    int at = 0; /* pages before the diagonal so far, if that is asked for */
 #pragma unroll 1
-    for (int part = 0; part < 2; part++) { /* the diagonal and what lies before it */
-        const bool diag = part == (a.order == SM90_ORDER_L2R);
-        int n = diag ? ITEM_FIELD(c, n_diag) : ITEM_FIELD(c, n_off);
-        if (all_of(diag || rows64)) {
+    for (int i = 0; all_of(i < ITEM_FIELD(c, n_segments)); i++) {
+        const bool diag = i == ITEM_FIELD(c, diag_segment);
+        int n = item_field(c, offsetof(struct item_info, n) + 4 * i);
+        pass(c, item_field(c, offsetof(struct item_info, pass) + 4 * i));
+        if (all_of(diag || (GATE != SM90_GATE_NONE && ITEM_FIELD(c, rows64)))) {
 #pragma unroll 1
-            for (int i = 0; all_of(i < n); i++) {
-                pass(c, c.gap & 1);
-                any_page<D, DT, GATE>(c, map, a, st, o0, o1, diag ? i : -1, diag ? -1 : i);
-                pass(c, c.gap >> 1);
+            for (int j = 0; all_of(j < n); j++) {
+                any_page<D, DT, GATE>(c, map, a, st, o0, o1, diag ? j : -1, diag ? -1 : at);
+                at += diag ? 0 : watched;
             }
-        } else {
+            continue;
+        }
+        i |= n << 3; /* one register for both */
 #pragma unroll 1
-            for (; all_of(n > 0); n--) {
-                if (c.gap & 1)
-                    pass(c, 1);
-                const int at = GATE == SM90_GATE_ABS_MAX ? ITEM_FIELD(c, n_off) - n : 0;
-                c.hot = plain_page<D, DT, GATE>(c, map, a, st, o0, o1, at);
-                if (c.gap & 2)
-                    pass(c, 1);
-            }
+        for (; all_of(i > 7); i -= 8) {
+            const bool kept = plain_page<D, DT, GATE>(c, map, a, st, o0, o1, at);
+            c.valid = kept ? c.valid | HOT : c.valid & ~HOT;
+            at += watched;
         }
     }
+    pass(c, item_field(c, offsetof(struct item_info, pass) + 4 * ITEM_FIELD(c, n_segments)));
 }
 
 template <int D, int DT, int GATE>
@@ -118,17 +117,12 @@ __device__ __forceinline__ void compute_item(struct consumer<D, GATE> &c, const 
     take_item(c, a);
     mbar_wait(c.smem + L::q_full + 8 * c.group, ITEM_FIELD(c, q_parity));
     attend<D, DT, GATE>(c, map, a, st, o0, o1);
-    pass(c,
-         TILE_FIELD(c, n_entries) - ITEM_FIELD(c, n_pages) * (TILE_FIELD(c, shared) ? 1 : GROUPS));
-    bar_sync(BAR_LATE + c.group, GROUP_WARPS * 32); /* all wgmma of this group have read Q */
+    if (elect_one()) /* the next Q comes while this O leaves */
+        mbar_arrive(c.smem + L::q_empty + 8 * c.group);
     write_half<D, DT, GATE>(c, a, st[0], o0, 0);
     write_half<D, DT, GATE>(c, a, st[1], o1, 1);
     if (c.thread == 0 && (a.seq_counts || a.head_counts))
         count_item(c, a);
-    fence_proxy_async();
-    __syncwarp();
-    if ((c.thread & 31) == 0)
-        mbar_arrive(c.smem + L::q_empty + 8 * c.group);
 }
 
 template <int D, int DT, int GATE>
@@ -166,6 +160,7 @@ __device__ __forceinline__ void init_barriers(uint32_t smem)
     /* Each thread tells for itself that it has read a description: racecheck follows no other way.
      */
     const int tile_readers = 32 * (warps + (GATE == SM90_GATE_NONE ? 2 : 1));
+    mbar_init(smem + L::tile_wanted, 1);
     for (int i = 0; i < TILE_SLOTS; i++) {
         mbar_init(smem + L::tile_full + 8 * i, GROUPS);
         mbar_init(smem + L::tile_empty + 8 * i, tile_readers);

@@ -14,6 +14,8 @@ enum {
     GROUPS = 2, /* computing warpgroups, one item of a tile each */
     GROUP_WARPS = 4,
     TILE_SLOTS = 2,
+    RUNS = 8,     /* of a tile's pages */
+    SEGMENTS = 4, /* of an item's */
     PRODUCER_REGS = 24,
     CONSUMER_REGS = 240
 };
@@ -22,22 +24,35 @@ enum {
 struct item_info {
     int32_t n_pages;       /* to be visited: n_diag + n_off; 0: no item */
     int32_t n_diag, n_off; /* diagonal pages, pages before them */
-    int32_t head, kv_head, block;
+    int32_t head, block;
     int32_t q_row;              /* row in q of the block's first row; may be negative */
     int32_t row_begin, row_end; /* rows of the block that belong to the chunk */
     int32_t sink, local;
     int32_t rows64;
     int32_t q_parity; /* of the barrier of Q */
+    /* Its pages in the tile's list: before each segment so many that are not for it, then `n` that
+     * are. One segment is the diagonal, the others lie before it. */
+    int32_t n_segments, diag_segment;
+    int32_t pass[SEGMENTS + 1], n[SEGMENTS]; /* pass[n_segments]: behind the last */
 };
 
-/* What the first producer warp tells all others about a tile. seq < 0: no more tiles.
- * The pages of a tile are a list of entries: with `shared` each is for both items (same block, same
- * KV head); else they alternate, and an item that has no more pages gets empty ones. */
+/* Consecutive pages of a tile's list that the same items want. */
+struct page_run {
+    int32_t end;  /* entry behind the last; while the list is made: pages */
+    int32_t item; /* whose walk they are in, as entry + shift */
+    int32_t shift;
+};
+
+/* What the first producer warp tells all others about a tile. seq < 0: no more tiles. The pages of
+ * a tile are one list, in which each item finds its own in its own order; nearly all are for both.
+ */
 struct tile_info {
     struct item_info item[GROUPS];
     const int32_t *pages;
-    int32_t seq;
-    int32_t n_entries, shared;
+    int32_t seq, kv_head;
+    int32_t n_entries;
+    uint32_t kinds; /* of the runs, four bits each: while the list is made */
+    struct page_run run[RUNS];
 };
 
 template <int D, int GATE>
@@ -58,7 +73,8 @@ struct smem_layout {
     static constexpr int taken = kept + 4 * GROUPS;             /* [GROUPS] tiles */
     static constexpr int tile_full = taken + 4 * GROUPS;
     static constexpr int tile_empty = tile_full + 8 * TILE_SLOTS;
-    static constexpr int q_full = tile_empty + 8 * TILE_SLOTS;
+    static constexpr int tile_wanted = tile_empty + 8 * TILE_SLOTS;
+    static constexpr int q_full = tile_wanted + 8;
     static constexpr int q_empty = q_full + 8 * GROUPS;
     static constexpr int k_full = q_empty + 8 * GROUPS;
     static constexpr int k_empty = k_full + 8 * k_slots;
@@ -75,17 +91,23 @@ __device__ __forceinline__ int opaque(int x)
     return x;
 }
 
-/* Position in a ring of N slots and the parity of its present round. */
+/* Position in a ring of N slots and the parity of its present round, in one register. */
 template <int N>
 struct ring {
-    uint32_t slot, parity;
+    uint32_t at; /* 2 * slot + parity */
+    __device__ __forceinline__ uint32_t slot(void) const
+    {
+        return at >> 1;
+    }
+    __device__ __forceinline__ uint32_t parity(void) const
+    {
+        return at & 1;
+    }
     __device__ __forceinline__ void next(void)
     {
-        slot++;
-        if (slot == N) {
-            slot = 0;
-            parity ^= 1;
-        }
+        at += 2;
+        if (at >= 2 * N)
+            at = ~at & 1;
     }
 };
 

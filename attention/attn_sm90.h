@@ -15,13 +15,12 @@ extern "C" {
 enum { SM90_GATE_NONE, SM90_GATE_ABS, SM90_GATE_REL, SM90_GATE_ABS_MAX };
 enum { SM90_ORDER_DIAG_SINK_R2L, SM90_ORDER_L2R };
 
-/* Two query blocks of one sequence that a thread block computes side by side. Of equal blocks and
- * heads of one KV head, K is loaded once for both. kv_head follows from head: the kernel has no
- * registers to divide in. */
+/* Two query blocks of one sequence that a thread block computes side by side, with K loaded once
+ * for both: either of one head, the second block following the first, or the same block of two
+ * heads of one KV head. kv_head follows from head: the kernel has no registers to divide in. */
 struct sm90_tile {
     int32_t block[2]; /* absolute position / 128; the second may be -1: none */
-    uint16_t head[2], kv_head[2];
-    uint16_t seq, pad;
+    uint16_t head[2], kv_head, seq;
 };
 
 struct sm90_seq {

@@ -3,9 +3,10 @@
 #include "attention/attn_sm90_plan.h"
 
 #include <cuda_runtime_api.h>
+#include <stdbool.h>
 #include <stdlib.h>
 
-enum { PAGE = 64, BLOCK = 128, HALF = 64 };
+enum { PAGE = 64, BLOCK = 128, HALF = 64, TAIL_PART = 4 };
 
 typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
                               const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
@@ -83,32 +84,59 @@ static int by_length(const void *pa, const void *pb)
     return (a->head[0] > b->head[0]) - (a->head[0] < b->head[0]);
 }
 
-static struct sm90_tile pair(int seq, int32_t block, int a, int b, int group)
+/* Blocks a and b (or -1) of head h, or block a of h and g. */
+static struct sm90_tile pair(int seq, int32_t a, int32_t b, int h, int g, int group)
 {
-    return (struct sm90_tile){.block = {block, b < 0 ? -1 : block},
-                              .head = {(uint16_t)a, (uint16_t)(b < 0 ? 0 : b)},
-                              .kv_head = {(uint16_t)(a / group), (uint16_t)(b < 0 ? 0 : b / group)},
+    return (struct sm90_tile){.block = {a, b},
+                              .head = {(uint16_t)h, (uint16_t)g},
+                              .kv_head = (uint16_t)(h / group),
                               .seq = (uint16_t)seq};
 }
 
-/* The tiles of one block: heads [begin, end) in pairs. With an odd number of heads to a KV head,
- * the last of one KV head goes with the last of the next. */
-static struct sm90_tile *block_tiles(struct sm90_tile *to, int seq, int32_t block, int begin,
-                                     int end, int group)
+/* Blocks b and b + 1 of the heads [begin, end). */
+static struct sm90_tile *two_blocks(struct sm90_tile *to, int seq, int32_t b, int begin, int end,
+                                    int group)
 {
-    int left = -1;
-    for (int kv = begin; kv < end; kv += group) {
-        for (int h = kv; h + 1 < kv + group; h += 2)
-            *to++ = pair(seq, block, h, h + 1, group);
-        if (group % 2 == 0)
-            continue;
-        const int last = kv + group - 1;
-        if (left >= 0)
-            *to++ = pair(seq, block, left, last, group);
-        left = left >= 0 ? -1 : last;
+    for (int h = begin; h < end; h++)
+        *to++ = pair(seq, b, b + 1, h, h, group);
+    return to;
+}
+
+/* Block b of the heads [begin, end), which are all of some KV heads: two of a KV head at a time. */
+static struct sm90_tile *one_block(struct sm90_tile *to, int seq, int32_t b, int begin, int end,
+                                   int group)
+{
+    for (int h = begin; h < end; h++) {
+        const bool two = h % group + 1 < group;
+        *to++ = pair(seq, b, two ? b : -1, h, two ? h + 1 : h, group);
+        h += two;
     }
-    if (left >= 0)
-        *to++ = pair(seq, block, left, -1, group);
+    return to;
+}
+
+/* Blocks that all sections leave to the end of the list: short tiles level the thread blocks'
+ * times, and what they read is small. */
+static int32_t tail_blocks(const struct sm90_seq *s)
+{
+    return s->pos == 0 ? (last_block(s) + 1) / TAIL_PART / 2 * 2 : 0;
+}
+
+/* Blocks of all sequences, the tails or what comes before them, longest first. */
+static struct sm90_tile *section_tiles(struct sm90_tile *to, const struct sm90_seq *seqs,
+                                       int n_seqs, bool tail, int begin, int end, int group)
+{
+    struct sm90_tile *const start = to;
+    for (int i = 0; i < n_seqs; i++) {
+        const int32_t cut = first_block(&seqs[i]) + tail_blocks(&seqs[i]);
+        const int32_t first = tail ? first_block(&seqs[i]) : cut;
+        int32_t b = tail ? cut - 1 : last_block(&seqs[i]);
+        for (; b > first; b -= 2)
+            to = two_blocks(to, i, b - 1, begin, end, group);
+        if (b == first)
+            to = one_block(to, i, b, begin, end, group);
+    }
+    if (n_seqs > 1)
+        qsort(start, (size_t)(to - start), sizeof *start, by_length);
     return to;
 }
 
@@ -119,19 +147,16 @@ int64_t sm90_tiles_make(struct sm90_tile *tiles, const struct sm90_seq *seqs, in
     size_t kv_bytes = 1; /* of one KV head over all sequences */
     for (int i = 0; i < n_seqs; i++)
         kv_bytes += (size_t)(seqs[i].pos + seqs[i].n_rows) * (size_t)shape->head_dim * 4;
-    const int group = shape->n_heads / shape->n_kv_heads;
-    size_t fit = l2_bytes / kv_bytes;
-    int kv_step = fit < 1 ? 1 : fit > (size_t)shape->n_kv_heads ? shape->n_kv_heads : (int)fit;
-    if (group % 2 && kv_step % 2)
-        kv_step++; /* heads of two KV heads share a tile */
-    for (int kv = 0; kv < shape->n_kv_heads; kv += kv_step) {
-        int kv_end = kv + kv_step < shape->n_kv_heads ? kv + kv_step : shape->n_kv_heads;
-        struct sm90_tile *section = tiles;
-        for (int i = 0; i < n_seqs; i++)
-            for (int32_t b = last_block(&seqs[i]); b >= first_block(&seqs[i]); b--)
-                tiles = block_tiles(tiles, i, b, kv * group, kv_end * group, group);
-        if (n_seqs > 1)
-            qsort(section, (size_t)(tiles - section), sizeof *section, by_length);
+    const int group = shape->n_heads / shape->n_kv_heads, n_kv = shape->n_kv_heads;
+    const size_t fit = l2_bytes / kv_bytes;
+    const int sections = fit >= (size_t)n_kv ? 1
+                         : fit > 1           ? (int)((size_t)(n_kv - 1) / fit) + 1
+                                             : n_kv;
+    const int step = (n_kv + sections - 1) / sections;
+    for (int kv = 0; kv < n_kv; kv += step) {
+        const int end = kv + step < n_kv ? kv + step : n_kv;
+        tiles = section_tiles(tiles, seqs, n_seqs, false, kv * group, end * group, group);
     }
+    tiles = section_tiles(tiles, seqs, n_seqs, true, 0, shape->n_heads, group);
     return tiles - start;
 }

@@ -158,15 +158,6 @@ __device__ __forceinline__ uint32_t pack2(float lo, float hi)
     return r;
 }
 
-/* Four 8x8 matrices of 16-bit elements, one row address a lane. */
-__device__ __forceinline__ void stmatrix_x4(uint32_t dst, uint32_t a, uint32_t b, uint32_t c,
-                                            uint32_t d)
-{
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(dst),
-                 "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
-}
-
 __device__ __forceinline__ int ld_shared_s32(uint32_t src)
 {
     int x;
@@ -179,14 +170,12 @@ __device__ __forceinline__ void st_shared_s32(uint32_t dst, int x)
     asm volatile("st.shared.s32 [%0], %1;" ::"r"(dst), "r"(x) : "memory");
 }
 
-__device__ __forceinline__ uint4 ld_shared_v4(uint32_t src)
+/* gridDim.x, read where it is used and not kept in a register. */
+__device__ __forceinline__ uint32_t grid_blocks(void)
 {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(src)
-                 : "memory");
-    return x;
+    uint32_t n;
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(n));
+    return n;
 }
 
 /* ---- wgmma ---- */
