@@ -9,7 +9,7 @@
  * two halves of 64. So the page's decision is a barrier of four warps, and nothing ties the two
  * groups to each other but the ring of K.
  * Order of a group, one page:
- *     issue QK of half 0, of half 1 | max 0 | decide | softmax 0 | issue PV 0 | max 1, softmax 1 |
+ *     issue QK of half 0, of half 1 | max 0 | decide | softmax 0 | max 1 | issue PV 0 | softmax 1 |
  *     issue PV 1 | wait
  * so that half 0's softmax runs under half 1's QK, half 1's under half 0's PV, and the other
  * group's products under what is left. A skipped page ends after `decide`: 16 QK products, 64
@@ -20,9 +20,9 @@
  *
  * Tile shapes: Q 128 x D, K and V 64 x D; products m64n64k16 (QK, from shared memory) and m64nDk16
  * (PV, P from registers). Shared memory, head_dim 128: Q 2 x 32 KiB, K 6 x 16 KiB, V 4 x 16 KiB
- * (with a gate 2 a group), then descriptions of two tiles and barriers. O leaves out of
- * registers, under the next item's Q. Registers: 240 a computing thread, 24 a loading one; O takes
- * 128 of them, scores 64. mbarriers: full and empty for each slot, Q of each group and tile
+ * (with a gate 2 a group), then descriptions of two tiles and barriers. O leaves from registers,
+ * while the next Q comes. Registers: 240 a computing thread, 24 a loading one; O takes 128 of
+ * them, scores 64. mbarriers: full and empty for each slot, Q of each group and tile
  * description; named barriers: two a group. Bottleneck: QK of 64 keys reads Q and K at shared
  * memory's full rate; where pages are kept, the wait of either group for its own last product.
  * Source: BSFA (arXiv 2512.07011) section 4; FlashAttention-3 (arXiv 2407.08608) section 3. */
