@@ -127,9 +127,39 @@ static void sort_partial(struct sched *s)
     }
 }
 
-/* Equal shares of what is left, in whole chunks; what one does not use goes to those behind. */
+/* What a prompt may get of the step: an equal part of what is left, in whole chunks, but
+ *   - all it needs, if it is short and that is there: a rest of one chunk would cost another step;
+ *   - if it is long, at most `most`. Its chunks are what makes a step take long, and whoever came
+ *     while one ran, or left a rest, waits for this one. */
+static int32_t share_of(const struct sched *s, const struct sched_req *r, int32_t n_behind,
+                        int32_t most)
+{
+    const int32_t left = r->pub.n_tokens - r->pub.n_computed;
+    int32_t share = s->budget / (n_behind + 1);
+    if (!r->long_prefill && left <= s->budget)
+        share = left;
+    else if (r->long_prefill && share > most)
+        share = most;
+    if (share < left)
+        share -= share % SCHED_CHUNK;
+    return share > SCHED_CHUNK ? share : SCHED_CHUNK;
+}
+
+/* A long prompt's part of the step is what it would be if all took theirs; alone or among long ones
+ * it is not limited. */
+static int32_t most_of_long(const struct sched *s)
+{
+    for (int32_t i = 0; i < s->n_partial; i++) {
+        if (!s->partial[i]->long_prefill)
+            return s->budget / s->n_partial;
+    }
+    return s->budget;
+}
+
+/* In the order of share_before; what one does not use goes to those behind. */
 static void plan_prefills(struct sched *s)
 {
+    const int32_t most = most_of_long(s);
     sort_partial(s);
     for (int32_t i = 0; i < s->n_partial; i++) {
         struct sched_req *r = s->partial[i];
@@ -137,9 +167,7 @@ static void plan_prefills(struct sched *s)
             r->passed_over++;
             continue;
         }
-        int32_t share = s->budget / (s->n_partial - i) / SCHED_CHUNK * SCHED_CHUNK;
-        if (share == 0)
-            share = SCHED_CHUNK;
+        const int32_t share = share_of(s, r, s->n_partial - i - 1, most);
         add_seq(s, r, chunk_end(&r->pub, share) - r->pub.n_computed);
         r->passed_over = 0;
     }

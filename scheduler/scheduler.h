@@ -11,10 +11,11 @@
  *   1. running requests take their decode token first; then partial prefills share what is left of
  * the token budget: at most max_partial_prefills at once, of which at most max_long_partial longer
  * than long_prefill_tokens, each given an equal share rounded down to 128 (the shortest remainder
- * first, so a short prompt is never behind a long one). Chunks end on multiples of 128 of the
- * absolute position except at the prompt's end. Recomputed generated tokens form chunks of their
- * own that start at the prompt's end. A prompt whose beginning another prefill computes right now
- * waits for it and takes its pages.
+ * first, so a short prompt is never behind a long one), a short one all that it needs where that is
+ * there, a long one beside short ones at most an equal part of the whole. Chunks end on multiples
+ * of 128 of the absolute position except at the prompt's end. Recomputed generated tokens form
+ * chunks of their own that start at the prompt's end. A prompt whose beginning another prefill
+ * computes right now waits for it and takes its pages.
  *   2. waiting requests are admitted by (priority, preempted first, tenant's virtual token count,
  * arrival) while the whole prompt fits beside the running ones and the watermark stays free.
  *   3. when a running request cannot grow, the worst running request (highest priority value, then
