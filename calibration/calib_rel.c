@@ -8,14 +8,18 @@
 
 enum { FIRST_LENGTH = 1024, N_BINS = CALIB_REL_TRIALS + 1 };
 
+static const float ln_4 = 1.3863f; /* and a little more: lengths are whole numbers */
+
 /* ln of 1e-6, 5e-6, ... 5e-3, then of what large sparsity takes. */
 static const float trials[CALIB_REL_TRIALS] = {
     -13.815511f, -12.206073f, -11.512925f, -9.903488f, -9.210340f, -7.600902f, -6.907755f,
     -5.298317f,  -4.605170f,  -3.912023f,  -2.995732f, -2.302585f, -1.609438f, -1.203973f,
     -0.916291f,  -0.693147f,  -0.356675f,  -0.223144f, -0.105361f, -0.010050f};
 
-struct point {
-    float skipped, ln_lambda_l; /* S, ln(lambda * L) */
+/* S at every trial, of a prompt or its beginning; NAN where the trial was not run. */
+struct curve {
+    float ln_length; /* ln(L) */
+    float skipped[CALIB_REL_TRIALS];
 };
 
 struct calib_rel {
@@ -23,8 +27,9 @@ struct calib_rel {
     struct attn_rel_counts counts; /* of the prompt so far */
     uint64_t *sums;                /* of whole prompts, likewise [n_layers, 2, n_heads, N_BINS] */
     int32_t next;                  /* length of the prompt's next point */
-    struct point *points[2];       /* by rows_index */
-    int32_t n_points[2], room[2];
+    struct curve *curves[2];       /* by rows_index */
+    int32_t n_curves[2], room[2];
+    float longest[2]; /* of ln_length */
 };
 
 static int rows_index(int32_t gate_rows)
@@ -56,8 +61,8 @@ void calib_rel_destroy(struct calib_rel *r)
         return;
     mem_free(r->sums);
     mem_free(r->counts.bins);
-    mem_free(r->points[0]);
-    mem_free(r->points[1]);
+    mem_free(r->curves[0]);
+    mem_free(r->curves[1]);
     mem_free(r);
 }
 
@@ -71,16 +76,20 @@ const struct attn_rel_counts *calib_rel_counts(struct calib_rel *r)
     return &r->counts;
 }
 
-static void add_point(struct calib_rel *r, int32_t gate_rows, int32_t trial, int32_t n_tokens,
-                      double density)
+/* A curve at n_tokens, all of whose trials are still NAN. */
+static struct curve *add_curve(struct calib_rel *r, int which, int32_t n_tokens)
 {
-    const int i = rows_index(gate_rows);
-    if (r->n_points[i] == r->room[i]) {
-        r->room[i] = r->room[i] ? 2 * r->room[i] : 64;
-        r->points[i] = mem_realloc(r->points[i], (size_t)r->room[i] * sizeof *r->points[i]);
+    if (r->n_curves[which] == r->room[which]) {
+        r->room[which] = r->room[which] ? 2 * r->room[which] : 16;
+        r->curves[which] =
+            mem_realloc(r->curves[which], (size_t)r->room[which] * sizeof *r->curves[which]);
     }
-    r->points[i][r->n_points[i]++] =
-        (struct point){(float)(1 - density), trials[trial] + logf((float)n_tokens)};
+    struct curve *c = &r->curves[which][r->n_curves[which]++];
+    c->ln_length = logf((float)n_tokens);
+    r->longest[which] = c->ln_length > r->longest[which] ? c->ln_length : r->longest[which];
+    for (int32_t i = 0; i < CALIB_REL_TRIALS; i++)
+        c->skipped[i] = NAN;
+    return c;
 }
 
 /* Pages of the diagonal that the row groups of a prompt reach. */
@@ -112,19 +121,20 @@ static double collect(const struct calib_rel *r, const uint64_t *counts, int32_t
     return all;
 }
 
-static void take_points(struct calib_rel *r, int32_t gate_rows, int32_t n_tokens)
+static void take_curve(struct calib_rel *r, int32_t gate_rows, int32_t n_tokens)
 {
     double bins[N_BINS], skipped = 0;
     const double off = collect(r, r->counts.bins, gate_rows, bins);
     const double all =
         off + diagonal(gate_rows, n_tokens) * (double)r->n_layers * (double)r->n_heads;
+    struct curve *c = add_curve(r, rows_index(gate_rows), n_tokens);
     for (int32_t i = 0; i < CALIB_REL_TRIALS; i++) {
         skipped += bins[i];
-        add_point(r, gate_rows, i, n_tokens, 1 - skipped / all);
+        c->skipped[i] = (float)(skipped / all);
     }
 }
 
-/* Whether the prompt has a point here; moves on to the next, or to the next prompt. */
+/* Whether the prompt has a curve here; moves on to the next, or to the next prompt. */
 static bool is_due(struct calib_rel *r, int32_t n_tokens, bool last)
 {
     const bool due = n_tokens >= r->next || last;
@@ -138,8 +148,8 @@ static bool is_due(struct calib_rel *r, int32_t n_tokens, bool last)
 void calib_rel_reached(struct calib_rel *r, int32_t n_tokens, bool last)
 {
     if (is_due(r, n_tokens, last)) {
-        take_points(r, 128, n_tokens);
-        take_points(r, 64, n_tokens);
+        take_curve(r, 128, n_tokens);
+        take_curve(r, 64, n_tokens);
     }
     if (!last)
         return;
@@ -148,11 +158,24 @@ void calib_rel_reached(struct calib_rel *r, int32_t n_tokens, bool last)
     memset(r->counts.bins, 0, n_bins(r) * sizeof *r->counts.bins);
 }
 
+/* The curve of the prompt at this length is the last one of that length, while its trial is not
+ * run.
+ */
 void calib_rel_gated(struct calib_rel *r, int32_t gate_rows, int32_t trial, double density,
                      int32_t n_tokens, bool last)
 {
-    if (is_due(r, n_tokens, last))
-        add_point(r, gate_rows, trial, n_tokens, density);
+    const int which = rows_index(gate_rows);
+    const float ln_length = logf((float)n_tokens);
+    struct curve *c = NULL;
+    if (!is_due(r, n_tokens, last))
+        return;
+    for (int32_t i = r->n_curves[which]; i-- > 0 && !c;) {
+        if (r->curves[which][i].ln_length == ln_length)
+            c = &r->curves[which][i];
+    }
+    if (!c || !isnan(c->skipped[trial]))
+        c = add_curve(r, which, n_tokens);
+    c->skipped[trial] = (float)(1 - density);
 }
 
 double calib_rel_skipped(const struct calib_rel *r, int32_t gate_rows, int32_t trial, int32_t layer,
@@ -168,15 +191,59 @@ double calib_rel_skipped(const struct calib_rel *r, int32_t gate_rows, int32_t t
     return skipped / all;
 }
 
-int calib_rel_fit(const struct calib_rel *r, int32_t gate_rows, struct calib_rel_fit *fit,
+/* S at ln(lambda * L) = x, on average over the prompts and beginnings of at least a quarter of the
+ * longest, where lambda is below 1 there; -1 where there is none. */
+static double mean_skipped(const struct calib_rel *r, int which, double x)
+{
+    const struct curve *c = r->curves[which];
+    double sum = 0;
+    int32_t n = 0;
+    for (int32_t i = 0; i < r->n_curves[which]; i++) {
+        const double at = x - (double)c[i].ln_length;
+        int32_t t = 0;
+        if (c[i].ln_length < r->longest[which] - ln_4)
+            continue;
+        while (t < CALIB_REL_TRIALS && (double)trials[t] <= at)
+            t++;
+        if (t == CALIB_REL_TRIALS)
+            continue;
+        double s = (double)c[i].skipped[t];
+        if (t > 0) {
+            const double before = (double)c[i].skipped[t - 1], from = (double)trials[t - 1];
+            s = before + (s - before) * (at - from) / ((double)trials[t] - from);
+        }
+        sum += s;
+        n++;
+    }
+    return n ? sum / n : -1;
+}
+
+/* Where the mean first reaches S = 0.1, 0.2, ...; beyond what is reached, as the law goes on. */
+static void find_knots(const struct calib_rel *r, int which, struct thresholds_rel *fit)
+{
+    const double step = 0.01, end = (double)r->longest[which];
+    double x = (double)trials[0];
+    for (int i = 0; i < THRESHOLDS_REL_KNOTS; i++) {
+        while (x < end && mean_skipped(r, which, x) < (i + 1) / 10.0)
+            x += step;
+        fit->knots[i] = x;
+        if (x >= end)
+            fit->knots[i] = (i > 0 ? fit->knots[i - 1] : fit->ln_a) + fit->b / 10;
+        x += step; /* so that knots increase */
+    }
+}
+
+int calib_rel_fit(const struct calib_rel *r, int32_t gate_rows, struct thresholds_rel *fit,
                   struct err_msg *why)
 {
-    const struct point *p = r->points[rows_index(gate_rows)];
+    const int which = rows_index(gate_rows);
     double n = 0, x = 0, y = 0, xx = 0, xy = 0, yy = 0;
-    *fit = (struct calib_rel_fit){.min = 1, .gate_rows = gate_rows};
-    for (int32_t i = 0; i < r->n_points[rows_index(gate_rows)]; i++) {
-        const double s = (double)p[i].skipped, v = (double)p[i].ln_lambda_l;
-        if (s < 0.1 || s > 0.9)
+    *fit = (struct thresholds_rel){.min = 1};
+    for (int32_t i = 0; i < r->n_curves[which] * CALIB_REL_TRIALS; i++) {
+        const struct curve *c = &r->curves[which][i / CALIB_REL_TRIALS];
+        const double s = (double)c->skipped[i % CALIB_REL_TRIALS];
+        const double v = (double)trials[i % CALIB_REL_TRIALS] + (double)c->ln_length;
+        if (!(s >= 0.1 && s <= 0.9))
             continue;
         fit->min = s < fit->min ? s : fit->min;
         fit->max = s > fit->max ? s : fit->max;
@@ -187,25 +254,17 @@ int calib_rel_fit(const struct calib_rel *r, int32_t gate_rows, struct calib_rel
         xy += s * v;
         yy += v * v;
     }
-    fit->n_points = (int32_t)n;
     const double spread = xx - x * x / n, both = xy - x * y / n, variance = yy - y * y / n;
     if (n < 4 || !(spread > 1e-9) || !(both > 0)) {
         return err_set(
             why, ERR_INVALID,
             "the REL gate of %d rows: %d trials skip 0.1 to 0.9 of the pages, from which "
             "no law follows",
-            gate_rows, fit->n_points);
+            gate_rows, (int)n);
     }
     fit->b = both / spread;
     fit->ln_a = (y - fit->b * x) / n;
     fit->r2 = variance > 0 ? both * both / (spread * variance) : 1;
+    find_knots(r, which, fit);
     return 0;
-}
-
-double calib_rel_ln_lambda(double ln_a, double b, double density, int64_t n_tokens)
-{
-    const double ln = ln_a + b * (1 - density) - log((double)(n_tokens > 0 ? n_tokens : 1));
-    if (ln > -1e-4)
-        return -1e-4;
-    return ln > -60 ? ln : -60;
 }

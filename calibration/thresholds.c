@@ -128,15 +128,21 @@ static bool parse_numbers(const char *text, double *out, int n)
 static int rel_field(const struct reader *r, const char *field, struct thresholds_rel *out)
 {
     const char *text = safetensors_metadata(r->st, field);
-    double v[5];
+    enum { LAW = 5, N = LAW + THRESHOLDS_REL_KNOTS };
+    double v[N];
     *out = (struct thresholds_rel){0};
     if (!text)
         return 0;
-    if (!parse_numbers(text, v, 5) || !(v[1] > 0) || fabs(v[0]) > 1e6 || v[1] > 1e6)
+    bool good = parse_numbers(text, v, N) && v[1] > 0;
+    for (int i = 0; good && i < N; i++)
+        good = fabs(v[i]) <= 1e6 && (i <= LAW || v[i] > v[i - 1]);
+    if (!good)
         return err_set(r->why, ERR_FORMAT,
-                       "%s: metadata %s is '%.80s', not a fit: ln a, b > 0, r2, least and most S",
+                       "%s: metadata %s is '%.120s', not a fit: ln a, b > 0, r2, least and most S, "
+                       "9 increasing knots",
                        r->name, field, text);
-    *out = (struct thresholds_rel){v[0], v[1], v[2], v[3], v[4]};
+    *out = (struct thresholds_rel){.ln_a = v[0], .b = v[1], .r2 = v[2], .min = v[3], .max = v[4]};
+    memcpy(out->knots, v + LAW, sizeof out->knots);
     return 0;
 }
 
@@ -411,6 +417,25 @@ int thresholds_check(const struct thresholds *t, const struct thresholds_expect 
                        e->rope);
     }
     return 0;
+}
+
+/* ---- densities of the REL gate -------------------------------------------------------------- */
+
+double thresholds_rel_ln_lambda(const struct thresholds_rel *r, double density, int64_t n_tokens)
+{
+    const double at = (1 - density) * 10 - 1; /* in knots */
+    double ln = -log((double)(n_tokens > 0 ? n_tokens : 1));
+    if (at <= 0) {
+        ln += r->knots[0] + r->b * at / 10;
+    } else if (at >= THRESHOLDS_REL_KNOTS - 1) {
+        ln += r->knots[THRESHOLDS_REL_KNOTS - 1] + r->b * (at - (THRESHOLDS_REL_KNOTS - 1)) / 10;
+    } else {
+        const int i = (int)at;
+        ln += r->knots[i] + (r->knots[i + 1] - r->knots[i]) * (at - i);
+    }
+    if (ln > -1e-4)
+        return -1e-4;
+    return ln > -60 ? ln : -60;
 }
 
 /* ---- predicted density ---------------------------------------------------------------------- */

@@ -4,7 +4,7 @@
  * calibration set, 16 hex digits), auto_k (level that `--sparse auto` chooses), auto_min (prompt
  * tokens below which auto is dense), and source "imported" where another program's file was
  * converted (import.h): samples may then be 0, unknown. Optional, and ignored by readers that do
- * not know them: rel_128 and rel_64 ("ln_a b r2 min max", struct thresholds_rel), auto_density.
+ * not know them: rel_128 and rel_64 (struct thresholds_rel, 14 numbers), auto_density.
  * T[s][l][h][i] gates query head h of layer l at absolute query block i (128 tokens); natural
  * scaled-logit units. Levels are stored by increasing k; NB is n_max in blocks. -inf (dense) and
  * +inf (diagonal only) are values, NaN is not. Every error names the file and the field. Source:
@@ -20,10 +20,22 @@
 
 struct thresholds;
 
-/* How the REL gate of so many rows reaches a density (calib_rel.h); b 0: not calibrated. */
+enum { THRESHOLDS_REL_KNOTS = 9 };
+
+/* How the REL gate of so many rows reaches a density (calib_rel.h): lambda times the prompt's
+ * tokens as a function of S, the share of its pages that is skipped. b 0: not calibrated. */
 struct thresholds_rel {
-    double ln_a, b, r2, min, max;
+    double ln_a, b;  /* the law, a exp(b S) */
+    double r2;       /* share of the variance of ln(lambda * tokens) that the law explains */
+    double min, max; /* S of the points it was fitted to */
+    double knots[THRESHOLDS_REL_KNOTS]; /* what was seen: ln(lambda * tokens) at S = 0.1, 0.2, ...,
+                                           0.9; increasing */
 };
+
+/* ln(lambda) for a density in (0, 1] at n_tokens: between the knots, and beyond them as the law
+ * goes on. At most -1e-4, at least -60: the density that lambda = 1 leaves is the least there is.
+ */
+double thresholds_rel_ln_lambda(const struct thresholds_rel *r, double density, int64_t n_tokens);
 
 struct thresholds_meta {
     uint64_t model;    /* struct model_info.fingerprint */

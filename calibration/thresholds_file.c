@@ -75,13 +75,15 @@ struct shape {
 /* NULL where the gate was not calibrated. */
 static const char *rel_text(const struct thresholds_rel *r, char *text, size_t size)
 {
-    (void)snprintf(text, size, "%.9g %.9g %.6g %.6g %.6g", r->ln_a, r->b, r->r2, r->min, r->max);
+    int at = snprintf(text, size, "%.9g %.9g %.6g %.6g %.6g", r->ln_a, r->b, r->r2, r->min, r->max);
+    for (int i = 0; i < THRESHOLDS_REL_KNOTS && (size_t)at < size; i++)
+        at += snprintf(text + at, size - (size_t)at, " %.6g", r->knots[i]);
     return r->b > 0 ? text : NULL;
 }
 
 static json_t *make_meta(const struct thresholds_meta *m)
 {
-    char rel_128[128], rel_64[128], density[32];
+    char rel_128[256], rel_64[256], density[32];
     char model[17], set[17], gate_rows[12], scale[32], n_max[12], samples[12], auto_k[12],
         auto_min[12];
     (void)snprintf(model, sizeof model, "%016" PRIx64, m->model);

@@ -33,8 +33,13 @@ static int32_t choose_auto(const struct calibrate_work *w)
 static struct thresholds_meta make_meta(const struct calibrate_work *w)
 {
     const struct model_info *info = &w->info;
-    if (w->file)
-        return *thresholds_meta(w->file);
+    if (w->file) {
+        struct thresholds_meta meta = *thresholds_meta(w->file);
+        meta.rel_128 = w->rel_128.b > 0 ? w->rel_128 : meta.rel_128;
+        meta.rel_64 = w->rel_64.b > 0 ? w->rel_64 : meta.rel_64;
+        meta.auto_density = w->o.auto_density > 0 ? w->o.auto_density : meta.auto_density;
+        return meta;
+    }
     struct thresholds_meta meta = {.model = info->fingerprint,
                                    .set = w->set,
                                    .gate_rows = calibrate_gate_rows(&w->o),

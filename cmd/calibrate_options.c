@@ -56,8 +56,8 @@ static const struct conf_opt options[] = {
      0,
      {0},
      "FILE",
-     "read this threshold file instead of calibrating: to measure it on the last --samples, or to "
-     "--export it"},
+     "read this threshold file instead of calibrating: to measure it on the last --samples, to "
+     "--export it, or to write it to --out with what --rel finds"},
     {"export",
      CONF_TEXT,
      AT(export),
@@ -264,18 +264,18 @@ const struct conf_program calibrate_program = {
 /* What would go unheard where nothing is calibrated. */
 static int check_given(const struct calibrate_options *o, const char *source, struct err_msg *why)
 {
-    const char *other = o->k                             ? "k"
-                        : o->density                     ? "density"
-                        : o->aggregate != CALIBRATE_MEAN ? "aggregate"
-                        : o->smooth                      ? "smooth"
-                        : o->rel                         ? "rel"
-                        : o->second_pass                 ? "second-pass"
-                        : o->import && o->thresholds     ? "thresholds"
-                        : o->import && o->samples        ? "samples"
-                        : o->import && o->task           ? "task"
-                        : o->import && o->report         ? "report"
-                        : o->thresholds && o->out        ? "out"
-                                                         : NULL;
+    const char *other = o->k                                     ? "k"
+                        : o->density                             ? "density"
+                        : o->aggregate != CALIBRATE_MEAN         ? "aggregate"
+                        : o->smooth                              ? "smooth"
+                        : o->second_pass                         ? "second-pass"
+                        : o->import && o->rel                    ? "rel"
+                        : o->import && o->thresholds             ? "thresholds"
+                        : o->import && o->samples                ? "samples"
+                        : o->import && o->task                   ? "task"
+                        : o->import && o->report                 ? "report"
+                        : o->thresholds && o->out && o->rel == 0 ? "out"
+                                                                 : NULL;
     if (other)
         return err_set(why, ERR_CONFIG, "--%s and --%s exclude each other", source, other);
     if (o->import && calibrate_gate_rows(o) != KV_BLOCK_TOKENS) {
@@ -291,7 +291,7 @@ int calibrate_options_check(const struct calibrate_options *o, struct err_msg *w
         return err_set(why, ERR_CONFIG, "--model is required (see --help)");
     if (o->import || o->thresholds)
         TRY(check_given(o, o->import ? "import" : "thresholds", why));
-    else if (!o->samples)
+    if (!o->samples && !o->import && (!o->thresholds || o->rel))
         return err_set(why, ERR_CONFIG, "--samples is required (see --help)");
     TRY(device_check(o->device, why));
     if (o->k && o->density)

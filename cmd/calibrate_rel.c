@@ -4,21 +4,6 @@
 
 #include "cmd/calibrate_work.h"
 
-static struct thresholds_rel keep(const struct calib_rel_fit *f)
-{
-    return (struct thresholds_rel){f->ln_a, f->b, f->r2, f->min, f->max};
-}
-
-static int fit(struct calibrate_work *w, const struct calib_rel *rel, struct err_msg *why)
-{
-    struct calib_rel_fit f;
-    TRY(calib_rel_fit(rel, 128, &f, why));
-    w->rel_128 = keep(&f);
-    TRY(calib_rel_fit(rel, 64, &f, why));
-    w->rel_64 = keep(&f);
-    return 0;
-}
-
 /* Sample i of n, evenly spread over those that calibrate. */
 static const struct sample *chosen(const struct calibrate_work *w, int64_t i, int64_t n)
 {
@@ -43,7 +28,9 @@ int calibrate_rel(struct calibrate_work *w, struct err_msg *why)
             err = err_set(why, err, "%s:%d: %s", w->o.samples, s->line, err_why(&cause, err));
     }
     if (err == 0)
-        err = fit(w, rel, why);
+        err = calib_rel_fit(rel, 128, &w->rel_128, why);
+    if (err == 0)
+        err = calib_rel_fit(rel, 64, &w->rel_64, why);
     calibrate_progress_end(&w->progress);
     calib_rel_destroy(rel);
     return err;
@@ -56,7 +43,7 @@ static int measure_one(struct calibrate_work *w, int32_t target, int32_t i, stru
     const struct batch_policy policy = {
         .gate = BATCH_REL,
         .gate_rows = 64,
-        .ln_lambda = (float)calib_rel_ln_lambda(w->rel_64.ln_a, w->rel_64.b, wanted, s->n_tokens)};
+        .ln_lambda = (float)thresholds_rel_ln_lambda(&w->rel_64, wanted, s->n_tokens)};
     struct batch_counts counts;
     int err = calib_run_prompt(w->run, s->tokens, s->n_tokens, policy, &counts);
     if (err < 0)

@@ -28,7 +28,7 @@ int calibrate_read(struct calibrate_work *w, struct err_msg *why)
     TRY(samples_load(&w->samples, o->samples, INT32_MAX, (int32_t)o->max_len, why));
     samples_split(&w->split, &w->samples, o->task, (int32_t)o->limit, (int32_t)o->holdout);
     TRY(calibrate_rel_targets(o, w->rel_targets, &w->n_rel_targets, why));
-    if (o->thresholds)
+    if (o->thresholds && o->rel == 0)
         return 0;
     if (w->split.n_calibrate == 0) {
         return err_set(why, ERR_CONFIG, "%s: none of %d samples is left to calibrate on%s%s",
@@ -36,6 +36,8 @@ int calibrate_read(struct calibrate_work *w, struct err_msg *why)
                        o->task ? o->task : "");
     }
     int32_t longest = samples_longest(&w->samples, w->split.calibrate, w->split.n_calibrate);
+    if (o->thresholds)
+        return 0;
     w->n_blocks = longest / KV_BLOCK_TOKENS;
     if (w->n_blocks == 0) {
         return err_set(why, ERR_CONFIG, "%s: the longest sample has %d tokens, fewer than %d",
@@ -47,8 +49,9 @@ int calibrate_read(struct calibrate_work *w, struct err_msg *why)
 int calibrate_open(struct calibrate_work *w, struct err_msg *why)
 {
     struct calibrate_options *o = &w->o;
+    const bool calibrates = !o->thresholds || o->rel > 0;
     int32_t longest =
-        o->thresholds ? 1 : samples_longest(&w->samples, w->split.calibrate, w->split.n_calibrate);
+        calibrates ? samples_longest(&w->samples, w->split.calibrate, w->split.n_calibrate) : 1;
     int32_t other = samples_longest(&w->samples, w->split.held_out, w->split.n_held_out);
     longest = other > longest ? other : longest;
     TRY(device_open(&w->dev, o->device, 0, (int)o->threads, why));

@@ -3,7 +3,6 @@
  * --shm), decides everything, and fails as a whole when one of them dies. With --nnodes the ranks
  * are spread over hosts: on the others sluiced is a follower itself, and starts the rest there. */
 #define LOG_MODULE "sluiced"
-#include "calibration/calib_rel.h"
 #include "calibration/thresholds.h"
 #include "cmd/daemon_model.h"
 #include "cmd/daemon_options.h"
@@ -121,6 +120,11 @@ static void fill_sched(const struct daemon *d, struct sched_config *s)
     memcpy(s->eos_ids, info->eos_ids, sizeof s->eos_ids);
 }
 
+static double rel_ln_lambda(const void *rel, double density, int64_t n_tokens)
+{
+    return thresholds_rel_ln_lambda(rel, density, n_tokens);
+}
+
 static void fill_policy(const struct daemon *d, struct engine_policy *p)
 {
     const struct thresholds *t = d->model.policy.thresholds;
@@ -133,10 +137,9 @@ static void fill_policy(const struct daemon *d, struct engine_policy *p)
     p->auto_min = thresholds_meta(t)->auto_min;
     p->auto_density = thresholds_meta(t)->auto_density;
     p->predicted = thresholds_predicted_density;
-    p->ln_lambda = calib_rel_ln_lambda;
-    p->rel_128 =
-        (struct engine_rel){thresholds_meta(t)->rel_128.ln_a, thresholds_meta(t)->rel_128.b};
-    p->rel_64 = (struct engine_rel){thresholds_meta(t)->rel_64.ln_a, thresholds_meta(t)->rel_64.b};
+    p->ln_lambda = rel_ln_lambda;
+    p->rel_128 = thresholds_meta(t)->rel_128.b > 0 ? &thresholds_meta(t)->rel_128 : NULL;
+    p->rel_64 = thresholds_meta(t)->rel_64.b > 0 ? &thresholds_meta(t)->rel_64 : NULL;
 }
 
 static void fill_ipc(const struct daemon *d, struct ipc_server_config *c)

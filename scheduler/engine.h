@@ -30,14 +30,12 @@ struct engine_policy {
     int32_t auto_k;      /* level of `auto`; 0: dense */
     int32_t auto_min;    /* prompts shorter than this are dense under `auto` */
     double auto_density; /* above 0: `auto` is REL of 64 rows at this density, not auto_k */
-    /* Densities that requests name; set where n_levels > 0. Of level k; and ln(lambda) by a law of
-     * the REL gate, which is there where b > 0. */
+    /* Densities that requests name; set where n_levels > 0: of level k; and ln(lambda) of the REL
+     * gate by what was calibrated for its rows. */
     double (*predicted)(int32_t k, int64_t n_tokens, int32_t gate_rows);
-    double (*ln_lambda)(double ln_a, double b, double density, int64_t n_tokens);
-    struct engine_rel {
-        double ln_a, b;
-    } rel_128, rel_64;
-    uint64_t fingerprint; /* of threshold file and visit sets */
+    double (*ln_lambda)(const void *rel, double density, int64_t n_tokens);
+    const void *rel_128, *rel_64; /* borrowed; NULL: not calibrated */
+    uint64_t fingerprint;         /* of threshold file and visit sets */
 };
 
 struct engine_config {

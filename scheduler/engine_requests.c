@@ -84,15 +84,15 @@ static int choose_rel(const struct engine_policy *p, const struct ipc_sparse *s,
                       struct batch_policy *out, struct err_msg *why)
 {
     const int32_t rows = s->gate_rows ? s->gate_rows : KV_BLOCK_TOKENS;
-    const struct engine_rel *law = rows == 64 ? &p->rel_64 : &p->rel_128;
+    const void *rel = rows == 64 ? p->rel_64 : p->rel_128;
     double ln_lambda = s->ln_lambda;
     if (s->density > 0) {
-        if (!(law->b > 0))
+        if (!rel)
             return err_set(why, ERR_INVALID,
-                           "sparse.density: the daemon has no law for the REL gate of %d rows "
+                           "sparse.density: the REL gate of %d rows is not calibrated "
                            "(sluice-calibrate --rel)",
                            rows);
-        ln_lambda = p->ln_lambda(law->ln_a, law->b, s->density, n_tokens);
+        ln_lambda = p->ln_lambda(rel, s->density, n_tokens);
     }
     *out = (struct batch_policy){
         .gate = BATCH_REL, .gate_rows = (uint8_t)rows, .ln_lambda = (float)ln_lambda};

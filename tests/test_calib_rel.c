@@ -48,7 +48,7 @@ static void the_law_comes_back(void **state)
     (void)state;
     static const int32_t lengths[] = {8192, 2048, 16384};
     struct calib_rel *r = NULL;
-    struct calib_rel_fit f;
+    struct thresholds_rel f;
     struct err_msg why = {""};
     calib_rel_create(&r, LAYERS, HEADS);
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
@@ -62,11 +62,10 @@ static void the_law_comes_back(void **state)
             fail_msg("%s", why.text);
         assert_close(f.ln_a, 2.5, 0.05, 0);
         assert_close(f.b, 9, 0.05, 0);
-        assert_true(f.r2 > 0.999 && f.min >= 0.1 && f.max <= 0.9 && f.gate_rows == rows);
-        /* 1024 to 8192, to 2048, to 16384, twenty trials each, some of them out of bounds */
-        assert_true(f.n_points > 40 && f.n_points < 11 * CALIB_REL_TRIALS);
-        assert_close(calib_rel_ln_lambda(f.ln_a, f.b, 0.6, 10000), 2.5 + 9 * 0.4 - log(10000), 0.05,
-                     0);
+        assert_true(f.r2 > 0.999 && f.min >= 0.1 && f.max <= 0.9);
+        for (int i = 0; i < THRESHOLDS_REL_KNOTS; i++)
+            assert_close(f.knots[i], 2.5 + 9 * (i + 1) / 10.0, 0.15, 0);
+        assert_close(thresholds_rel_ln_lambda(&f, 0.6, 10000), 2.5 + 9 * 0.4 - log(10000), 0.15, 0);
     }
     for (int e = 1; e < CALIB_REL_TRIALS; e++)
         assert_true(calib_rel_skipped(r, 64, e, 1, 2) >= calib_rel_skipped(r, 64, e - 1, 1, 2));
@@ -79,7 +78,7 @@ static void from_gated_runs(void **state)
 {
     (void)state;
     struct calib_rel *r = NULL;
-    struct calib_rel_fit f;
+    struct thresholds_rel f;
     calib_rel_create(&r, LAYERS, HEADS);
     for (int e = 0; e < CALIB_REL_TRIALS; e++) {
         for (int32_t at = 1000; at <= 4000; at += 1000) {
@@ -100,7 +99,7 @@ static void no_law(void **state)
     struct err_msg why = {""};
     for (int kind = 0; kind < 3; kind++) {
         struct calib_rel *r = NULL;
-        struct calib_rel_fit f;
+        struct thresholds_rel f;
         calib_rel_create(&r, LAYERS, HEADS);
         for (int e = 0; kind > 0 && e < CALIB_REL_TRIALS; e++)
             calib_rel_gated(r, 64, e, kind == 1 ? 0.5 : 0.2 + 0.03 * e, 4000, true);
@@ -110,12 +109,27 @@ static void no_law(void **state)
     }
 }
 
-static void bounds(void **state)
+/* Where the curve bends the knots follow it and the law does not. */
+static void a_bent_curve(void **state)
 {
     (void)state;
-    assert_true(calib_rel_ln_lambda(30, 10, 0.1, 4096) == -1e-4);
-    assert_true(calib_rel_ln_lambda(-100, 1, 1, 4096) == -60);
-    assert_true(isfinite(calib_rel_ln_lambda(1, 1, 0.5, 0)));
+    struct calib_rel *r = NULL;
+    struct thresholds_rel f;
+    calib_rel_create(&r, LAYERS, HEADS);
+    for (int prompt = 0; prompt < 2; prompt++) {
+        for (int e = 0; e < CALIB_REL_TRIALS; e++) {
+            const double x = ((double)calib_rel_trials()[e] + 14) / 14, shift = prompt ? 0.1 : -0.1;
+            calib_rel_gated(r, 64, e, 1 - (x * x * 0.6 + 0.15 + shift), 16384, true);
+        }
+    }
+    assert_ok(calib_rel_fit(r, 64, &f, NULL));
+    for (int i = 1; i < 7; i++) { /* S from 0.2 to 0.7 lies on the curve, 0.8 beyond it */
+        const double x = sqrt(((i + 1) / 10.0 - 0.15) / 0.6);
+        assert_close(f.knots[i], x * 14 - 14 + log(16384), 0.3, 0);
+    }
+    assert_close(f.knots[7] - f.knots[6], f.b / 10, 1e-9, 0);
+    assert_true(f.r2 < 0.99);
+    calib_rel_destroy(r);
 }
 
 int main(void)
@@ -123,7 +137,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(trials_increase), cmocka_unit_test(the_law_comes_back),
         cmocka_unit_test(from_gated_runs), cmocka_unit_test(no_law),
-        cmocka_unit_test(bounds),
+        cmocka_unit_test(a_bent_curve),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -12,17 +12,18 @@
 enum { S = 3, L = 2, H = 4, NB = 5, N_T = S * L * H * NB };
 
 static const int32_t ks[S] = {8, 16, 33};
-static const struct thresholds_meta meta0 = {.model = 0x0123456789abcdef,
-                                             .set = 0xfedcba9876543210,
-                                             .gate_rows = 128,
-                                             .n_max = 640,
-                                             .n_samples = 16,
-                                             .softmax_scale = 0.088388347f,
-                                             .rope = "llama3 theta=500000 factor=8",
-                                             .auto_k = 16,
-                                             .auto_min = 4096,
-                                             .rel_64 = {1.5, 10, 0.875, 0.125, 0.75},
-                                             .auto_density = 0.25};
+static const struct thresholds_meta meta0 = {
+    .model = 0x0123456789abcdef,
+    .set = 0xfedcba9876543210,
+    .gate_rows = 128,
+    .n_max = 640,
+    .n_samples = 16,
+    .softmax_scale = 0.088388347f,
+    .rope = "llama3 theta=500000 factor=8",
+    .auto_k = 16,
+    .auto_min = 4096,
+    .rel_64 = {1.5, 10, 0.875, 0.125, 0.75, {3, 4, 4.5, 5, 5.5, 6, 7, 8, 9}},
+    .auto_density = 0.25};
 
 static void values(float *t, uint64_t seed)
 {
@@ -252,11 +253,14 @@ static void bad_fields(void **state)
         {"\"auto_k\":\"16\"", "\"auto_k\":\"17\"", ERR_FORMAT, "auto_k is 17, which is not in k"},
         {"\"auto_min\":\"4096\"", "\"auto_min\":\"\"", ERR_FORMAT, "metadata auto_min is ''"},
         {"\"rel_64\":", "\"rel_65\":", ERR_FORMAT, "metadata auto_density without rel_64"},
-        {"1.5 10 0.875", "1.5 -10 0.875", ERR_FORMAT, "rel_64 is '1.5 -10 0.875 0.125 0.75', not"},
+        {"1.5 10 0.875", "1.5 -10 0.875", ERR_FORMAT, "rel_64 is '1.5 -10 0.875 0.125 0.75 3 4"},
         {"1.5 10 0.875", "1.5 nan 0.875", ERR_FORMAT, "rel_64 is '1.5 nan"},
         {"1.5 10 0.875", "1e99 10 0.875", ERR_FORMAT, "rel_64 is '1e99 "},
-        {"1.5 10 0.875", "1.5 10", ERR_FORMAT, "rel_64 is '1.5 10 0.125 0.75', not a fit"},
+        {"1.5 10 0.875", "1.5 10", ERR_FORMAT,
+         "rel_64 is '1.5 10 0.125 0.75 3 4 4.5 5 5.5 6 7 8 9', not a fit"},
         {"0.125 0.75", "0.125 0.75 1", ERR_FORMAT, "not a fit"},
+        {" 4 4.5", " 4.5 4", ERR_FORMAT, "not a fit"},
+        {" 8 9", " 8 8", ERR_FORMAT, "not a fit"},
         {"\"rel_64\":\"1.5 ", "\"rel_64\":\" 1.5 ", ERR_FORMAT, "rel_64 is ' 1.5"},
         {"\"rel_64\":", "\"rel_128\":\"x\",\"rel_64\":", ERR_FORMAT, "rel_128 is 'x', not a fit"},
         {"\"auto_density\":\"0.25\"", "\"auto_density\":\"0\"", ERR_FORMAT, "auto_density is '0'"},
@@ -389,6 +393,26 @@ static void identity(void **state)
 }
 
 /* The figures derived from the paper's formula for full lengths. */
+/* Between knots, at them, and beyond them along the law; within lambda's bounds. */
+static void rel_density(void **state)
+{
+    (void)state;
+    const struct thresholds_rel *r = &meta0.rel_64;
+    const double ln_l = log(5000);
+    static const double cases[][2] = {{0.9, 3}, {0.8, 4},    {0.75, 4.25},
+                                      {0.1, 9}, {0.25, 7.5}, {1.0, 2}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const double want = fmin(cases[i][1] - ln_l, -1e-4);
+        assert_close(thresholds_rel_ln_lambda(r, cases[i][0], 5000), want, 1e-9, 0);
+    }
+    assert_close(thresholds_rel_ln_lambda(r, 0.05, 1000000), 9.5 - log(1e6), 1e-9, 0);
+    assert_true(thresholds_rel_ln_lambda(r, 0.1, 128) == -1e-4);
+    assert_true(thresholds_rel_ln_lambda(r, 1, INT64_MAX) == 2 - log((double)INT64_MAX));
+    const struct thresholds_rel low = {.b = 1,
+                                       .knots = {-99, -98, -97, -96, -95, -94, -93, -92, -91}};
+    assert_true(thresholds_rel_ln_lambda(&low, 1, 10) == -60);
+}
+
 static void density_published(void **state)
 {
     (void)state;
@@ -433,12 +457,12 @@ static void density_brute(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(round_trip),      cmocka_unit_test(hash_identity),
-        cmocka_unit_test(truncated),       cmocka_unit_test(flipped),
-        cmocka_unit_test(bad_fields),      cmocka_unit_test(bad_values),
-        cmocka_unit_test(hostile_headers), cmocka_unit_test(files),
-        cmocka_unit_test(identity),        cmocka_unit_test(density_published),
-        cmocka_unit_test(density_brute),
+        cmocka_unit_test(round_trip),        cmocka_unit_test(hash_identity),
+        cmocka_unit_test(truncated),         cmocka_unit_test(flipped),
+        cmocka_unit_test(bad_fields),        cmocka_unit_test(bad_values),
+        cmocka_unit_test(hostile_headers),   cmocka_unit_test(files),
+        cmocka_unit_test(identity),          cmocka_unit_test(rel_density),
+        cmocka_unit_test(density_published), cmocka_unit_test(density_brute),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -226,8 +226,15 @@ class Calibrate(unittest.TestCase):
         self.assertEqual((meta["version"], meta["auto_density"]), ("1", "0.6"))
         for fit in report["rel"]["fits"]:
             numbers = [float(x) for x in meta["rel_%d" % fit["gate_rows"]].split()]
+            self.assertEqual(len(numbers), 14)
+            self.assertEqual(sorted(numbers[5:]), numbers[5:])
             for a, b in zip(numbers, (fit["ln_a"], fit["b"], fit["r2"], fit["min"], fit["max"])):
                 self.assertAlmostEqual(a, b, delta=1e-4 * max(1, abs(b)))
+        again = os.path.join(self.dir, "again")
+        r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:10], "--holdout", "0", "--rel", "2", "--out", again)
+        self.assertEqual((r.returncode, r.stderr), (0, ""))
+        with open(out, "rb") as a, open(again, "rb") as b:
+            self.assertEqual(a.read(), b.read())  # what was there already
         self.refused("--auto-density needs --rel", *args[:-4], "--auto-density", "0.6")
         self.refused("--rel-density: '2'", *args[:-1], "2")
 
