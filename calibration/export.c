@@ -27,10 +27,11 @@ static void put(struct text *p, const void *data, size_t len)
     p->len += len;
 }
 
+/* Little-endian; zeros beyond eight bytes. */
 static void put_le(struct text *p, uint64_t v, int bytes)
 {
-    for (int i = 0; i < bytes; i++) {
-        const unsigned char byte = (unsigned char)(v >> (8 * i));
+    for (; bytes > 0; bytes--, v >>= 8) {
+        const unsigned char byte = (unsigned char)v;
         put(p, &byte, 1);
     }
 }
