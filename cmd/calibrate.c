@@ -35,8 +35,8 @@ static struct thresholds_meta make_meta(const struct calibrate_work *w)
     const struct model_info *info = &w->info;
     if (w->file) {
         struct thresholds_meta meta = *thresholds_meta(w->file);
-        meta.rel_128 = w->rel_128.b > 0 ? w->rel_128 : meta.rel_128;
-        meta.rel_64 = w->rel_64.b > 0 ? w->rel_64 : meta.rel_64;
+        meta.rel_128 = w->rel_128;
+        meta.rel_64 = w->rel_64;
         meta.auto_density = w->o.auto_density > 0 ? w->o.auto_density : meta.auto_density;
         return meta;
     }
@@ -126,10 +126,9 @@ static int run(struct calibrate_work *w, int argc, char **argv, struct err_msg *
     TRY(w->o.thresholds ? calibrate_load(w, why) : calibrate_runs(w, why));
     if (w->o.samples)
         TRY(calibrate_measure(w, why));
-    if (w->o.rel > 0) {
+    if (w->o.rel > 0)
         TRY(calibrate_rel(w, why));
-        TRY(calibrate_measure_rel(w, why));
-    }
+    TRY(calibrate_measure_rel(w, why));
     return finish(w, start_us, why);
 }
 

@@ -66,6 +66,8 @@ int calibrate_load(struct calibrate_work *w, struct err_msg *why)
     w->t = (float *)w->policy.abs.t; /* the file's; only read */
     w->n_blocks = w->policy.abs.n_blocks;
     w->set = meta->set;
+    w->rel_128 = meta->rel_128;
+    w->rel_64 = meta->rel_64;
     w->o.gate_rows = meta->gate_rows == KV_BLOCK_TOKENS ? 0 : 1;
     for (int32_t i = 0; i < w->n_levels; i++)
         w->levels[i].k = w->k[i] = k[i];

@@ -234,12 +234,13 @@ static const struct conf_opt options[] = {
     {"rel-density",
      CONF_TEXT,
      AT(rel_density),
-     "0.5,0.3,0.2",
+     NULL,
      0,
      0,
      {0},
      "D,D,...",
-     "densities that --rel is to reach on the held-out samples"},
+     "densities that the REL gate is to reach on the held-out samples, by --rel or by the file of "
+     "--thresholds (with --rel: 0.5,0.3,0.2)"},
     {"auto-density",
      CONF_FLOAT,
      AT(auto_density),
@@ -358,8 +359,8 @@ int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
 int calibrate_rel_targets(const struct calibrate_options *o, double targets[CALIBRATE_MAX_LEVELS],
                           int32_t *n, struct err_msg *why)
 {
-    *n = 0;
-    for (const char *text = o->rel_density; o->rel > 0 && *text;) {
+    const char *text = o->rel_density ? o->rel_density : o->rel > 0 ? "0.5,0.3,0.2" : "";
+    for (*n = 0; *text;) {
         if (*n == CALIBRATE_MAX_LEVELS)
             return err_set(why, ERR_CONFIG, "more than %d densities", CALIBRATE_MAX_LEVELS);
         TRY(next_number("rel-density", &text, 0.001, 1, &targets[(*n)++], why));

@@ -55,6 +55,9 @@ static int measure_one(struct calibrate_work *w, int32_t target, int32_t i, stru
 
 int calibrate_measure_rel(struct calibrate_work *w, struct err_msg *why)
 {
+    if (w->n_rel_targets > 0 && !(w->rel_64.b > 0))
+        return err_set(why, ERR_CONFIG,
+                       "--rel-density: needs --rel, or a file of --thresholds with it");
     calibrate_progress_begin(&w->progress, "held-out runs:",
                              samples_tokens(&w->samples, w->split.held_out, w->split.n_held_out) *
                                  w->n_rel_targets);

@@ -235,6 +235,9 @@ class Calibrate(unittest.TestCase):
         self.assertEqual((r.returncode, r.stderr), (0, ""))
         with open(out, "rb") as a, open(again, "rb") as b:
             self.assertEqual(a.read(), b.read())  # what was there already
+        r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:8], "--holdout", "2", "--rel-density", "0.75,0.6", "--json")
+        self.assertEqual(json.loads(r.stdout)["rel"], report["rel"])  # the file's own law and knots
+        self.refused("--rel-density: needs --rel", *args[:-4], "--rel-density", "0.5")
         self.refused("--auto-density needs --rel", *args[:-4], "--auto-density", "0.6")
         self.refused("--rel-density: '2'", *args[:-1], "2")
 

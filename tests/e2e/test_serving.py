@@ -62,6 +62,20 @@ class Answers(unittest.TestCase):
             if mode and mode[0] == REL:
                 self.assertLess(done[13], done[11])  # kept < reachable
 
+    def test_density(self):
+        """A request names a density: abs takes the smallest level that reaches it, rel the lambda that the file has for it."""
+        prompt, want = prompts(4000)[2]
+        c = self.client()
+        kept = {}
+        for mode in ({0: ABS, 4: 0.99}, {0: ABS, 4: 0.35}, {0: ABS, 4: 0.01}, {0: REL, 3: 64, 4: 0.9}, {0: REL, 3: 64, 4: 0.5}):
+            out, done = c.generate("d%s" % mode, prompt, sparse=mode, max_tokens=len(want))
+            self.assertEqual(out[:len(want) - 1], want[:-1])
+            kept[mode[0], mode[4]] = done[13] / done[11]
+        self.assertLess(kept[ABS, 0.01], kept[ABS, 0.35])
+        self.assertLess(kept[ABS, 0.35], kept[ABS, 0.99])
+        self.assertLess(kept[REL, 0.5], kept[REL, 0.9])
+        self.assertAlmostEqual(kept[REL, 0.5], 0.5, delta=0.15)
+
     def test_imported_thresholds(self):
         """A file of the reference implementation, converted, serves: right answers from fewer pages."""
         with tempfile.TemporaryDirectory() as d:
