@@ -36,8 +36,8 @@ void calib_rel_gated(struct calib_rel *r, int32_t gate_rows, int32_t trial, doub
  * counted. */
 double calib_rel_skipped(const struct calib_rel *r, int32_t gate_rows, int32_t trial, int32_t layer,
                          int32_t head);
-/* The law by least squares over the points with S from 0.1 to 0.9; the knots where the mean is S over
- * the prompts no shorter than a quarter of the longest, as long as lambda is below 1 there.
+/* The law by least squares over the points with S from 0.1 to 0.9; the knots where the mean is S
+ * over the prompts no shorter than a quarter of the longest, as long as lambda is below 1 there.
  * ERR_INVALID where the points are fewer than four, or all alike, or S falls as lambda grows. */
 MUST_CHECK int calib_rel_fit(const struct calib_rel *r, int32_t gate_rows,
                              struct thresholds_rel *fit, struct err_msg *why);

@@ -156,7 +156,7 @@ ranks() {
 sanitize() {
     local tool t
     for tool in memcheck racecheck synccheck; do
-        for t in attn_decode_sm90 attn_sm90 kv_store_cuda nn_cuda sampler_cuda; do
+        for t in attn_decode_sm90 attn_sm90 kv_store_cuda nn_cuda sampler_cuda select_cuda; do
             check "$t $tool" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 1 "$bin/test_$t" quick
         done
     done
