@@ -294,6 +294,7 @@ static int decode(const struct attn_cuda *a, int layer)
         .arrived = a->arrived,
         .seq_counts = a->groups[LAUNCH_DECODE].counts,
         .head_counts = a->head_counts + (ptrdiff_t)layer * c->n_heads,
+        .early = attn_cuda_is_decode(a), /* then older tokens are of earlier steps */
     };
     CUDA_TRY(decode_sm90_launch(&a->maps[layer], &args, c->kv->head_dim, a->shape.dtype,
                                 SM90_GATE_NONE, dev_cuda_stream(c->dev)));

@@ -13,6 +13,7 @@ struct dec_warp {
     dec_ring<dec_layout<D>::slots> k, v, v_next; /* to consume; to load */
     int coming[dec_layout<D>::slots];            /* tiles of the K ring, oldest first */
     struct dec_feed feed;
+    bool has_v;    /* V of the next page is on its way already */
     uint32_t step; /* pages of a warp so far in the block: position in the ring of maxima */
 };
 

@@ -22,6 +22,8 @@
  * Four with DEC_WARPS arrivals for the maxima that warps show each other under REL. */
 #include "attention/attn_decode_merge_sm90.cuh"
 
+#include "core/early.cuh"
+
 /* ---- one piece ---- */
 
 /* The page at walk position i: scores, gate, and up to its probabilities. */
@@ -48,8 +50,9 @@ __device__ __forceinline__ void do_page(struct dec_warp<D> &w, struct dec_state<
     if (L::slots > 1)
         load_v(w, maps, tile);
     finish_page<D, DT>(w, st);
-    if (L::slots == 1)
+    if (L::slots == 1 && !w.has_v)
         load_v(w, maps, tile);
+    w.has_v = false;
     softmax_page<D, DT>(st, s, pm, a.scale * DEC_LOG2E);
     st.keys = min((int)DEC_PAGE, r.last_pos + 1 - page * DEC_PAGE);
 }
@@ -136,6 +139,7 @@ __device__ __forceinline__ void start_warp(struct dec_warp<D> &w, uint32_t smem)
     w.lane = threadIdx.x & 31;
     w.k = {0, 0}, w.v = {0, 0}, w.v_next = {0, 0};
     w.step = 0;
+    w.has_v = false;
     if (w.lane == 0) {
         for (int i = 0; i < L::slots; i++) {
             mbar_init(smem + L::k_full + 8 * (w.warp * L::slots + i), 1);
@@ -146,6 +150,16 @@ __device__ __forceinline__ void start_warp(struct dec_warp<D> &w, uint32_t smem)
         mbar_fence_init();
     }
     __syncthreads();
+}
+
+/* Whether this warp begins the share with pages that hold no token of the step: the kernel before
+ * this one may still write the others. */
+template <int D>
+__device__ __forceinline__ bool begins_old(const struct dec_args &a, int begin, int warp)
+{
+    const struct dec_piece *p = a.pieces + begin;
+    const int i = p->begin + warp, last = i + (dec_layout<D>::slots - 1) * DEC_WARPS;
+    return last < p->end && dec_page(i, p->last, p->n_run, p->sink) < p->pos / DEC_PAGE;
 }
 
 /* Pieces [begin, end): the first pages of this warp. */
@@ -188,9 +202,22 @@ __global__ void __launch_bounds__(DEC_THREADS, DEC_BLOCKS)
     int share = blockIdx.x, begin = args.first[share], end = args.first[share + 1];
     const int n_pieces = args.first[args.n_shares], used = args.pieces[0].shares;
     struct dec_warp<D> w;
+    bool begun = false;
+    begin_next();
     start_warp<D>(w, smem_addr(smem));
-    while (n_pieces > 0 && share < used) {
+    if (n_pieces > 0 && share < used && begins_old<D>(args, begin, w.warp)) {
+        begun = true;
         start_share<D>(w, maps, args, begin, end);
+        if (GATE == SM90_GATE_NONE && dec_layout<D>::slots == 1) {
+            w.has_v = true;
+            load_v(w, maps, w.coming[0]);
+        }
+    }
+    wait_for_inputs();
+    while (n_pieces > 0 && share < used) {
+        if (!begun)
+            start_share<D>(w, maps, args, begin, end);
+        begun = false;
 #    pragma unroll 1
         for (int i = begin; i < end; i++)
             do_piece<D, DT, GATE>(w, piece_load(args.pieces + i), maps, args, smem);
@@ -212,9 +239,9 @@ static cudaError_t launch(const struct sm90_maps *maps, const struct dec_args *a
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess)
         return e;
-    attn_decode<D, DT, GATE>
-        <<<dec_blocks(args->n_shares), DEC_THREADS, bytes, stream>>>(*maps, *args);
-    return cudaGetLastError();
+    const struct launch l = {dim3((unsigned)dec_blocks(args->n_shares)), DEC_THREADS, bytes,
+                             args->early, stream};
+    return launch_early(attn_decode<D, DT, GATE>, l, *maps, *args);
 }
 
 struct dec_entry {

@@ -59,6 +59,10 @@ struct dec_args {
     float *workspace;                             /* dec_workspace_bytes */
     uint32_t *arrived;                            /* [n_shares]: zero before, zero after */
     struct sm90_counts *seq_counts, *head_counts; /* or NULL */
+    /* May begin before the kernel ahead of it on the stream has ended (core/early.cuh). What
+     * precedes is a kernel then, and the plan and all keys and values before the sequences'
+     * positions are of kernels that have ended before that one begins. */
+    bool early;
 };
 
 /* n_shares for a device. */

@@ -18,8 +18,8 @@
 #include "model/gemm_skinny.h"
 
 #include "attention/ptx.cuh"
+#include "core/early.cuh"
 #include "core/pack.cuh"
-#include "model/early.cuh"
 #include "model/swiglu.cuh"
 
 #include <cuda_runtime.h>
@@ -348,20 +348,26 @@ __device__ __forceinline__ void work(const struct args &s, char *smem)
     struct partial<MT, NT> *part = (struct partial<MT, NT> *)(smem + L::part);
     const int warp = threadIdx.x >> 5, units = units_of<MT, M>(s.p.n);
     const uint32_t base = smem_addr(smem);
+    const int first = warp * cut<MT>::chunk;
     struct place at = {0, 0};
+    struct tile_x<MT, NT> b;
     wait_for_inputs();
+    load_x<T>(&b, s.p, first);
     for (int u = blockIdx.x; u < units; u += gridDim.x) {
         float acc[MT][NT][4] = {};
+#pragma unroll 2 /* b and coming change places without a copy, which would wait for the load */
         for (int k = 0; k < s.p.k; k += cut<MT>::round, at.next()) {
+            const int next = k + cut<MT>::round;
             struct tile_w<MT> a;
-            struct tile_x<MT, NT> b;
-            load_x<T>(&b, s.p, k + warp * cut<MT>::chunk);
+            struct tile_x<MT, NT> coming; /* of the next stage: a trip to the L2 cache */
+            load_x<T>(&coming, s.p, (next < s.p.k ? next : 0) + first);
             mbar_wait(base + L::full + 8 * at.slot, at.parity);
             load_w<MT>(&a, smem + at.slot * L::stage, L::pitch, k, s.p.k);
             multiply_tile<T>(acc, a, b);
             __syncwarp();
             if ((threadIdx.x & 31) == 0)
                 mbar_arrive(base + L::empty + 8 * at.slot);
+            b = coming;
         }
         leave(part, acc);
         bar_sync(BAR_SUM, 32 * WARPS);

@@ -9,8 +9,8 @@
  * the products in a layer can be done at their end, with the same roundings as by the kernels that
  * it stands for.
  *
- * Launched so that it may begin while the kernel before it ends (early.cuh): it starts to read w,
- * and waits before it reads x or writes y. w must not be written by kernels.
+ * Launched so that it may begin while the kernel before it ends (core/early.cuh): it starts to read
+ * w, and waits before it reads x or writes y. w must not be written by kernels.
  *
  * variant: 1 to GEMM_SKINNY_VARIANTS. dtype: 0 bf16, 1 f16. All return a cudaError_t as int. */
 #ifndef MODEL_GEMM_SKINNY_H

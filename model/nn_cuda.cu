@@ -1,8 +1,8 @@
 /* Row-wise and pointwise kernels, all limited by memory bandwidth: every operand is read once in
  * 16-byte accesses, and what a kernel needs twice stays in registers. Shapes of the grid depend on
  * the width alone, so that a row's sums are added in the same order whatever the batch. */
+#include "core/early.cuh"
 #include "core/pack.cuh"
-#include "model/early.cuh"
 #include "model/nn_cuda.h"
 #include "model/swiglu.cuh"
 

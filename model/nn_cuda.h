@@ -31,7 +31,7 @@ struct nn_cuda_norm {
                             and only those rows of residual change (the last norm of a step) */
     int32_t n, width;
     float eps;
-    bool early; /* what precedes on the stream is a kernel: begin while it ends (early.cuh) */
+    bool early; /* what precedes on the stream is a kernel: begin while it ends (core/early.cuh) */
 };
 int nn_cuda_residual_norm(const struct nn_cuda_norm *p, int dtype, void *stream);
 

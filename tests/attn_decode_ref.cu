@@ -1,5 +1,8 @@
 /* See attn_decode_ref.h. */
 #include "tests/attn_decode_ref.h"
+
+#include "core/early.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <math_constants.h>
@@ -144,4 +147,30 @@ __global__ void __launch_bounds__(512)
 void dec_read(const void *p, const void *q, size_t n, int n_sms, unsigned *sum)
 {
     read_all<<<4 * n_sms, 512>>>((const uint4 *)p, (const uint4 *)q, n / 16, sum);
+}
+
+/* ---- inputs that come late ---- */
+
+__device__ void copy16(void *dst, const void *src, size_t n)
+{
+    for (size_t i = threadIdx.x; i < n / 16; i += blockDim.x)
+        ((uint4 *)dst)[i] = ((const uint4 *)src)[i];
+}
+
+__global__ void write_late(const __grid_constant__ struct dec_late p)
+{
+    begin_next();
+    for (int i = 0; i < 40; i++)
+        __nanosleep(1000);
+    if (blockIdx.x == 0)
+        copy16(p.dst, p.src, p.n);
+    for (int i = (int)blockIdx.x; i < 2 * p.n_pages; i += (int)gridDim.x) {
+        const size_t at = p.pages[i / 2] * p.page_bytes;
+        copy16((char *)p.pool[i % 2] + at, (const char *)p.from[i % 2] + at, p.page_bytes);
+    }
+}
+
+void dec_write_late(const struct dec_late *p)
+{
+    write_late<<<8, 256>>>(*p);
 }

@@ -25,6 +25,15 @@ void dec_ref_naive(const struct dec_ref *p, double *out, double *lse);
 void dec_ref_page_max(const struct dec_ref *p, float *max);
 /* Reads n bytes (a multiple of 16) at each of two places in one launch and only adds them up. */
 void dec_read(const void *p, const void *q, size_t n, int n_sms, unsigned *sum);
+/* Lets the next launch begin, waits a while, and only then copies n bytes (a multiple of 16) from
+ * src to dst and the listed pages of page_bytes each from the second pools to the first. */
+struct dec_late {
+    void *dst, *pool[2];
+    const void *src, *from[2];
+    size_t n, page_bytes;
+    int n_pages, pages[16];
+};
+void dec_write_late(const struct dec_late *p);
 #ifdef __cplusplus
 }
 #endif

@@ -514,6 +514,51 @@ static void test_graph(int d, int dtype)
     dec_free(&w);
 }
 
+static void *twin(const void *dev, size_t n)
+{
+    void *p = dec_device(n);
+    CK(cudaMemcpy(p, dev, n, cudaMemcpyDeviceToDevice));
+    return p;
+}
+
+/* A launch that begins while the kernel before it still has to write q and the step's own pages. */
+static void test_early(int d, int dtype)
+{
+    static const int spans[4][2] = {{9000, 1}, {640, 1}, {126, 4}, {8191, 1}};
+    make(8, 2, d, dtype, 4, spans, 43);
+    run(SM90_GATE_NONE, "early");
+    void *direct = grab();
+    const size_t n = dec_q_len(&w) * 2, pool = dec_pool_len(&w) * 2;
+    struct dec_late late = {.dst = w.q,
+                            .pool = {w.k, w.v},
+                            .src = twin(w.q, n),
+                            .from = {twin(w.k, pool), twin(w.v, pool)},
+                            .n = n,
+                            .page_bytes = pool / (size_t)w.pool_pages};
+    for (int i = 0; i < w.n_seqs; i++) {
+        for (int p = w.seqs[i].pos / 64; p < w.n_pages[i]; p++)
+            late.pages[late.n_pages++] = w.host_table[w.seqs[i].pages - w.table + p];
+    }
+    w.args.early = true;
+    for (int round = 0; round < 10; round++) {
+        CK(cudaMemset(w.q, 0xff, n));
+        for (int i = 0; i < 2 * late.n_pages; i++)
+            CK(cudaMemset((char *)late.pool[i % 2] + (size_t)late.pages[i / 2] * late.page_bytes,
+                          0xff, late.page_bytes));
+        CK(cudaMemset(w.out, 0xff, n));
+        CK(cudaDeviceSynchronize());
+        dec_write_late(&late);
+        int e = dec_run(&w, SM90_GATE_NONE);
+        CK(cudaDeviceSynchronize());
+        void *got = grab();
+        check(e == 0 && !memcmp(got, direct, n), "early launch", "equal bits");
+        free(got);
+    }
+    free(direct);
+    cudaFree((void *)late.src), cudaFree((void *)late.from[0]), cudaFree((void *)late.from[1]);
+    dec_free(&w);
+}
+
 /* Integers from -2 to 2: scores are exact, so that no decision hangs on a rounding. */
 static void fill_integers(uint16_t *dev, size_t n, uint64_t seed)
 {
@@ -603,6 +648,7 @@ static void test_all(int d, int dtype)
     test_gates(d, dtype);
     test_visit(d, dtype);
     test_graph(d, dtype);
+    test_early(d, dtype);
     test_draws(d, dtype);
     test_sizes(d, dtype);
 }
@@ -616,6 +662,7 @@ int main(int argc, char **argv)
         test_visit(64, 1);
         test_nan(64, 0);
         test_graph(128, 1);
+        test_early(128, 0);
     } else {
         for (int dtype = 0; dtype < 2; dtype++) {
             test_all(128, dtype);

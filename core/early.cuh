@@ -3,8 +3,8 @@
  * tail. Such a kernel calls begin_next() first, may then read what no kernel writes, and calls
  * wait_for_inputs() in every thread before it reads anything else or writes: a kernel that ended
  * without waiting would free its successors of waiting for its predecessors. */
-#ifndef MODEL_EARLY_CUH
-#define MODEL_EARLY_CUH
+#ifndef CORE_EARLY_CUH
+#define CORE_EARLY_CUH
 
 #include <cuda_runtime.h>
 
