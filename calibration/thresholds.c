@@ -135,7 +135,9 @@ static int rel_field(const struct reader *r, const char *field, struct threshold
         return 0;
     bool good = parse_numbers(text, v, N) && v[1] > 0;
     for (int i = 0; good && i < N; i++)
-        good = fabs(v[i]) <= 1e6 && (i <= LAW || v[i] > v[i - 1]);
+        good = fabs(v[i]) <= 1e6;
+    for (int i = LAW + 1; good && i < N; i++)
+        good = v[i] > v[i - 1];
     if (!good)
         return err_set(r->why, ERR_FORMAT,
                        "%s: metadata %s is '%.120s', not a fit: ln a, b > 0, r2, least and most S, "
