@@ -2,6 +2,7 @@
 # GPU tests and a short bench, on a machine that may have nothing but CUDA and a driver.
 #   scripts/gpu-check.sh pack BIN FILE       strips what is needed out of BIN (build/cuda/bin) into FILE (.tar.xz), to carry it there
 #   scripts/gpu-check.sh run BIN|FILE        every test that wants a GPU, then the attention benches beside PyTorch where it is installed
+#   scripts/gpu-check.sh e2e BIN|FILE        the end-to-end tests with the model on one GPU
 #   scripts/gpu-check.sh ranks BIN|FILE      two GPUs: communicator, model and daemon over ranks, prefill on one and on two with a model
 #                                            of Llama-3.1-8B's shape (CSV in OUT, or build/), the mixed load under compute-sanitizer;
 #                                            ONLY="comm model prefill daemon load ways": some of it
@@ -17,13 +18,14 @@ LOAD_SECONDS=${LOAD_SECONDS:-60} # for 5000 steps of the mixed load
 pack() { # pack BIN FILE
     local stage lib
     stage=$(mktemp -d)
-    (cd "$1" && cp "${benches[@]}" sluiced sluice sluice-demo "$stage" && for f in "${patterns[@]}"; do
+    (cd "$1" && cp "${benches[@]}" sluiced sluice sluice-demo sluice-calibrate "$stage" && for f in "${patterns[@]}"; do
         for t in $f; do [ -x "$t" ] && cp "$t" "$stage"; done
     done)
     strip "$stage"/*
     lib=$(ldd "$1/test_dev_cuda" | awk '/libcmocka/ { print $3 }')
     if [ -n "$lib" ]; then cp -L "$lib" "$stage/libcmocka.so.0"; fi
-    tar -C "$stage" -cJf "$2" .
+    # Most of them hold the same kernels: a window that reaches from one to the next takes them once.
+    tar -C "$stage" -c . | xz -T2 --lzma2=preset=4,dict=192MiB >"$2"
     rm -rf "$stage"
     du -h "$2"
 }
@@ -74,6 +76,14 @@ run() {
     if python3 -c 'import torch' 2>/dev/null; then
         python3 "$here/bench/peers.py"
     fi
+}
+
+e2e() {
+    local name
+    export SLUICE_BIN=$bin SLUICE_ROOT=$here SLUICE_TEST_DEVICE=cuda SLUICE_TEST_TP=1 PYTHONDONTWRITEBYTECODE=1
+    for name in bad_input serving load eval calibrate; do
+        check "e2e_$name" python3 "$here/tests/e2e/test_$name.py"
+    done
 }
 
 # What NCCL and Python need that is not where the loader and the tests look.
@@ -167,12 +177,12 @@ pack)
     pack "${2:?BIN}" "${3:?FILE}"
     exit
     ;;
-run | ranks | sanitize)
+run | e2e | ranks | sanitize)
     open_bin "${2:?BIN or FILE}"
     "$1"
     ;;
 *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac
