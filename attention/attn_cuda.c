@@ -259,6 +259,7 @@ static int prefill(const struct attn_cuda *a, const struct attn_group *g, int la
         .n_kv_heads = c->kv->n_kv_heads,
         .n_pages = c->kv->n_pages,
         .order = (int32_t)a->policy.order,
+        .gate_rows = g->gate_rows,
         .t_blocks = a->policy.abs.n_blocks,
         .t_head_stride = a->policy.abs.n_blocks,
         .scale = c->scale,
@@ -303,7 +304,7 @@ static int decode(const struct attn_cuda *a, int layer)
 
 int attn_cuda_run(struct attn_cuda *a, int layer)
 {
-    for (int i = LAUNCH_GATED; i <= LAUNCH_OTHER; i++) {
+    for (int i = LAUNCH_PREFILL; i < LAUNCH_DECODE; i++) {
         if (a->groups[i].n_tiles > 0)
             TRY(prefill(a, &a->groups[i], layer));
     }

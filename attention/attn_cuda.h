@@ -2,8 +2,8 @@
  *
  * A step is planned once and run for every layer. Sequences are split into prompt rows, which go to
  * the prefill kernel under their gate, and generated rows, up to DEC_MAX_TOKENS of which go to the
- * decode kernel; longer runs of generated rows (a resumed request) are prefilled densely. Sequences
- * of different gates share a launch where the kernel can: one without a gate joins either kind.
+ * decode kernel; longer runs of generated rows (a resumed request) are prefilled densely. A step
+ * has a launch for each gate and gate_rows in it; sequences without a gate join the first.
  *
  * q, k, v and out of all steps are in the same memory, so tensor maps are made once. What a plan
  * needs on the device is packed into the step's upload. The pieces of a step without prompt rows

@@ -14,14 +14,15 @@ struct attn_part {
     const void *pages; /* device */
 };
 
-/* One launch a layer. DECODE is the decode kernel's; GATED and OTHER are the prefill kernel's, the
- * second of which is needed only where a step mixes ABS and REL. */
-enum attn_launch { LAUNCH_GATED, LAUNCH_OTHER, LAUNCH_DECODE, N_LAUNCHES };
+/* One launch a layer. DECODE is the decode kernel's; those before it are the prefill kernel's, one
+ * for each gate and gate_rows that a step has, and for all prompts without a gate the first. */
+enum attn_launch { LAUNCH_PREFILL, LAUNCH_DECODE = 4, N_LAUNCHES };
 
 struct attn_group {
     struct attn_part *parts; /* [2 * max_seqs] */
     int32_t n_parts;
-    int gate;                    /* SM90_GATE_* */
+    int gate; /* SM90_GATE_* */
+    int32_t gate_rows;
     const struct sm90_seq *seqs; /* device; prefill: layer l's start at l * seq_stride */
     int32_t seq_stride;
     const struct sm90_tile *tiles; /* device */

@@ -32,8 +32,9 @@ size_t attn_cuda_upload_bytes(const struct attn_cuda *a)
     const size_t plan = upload_round(max_pieces(a) * sizeof(struct dec_piece)) +
                         upload_round((size_t)(a->dec_shape.n_shares + 1) * sizeof(int32_t));
     return (size_t)a->n_plans * plan + upload_round(seqs * sizeof(struct dec_seq)) +
-           upload_round(max_tiles(a) * sizeof(struct sm90_tile)) + UPLOAD_ALIGN +
-           2 * upload_round(layers * (size_t)max_parts(a) * sizeof(struct sm90_seq)) +
+           upload_round(max_tiles(a) * sizeof(struct sm90_tile)) +
+           upload_round(layers * (size_t)max_parts(a) * sizeof(struct sm90_seq)) +
+           (size_t)LAUNCH_DECODE * 2 * UPLOAD_ALIGN + /* the groups' tiles and sequences apart */
            upload_round(seqs * (size_t)kv_pages_for(a->cfg.max_position) * sizeof(int32_t));
 }
 
@@ -43,15 +44,18 @@ static void add_part(struct attn_group *g, struct attn_part part)
         g->parts[g->n_parts++] = part;
 }
 
-/* Where the prompt rows of a sequence go: REL apart from ABS, the rest with the first gate met. */
+/* Where the prompt rows of a sequence go: to the launch of their gate, or to one that has none yet.
+ * Without a gate that is always the first. */
 static struct attn_group *group_of(struct attn_cuda *a, const struct attn_choice *c)
 {
-    struct attn_group *g = &a->groups[LAUNCH_GATED];
+    struct attn_group *g = &a->groups[LAUNCH_PREFILL];
     if (c->gate == ATTN_GATE_NONE)
         return g;
-    if (g->gate != SM90_GATE_NONE && g->gate != (int)c->gate)
-        g = &a->groups[LAUNCH_OTHER];
+    while (g->gate != SM90_GATE_NONE && (g->gate != (int)c->gate || g->gate_rows != c->gate_rows))
+        g++;
+    ASSERT(g < &a->groups[LAUNCH_DECODE]);
     g->gate = (int)c->gate;
+    g->gate_rows = c->gate_rows;
     return g;
 }
 
@@ -63,8 +67,8 @@ static void split(struct attn_cuda *a, const struct attn_seq *s, int32_t index, 
     const struct attn_part prompt = {index, s->row, n, s->pos, true, pages};
     const struct attn_part made = {index, s->row + n, rest, cut, false, pages};
 
-    add_part(n > 0 ? group_of(a, &s->choice) : &a->groups[LAUNCH_GATED], prompt);
-    add_part(&a->groups[rest > DEC_MAX_TOKENS ? LAUNCH_GATED : LAUNCH_DECODE], made);
+    add_part(n > 0 ? group_of(a, &s->choice) : &a->groups[LAUNCH_PREFILL], prompt);
+    add_part(&a->groups[rest > DEC_MAX_TOKENS ? LAUNCH_PREFILL : LAUNCH_DECODE], made);
 }
 
 /* Page tables of all sequences, one after the other; then the parts that read them. */
@@ -175,6 +179,7 @@ void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_
         struct attn_group *g = &a->groups[i];
         g->n_parts = g->n_tiles = 0;
         g->gate = SM90_GATE_NONE;
+        g->gate_rows = a->probe.max ? a->probe.gate_rows : KV_BLOCK_TOKENS;
         g->counts = (struct sm90_counts *)counts + (ptrdiff_t)i * max_parts(a);
     }
     struct upload fixed = *u;
@@ -190,13 +195,17 @@ void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_
     pack_pages(a, seqs, n_seqs, u);
     if (decode)
         pack_decode(a, &fixed, dec_seqs);
-    pack_prefill(a, &a->groups[LAUNCH_GATED], seqs, u);
-    pack_prefill(a, &a->groups[LAUNCH_OTHER], seqs, u);
+    for (int i = LAUNCH_PREFILL; i < LAUNCH_DECODE; i++)
+        pack_prefill(a, &a->groups[i], seqs, u);
 }
 
 bool attn_cuda_is_decode(const struct attn_cuda *a)
 {
-    return a->groups[LAUNCH_GATED].n_parts == 0 && a->groups[LAUNCH_OTHER].n_parts == 0;
+    for (int i = LAUNCH_PREFILL; i < LAUNCH_DECODE; i++) {
+        if (a->groups[i].n_parts > 0)
+            return false;
+    }
+    return true;
 }
 
 void attn_cuda_counts(const struct attn_cuda *a, const void *counts, struct attn_counts *out,

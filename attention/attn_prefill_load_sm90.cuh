@@ -15,6 +15,20 @@ __device__ __forceinline__ void part_end(void)
     asm volatile("" ::: "memory");
 }
 
+template <int GATE>
+__device__ __forceinline__ float gate_of(const struct sm90_args &a, const struct sm90_seq *s,
+                                         int block, int head)
+{
+    if (GATE == SM90_GATE_REL)
+        return s->ln_lambda * a.inv_scale;
+    const float *t = s->t;
+    if (GATE == SM90_GATE_NONE || !t)
+        return -INFINITY;
+    return t[(uint32_t)(head * (int)a.t_head_stride + min(block + 1, a.t_blocks) - 1)] *
+           a.inv_scale;
+}
+
+template <int GATE>
 __device__ __forceinline__ void describe_item(struct item_info *it, const struct sm90_args &a,
                                               const struct sm90_seq *s, int block, int head)
 {
@@ -24,6 +38,7 @@ __device__ __forceinline__ void describe_item(struct item_info *it, const struct
     it->head = head;
     it->block = block;
     it->rows64 = s->gate_rows == PAGE;
+    it->gate = gate_of<GATE>(a, s, block, head);
     part_end();
     const int pos = s->pos - block * BLOCK_M; /* of the chunk's first row, from the block's */
     it->q_row = s->row - pos;
@@ -66,7 +81,7 @@ __device__ __forceinline__ void produce_tiles(uint32_t smem, unsigned char *smem
         if (more) {
             const struct sm90_tile *t = a.tiles + at;
             info->item[g].q_parity = q_parity & 1;
-            describe_item(&info->item[g], a, a.seqs + t->seq, t->block[g], t->head[g]);
+            describe_item<GATE>(&info->item[g], a, a.seqs + t->seq, t->block[g], t->head[g]);
         }
         __syncwarp(lanes);
         const uint32_t tile = smem + L::info + slot * (uint32_t)sizeof *info;

@@ -103,7 +103,7 @@ template <int D, int GATE>
 __device__ __forceinline__ void request_v(const struct consumer<D, GATE> &c, const CUtensorMap *map)
 {
     using L = smem_layout<D, GATE>;
-    if (c.thread != 0)
+    if (c.thread() != 0)
         return;
     const uint32_t slot = v_slot(c), full = c.smem + L::v_full + 8 * slot;
     const int tile = ld_shared_s32(c.smem + L::k_tile + 4 * c.k.slot());
@@ -116,7 +116,7 @@ template <int D, int GATE>
 __device__ __forceinline__ void count_kept(const struct consumer<D, GATE> &c, int n)
 {
     const uint32_t kept = c.smem + smem_layout<D, GATE>::kept + 4 * c.group;
-    if (GATE != SM90_GATE_NONE && c.thread == 0)
+    if (GATE != SM90_GATE_NONE && c.thread() == 0)
         st_shared_s32(kept, ld_shared_s32(kept) + n);
 }
 
@@ -150,7 +150,7 @@ __device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CU
     if (GATE != SM90_GATE_NONE) {
         const bool first = wants(c, st[0], pm, 0);
         bool keep = false;
-        if (all_of(c.valid & HOT))
+        if (all_of(c.bits & HOT))
             keep = vote(c, BAR_EARLY, first);
         if (all_of(!keep)) {
             float pm1[2];
@@ -190,62 +190,122 @@ __device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CU
     return true;
 }
 
-/* One half of a page alone: the diagonal (`mask`), and pages for which each half decides by itself.
- * at: as above; less than 0 on the diagonal. Returns whether it keeps the page; V must be asked for
- * unless `asked`. */
-template <int D, int DT, int GATE>
-__device__ __forceinline__ bool half_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
-                                          const struct sm90_args &a, struct row_state &st,
-                                          float (&o)[D / 2], int half, uint32_t k, int at,
-                                          bool mask, bool asked)
+/* Softmax and PV of one half, whose maxima are up to date. */
+template <int D, int DT>
+__device__ __forceinline__ void half_pv(const float (&s)[32], struct row_state &st,
+                                        float (&o)[D / 2], uint32_t v, const struct sm90_args &a)
 {
-    using L = smem_layout<D, GATE>;
-    float s[32], pm[2], alpha[2];
     uint32_t p[16];
-    wgmma_fence();
-    issue_qk<D, DT>(s, desc_k_major(c.smem + L::q + c.group * L::q_bytes + half * HALF_M * 128), k);
-    wgmma_wait<0>();
-    wgmma_pin(s);
-    if (all_of(mask)) {
-        const int thread = opaque(c.thread), lane = thread & 31;
-        mask_diagonal(s, 2 * (lane & 3), thread / 32 * 16 + lane / 4);
-    }
-    page_max(pm, s);
-    if (all_of(at >= 0))
-        write_max(c, a, pm, half, at);
-    if (GATE != SM90_GATE_NONE) {
-        if (all_of(!vote(c, BAR_EARLY, at < 0 || wants(c, st, pm, half))))
-            return false;
-        if (!asked)
-            request_v(c, map);
-    }
-    raise_maxima<GATE>(st, alpha, pm, a);
-    scale_rows(o, alpha);
     page_exp<DT>(p, s, st, a.scale_log2);
-    issue_pv<D, DT>(o, p, wait_v(c));
+    issue_pv<D, DT>(o, p, v);
     wgmma_wait<0>();
     wgmma_pin(o);
     wgmma_pin(p);
-    return true;
 }
 
-/* A page one half after the other. diag: 0 or 1 on the diagonal, else -1; at: as above. */
+/* The same where each half decides for itself (gate_rows 64). */
 template <int D, int DT, int GATE>
-__device__ __forceinline__ void any_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
-                                         const struct sm90_args &a, struct row_state (&st)[2],
-                                         float (&o0)[D / 2], float (&o1)[D / 2], int diag, int at)
+__device__ __forceinline__ void split_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
+                                           const struct sm90_args &a, struct row_state (&st)[2],
+                                           float (&o0)[D / 2], float (&o1)[D / 2], int at)
+{
+    using L = smem_layout<D, GATE>;
+    float s0[32], s1[32], pm[2], alpha[2];
+    const uint32_t k = wait_k(c);
+    const uint64_t q = desc_k_major(c.smem + L::q + c.group * L::q_bytes);
+    wgmma_fence();
+    issue_qk<D, DT>(s0, q, k);
+    issue_qk<D, DT>(s1, q + (HALF_M * 128 >> 4), k);
+    wgmma_wait<1>();
+    wgmma_pin(s0);
+    page_max(pm, s0);
+    write_max(c, a, pm, 0, at);
+    const bool keep0 = vote(c, BAR_EARLY, wants(c, st[0], pm, 0));
+    if (all_of(keep0))
+        raise_maxima<GATE>(st[0], alpha, pm, a);
+    wgmma_wait<0>();
+    wgmma_pin(s1);
+    if (all_of(keep0)) {
+        request_v(c, map);
+        scale_rows(o0, alpha);
+    }
+    page_max(pm, s1);
+    write_max(c, a, pm, 1, at);
+    const bool keep1 = vote(c, BAR_LATE, wants(c, st[1], pm, 1));
+    if (all_of(keep1)) {
+        if (all_of(!keep0))
+            request_v(c, map);
+        raise_maxima<GATE>(st[1], alpha, pm, a);
+        scale_rows(o1, alpha);
+    }
+    if (all_of(!keep0 && !keep1)) {
+        release_k(c);
+        return;
+    }
+    count_kept(c, ITEM_FIELD(c, rows64) ? keep0 + keep1 : 1);
+    release_k(c);
+    const uint32_t v = wait_v(c);
+    if (all_of(!keep0)) {
+        half_pv<D, DT>(s1, st[1], o1, v, a);
+    } else if (all_of(!keep1)) {
+        half_pv<D, DT>(s0, st[0], o0, v, a);
+    } else {
+        uint32_t p0[16], p1[16];
+        page_exp<DT>(p0, s0, st[0], a.scale_log2);
+        issue_pv<D, DT>(o0, p0, v);
+        page_exp<DT>(p1, s1, st[1], a.scale_log2);
+        issue_pv<D, DT>(o1, p1, v);
+        wgmma_wait<0>();
+        wgmma_pin(o0);
+        wgmma_pin(o1);
+        wgmma_pin(p0);
+        wgmma_pin(p1);
+    }
+    release_v(c);
+}
+
+/* One half of a diagonal page; `mask`: its own diagonal. V must be asked for unless `asked`. */
+template <int D, int DT, int GATE>
+__device__ __forceinline__ void
+diagonal_half(struct consumer<D, GATE> &c, const CUtensorMap *map, const struct sm90_args &a,
+              struct row_state &st, float (&o)[D / 2], int half, uint32_t k, bool mask, bool asked)
+{
+    using L = smem_layout<D, GATE>;
+    float s[32], pm[2], alpha[2];
+    wgmma_fence();
+    issue_qk<D, DT>(s, desc_k_major(c.smem + L::q + c.group * L::q_bytes + half * HALF_M * 128), k);
+    if (GATE != SM90_GATE_NONE && !asked) {
+        bar_sync(BAR_EARLY + c.group, GROUP_WARPS * 32); /* the slot of V is free */
+        request_v(c, map);
+    }
+    wgmma_wait<0>();
+    wgmma_pin(s);
+    if (all_of(mask)) {
+        const int thread = opaque(c.thread()), lane = thread & 31;
+        mask_diagonal(s, 2 * (lane & 3), thread / 32 * 16 + lane / 4);
+    }
+    page_max(pm, s);
+    raise_maxima<GATE>(st, alpha, pm, a);
+    scale_rows(o, alpha);
+    half_pv<D, DT>(s, st, o, wait_v(c), a);
+}
+
+/* The first or second diagonal page, one half after the other; the second is above the first half's
+ * rows. */
+template <int D, int DT, int GATE>
+__device__ __forceinline__ void diagonal_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
+                                              const struct sm90_args &a, struct row_state (&st)[2],
+                                              float (&o0)[D / 2], float (&o1)[D / 2], int diag)
 {
     const uint32_t k = wait_k(c);
-    int kept = 0;
-    if (all_of(diag != 1))
-        kept = half_page<D, DT, GATE>(c, map, a, st[0], o0, 0, k, at, diag == 0, false);
-    if (all_of(diag != 0 || ITEM_FIELD(c, row_end) > HALF_M))
-        kept += half_page<D, DT, GATE>(c, map, a, st[1], o1, 1, k, at, diag == 1, kept);
+    const bool first = diag == 0, second = diag == 1 || ITEM_FIELD(c, row_end) > HALF_M;
+    if (all_of(first))
+        diagonal_half<D, DT, GATE>(c, map, a, st[0], o0, 0, k, true, false);
+    if (all_of(second))
+        diagonal_half<D, DT, GATE>(c, map, a, st[1], o1, 1, k, !first, first);
     release_k(c);
-    if (GATE == SM90_GATE_NONE || all_of(kept)) {
-        count_kept(c, ITEM_FIELD(c, rows64) ? kept : 1);
-        release_v(c);
-    }
+    count_kept(c, ITEM_FIELD(c, rows64) ? first + second : 1);
+    release_v(c);
 }
 
 #endif

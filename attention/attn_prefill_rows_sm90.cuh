@@ -10,7 +10,7 @@
 /* Named barriers, one a warpgroup each. */
 enum { BAR_EARLY = 1, BAR_LATE = 3 };
 
-/* A bit of `valid`. */
+/* A bit of `bits`. */
 enum { HOT = 16 };
 
 /* A computing thread: its place, its positions in the rings, and what it keeps of its item through
@@ -19,12 +19,17 @@ template <int D, int GATE>
 struct consumer {
     using L = smem_layout<D, GATE>;
     uint32_t smem;
-    int group;  /* 0 or 1: the item */
-    int thread; /* of the group */
+    int group; /* 0 or 1: the item */
     float gate;
-    int valid; /* bit 2 i + r: row r of half i belongs to the chunk; HOT: the last page was kept */
+    /* Bit 2 i + r: row r of half i belongs to the chunk; HOT: the last page was kept; from bit 8 on
+     * the thread of the group. */
+    int bits;
     struct ring<L::k_slots> k;
     struct ring<GATE == SM90_GATE_NONE ? L::v_slots : L::own_v_slots> v;
+    __device__ __forceinline__ int thread(void) const
+    {
+        return bits >> 8;
+    }
 };
 
 /* How many tiles this group has taken: in shared memory, since registers are dear. */
@@ -67,7 +72,7 @@ __device__ __forceinline__ bool wants(const struct consumer<D, GATE> &c, const s
 {
     const float b0 = GATE == SM90_GATE_REL ? st.m[0] + c.gate : c.gate;
     const float b1 = GATE == SM90_GATE_REL ? st.m[1] + c.gate : c.gate;
-    const int valid = opaque(c.valid);
+    const int valid = opaque(c.bits);
     const bool v0 = valid & 1 << 2 * half, v1 = valid & 2 << 2 * half;
     return (v0 & !(pm[0] < b0)) | (v1 & !(pm[1] < b1));
 }
@@ -87,7 +92,7 @@ __device__ __forceinline__ void write_max(const struct consumer<D, GATE> &c,
 {
     if (GATE != SM90_GATE_ABS_MAX)
         return;
-    const int valid = opaque(c.valid) >> 2 * half;
+    const int valid = opaque(c.bits) >> 2 * half;
     const int max = ordered_max(valid & 1 ? pm[0] : -INFINITY, valid & 2 ? pm[1] : -INFINITY);
     if (!elect_one())
         return;
@@ -159,7 +164,7 @@ __device__ __forceinline__ void write_half(struct consumer<D, GATE> &c, const st
 {
     const int q_row = ITEM_FIELD(c, q_row), head = ITEM_FIELD(c, head);
     const int row_begin = ITEM_FIELD(c, row_begin), row_end = ITEM_FIELD(c, row_end);
-    const int thread = opaque(c.thread), lane = thread & 31;
+    const int thread = opaque(c.thread()), lane = thread & 31;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int row = half * HALF_M + thread / 32 * 16 + lane / 4 + 8 * r;

@@ -34,38 +34,24 @@
 
 /* ---- a tile ---- */
 
-/* The gate on raw scores. ABS: the threshold; REL: ln(lambda). */
 template <int D, int GATE>
-__device__ __forceinline__ float item_gate(const struct consumer<D, GATE> &c,
-                                           const struct sm90_args &a)
-{
-    const struct sm90_seq *s = a.seqs + TILE_FIELD(c, seq);
-    if (GATE == SM90_GATE_REL)
-        return s->ln_lambda * a.inv_scale;
-    const float *t = s->t;
-    if (GATE == SM90_GATE_NONE || !t)
-        return -INFINITY;
-    const int at = min(ITEM_FIELD(c, block) + 1, a.t_blocks) - 1;
-    return t[ITEM_FIELD(c, head) * a.t_head_stride + at] * a.inv_scale;
-}
-
-template <int D, int GATE>
-__device__ __forceinline__ void take_item(struct consumer<D, GATE> &c, const struct sm90_args &a)
+__device__ __forceinline__ void take_item(struct consumer<D, GATE> &c)
 {
     const int row_begin = ITEM_FIELD(c, row_begin), row_end = ITEM_FIELD(c, row_end);
     int valid = 0;
     for (int i = 0; i < 4; i++) {
-        const int row = (i >> 1) * HALF_M + c.thread / 32 * 16 + (c.thread & 31) / 4 + 8 * (i & 1);
+        const int row =
+            (i >> 1) * HALF_M + c.thread() / 32 * 16 + (c.thread() & 31) / 4 + 8 * (i & 1);
         valid |= (row >= row_begin && row < row_end) << i;
     }
-    c.valid = valid | HOT;
-    c.gate = item_gate(c, a);
-    if (GATE != SM90_GATE_NONE && c.thread == 0)
+    c.bits = c.thread() << 8 | HOT | valid;
+    c.gate = GATE == SM90_GATE_NONE ? 0.0f : __int_as_float(ITEM_FIELD(c, gate));
+    if (GATE != SM90_GATE_NONE && c.thread() == 0)
         st_shared_s32(c.smem + smem_layout<D, GATE>::kept + 4 * c.group, 0);
 }
 
 /* All pages of an item, of which there is at least one. */
-template <int D, int DT, int GATE>
+template <int D, int DT, int GATE, int ROWS>
 __device__ __forceinline__ void attend(struct consumer<D, GATE> &c, const CUtensorMap *map,
                                        const struct sm90_args &a, struct row_state (&st)[2],
                                        float (&o0)[D / 2], float (&o1)[D / 2])
@@ -75,28 +61,30 @@ __device__ __forceinline__ void attend(struct consumer<D, GATE> &c, const CUtens
 #pragma unroll 1
     for (int i = 0; all_of(i < ITEM_FIELD(c, n_segments)); i++) {
         const bool diag = i == ITEM_FIELD(c, diag_segment);
-        int n = item_field(c, offsetof(struct item_info, n) + 4 * i);
+        const int n = item_field(c, offsetof(struct item_info, n) + 4 * i);
         pass(c, item_field(c, offsetof(struct item_info, pass) + 4 * i));
-        if (all_of(diag || (GATE != SM90_GATE_NONE && ITEM_FIELD(c, rows64)))) {
+        if (all_of(diag)) {
 #pragma unroll 1
-            for (int j = 0; all_of(j < n); j++) {
-                any_page<D, DT, GATE>(c, map, a, st, o0, o1, diag ? j : -1, diag ? -1 : at);
-                at += diag ? 0 : watched;
-            }
+            for (int j = 0; all_of(j < n); j++)
+                diagonal_page<D, DT, GATE>(c, map, a, st, o0, o1, j);
             continue;
         }
         i |= n << 3; /* one register for both */
 #pragma unroll 1
         for (; all_of(i > 7); i -= 8) {
-            const bool kept = plain_page<D, DT, GATE>(c, map, a, st, o0, o1, at);
-            c.valid = kept ? c.valid | HOT : c.valid & ~HOT;
+            if (ROWS == HALF_M) {
+                split_page<D, DT, GATE>(c, map, a, st, o0, o1, at);
+            } else {
+                const bool kept = plain_page<D, DT, GATE>(c, map, a, st, o0, o1, at);
+                c.bits = kept ? c.bits | HOT : c.bits & ~HOT;
+            }
             at += watched;
         }
     }
     pass(c, item_field(c, offsetof(struct item_info, pass) + 4 * ITEM_FIELD(c, n_segments)));
 }
 
-template <int D, int DT, int GATE>
+template <int D, int DT, int GATE, int ROWS>
 __device__ __forceinline__ void compute_item(struct consumer<D, GATE> &c, const CUtensorMap *map,
                                              const struct sm90_args &a)
 {
@@ -114,18 +102,18 @@ __device__ __forceinline__ void compute_item(struct consumer<D, GATE> &c, const 
     }
     wgmma_zero(o0);
     wgmma_zero(o1);
-    take_item(c, a);
+    take_item(c);
     mbar_wait(c.smem + L::q_full + 8 * c.group, ITEM_FIELD(c, q_parity));
-    attend<D, DT, GATE>(c, map, a, st, o0, o1);
+    attend<D, DT, GATE, ROWS>(c, map, a, st, o0, o1);
     if (elect_one()) /* the next Q comes while this O leaves */
         mbar_arrive(c.smem + L::q_empty + 8 * c.group);
     write_half<D, DT, GATE>(c, a, st[0], o0, 0);
     write_half<D, DT, GATE>(c, a, st[1], o1, 1);
-    if (c.thread == 0 && (a.seq_counts || a.head_counts))
+    if (c.thread() == 0 && (a.seq_counts || a.head_counts))
         count_item(c, a);
 }
 
-template <int D, int DT, int GATE>
+template <int D, int DT, int GATE, int ROWS>
 __device__ __forceinline__ void consume(uint32_t smem, const struct sm90_maps &maps,
                                         const struct sm90_args &a)
 {
@@ -134,17 +122,17 @@ __device__ __forceinline__ void consume(uint32_t smem, const struct sm90_maps &m
     };
     c.smem = smem;
     c.group = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128 - 1, 0);
-    c.thread = threadIdx.x & 127;
+    c.bits = (int)(threadIdx.x & 127) << 8;
     for (;;) {
         const uint32_t taken = tiles_taken(c);
         mbar_wait(smem + L::tile_full + 8 * (taken & 1), taken >> 1 & 1);
         if (TILE_FIELD(c, seq) < 0)
             break;
-        compute_item<D, DT, GATE>(c, &maps.v, a);
+        compute_item<D, DT, GATE, ROWS>(c, &maps.v, a);
         const uint32_t last = tiles_taken(c);
         mbar_arrive(smem + L::tile_empty + 8 * (last & 1));
         bar_sync(BAR_LATE + c.group, GROUP_WARPS * 32); /* all have read `taken` */
-        if (c.thread == 0)
+        if (c.thread() == 0)
             st_shared_s32(smem + L::taken + 4 * c.group, (int)last + 1);
         bar_sync(BAR_LATE + c.group, GROUP_WARPS * 32);
     }
@@ -182,7 +170,7 @@ __device__ __forceinline__ void init_barriers(uint32_t smem)
 }
 
 /* A compiler pass for plain sm_90, which lacks wgmma, makes an empty kernel. */
-template <int D, int DT, int GATE>
+template <int D, int DT, int GATE, int ROWS>
 __global__ void __launch_bounds__(THREADS, 1)
     attn_prefill(const __grid_constant__ struct sm90_maps maps,
                  const __grid_constant__ struct sm90_args args)
@@ -202,12 +190,12 @@ __global__ void __launch_bounds__(THREADS, 1)
         produce<D, GATE>(smem, smem_ptr, maps, args);
     } else {
         reg_inc<CONSUMER_REGS>();
-        consume<D, DT, GATE>(smem, maps, args);
+        consume<D, DT, GATE, ROWS>(smem, maps, args);
     }
 #endif
 }
 
-template <int D, int DT, int GATE>
+template <int D, int DT, int GATE, int ROWS>
 static cudaError_t launch(const struct sm90_maps *maps, const struct sm90_args *args, int n_sms,
                           cudaStream_t stream)
 {
@@ -217,44 +205,43 @@ static cudaError_t launch(const struct sm90_maps *maps, const struct sm90_args *
     a.slack = SLACK_LOG2 / a.scale_log2;
     constexpr int bytes = smem_layout<D, GATE>::bytes;
     static_assert(bytes <= 232448, "shared memory of a thread block");
-    cudaError_t e = cudaFuncSetAttribute(attn_prefill<D, DT, GATE>,
+    cudaError_t e = cudaFuncSetAttribute(attn_prefill<D, DT, GATE, ROWS>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess)
         return e;
     const int grid = args->n_tiles < n_sms ? args->n_tiles : n_sms;
-    attn_prefill<D, DT, GATE><<<grid, THREADS, bytes, stream>>>(*maps, a);
+    attn_prefill<D, DT, GATE, ROWS><<<grid, THREADS, bytes, stream>>>(*maps, a);
     return cudaGetLastError();
 }
 
 struct kernel_entry {
-    int head_dim, dtype, gate;
+    int head_dim, dtype, gate, rows;
     cudaError_t (*launch)(const struct sm90_maps *, const struct sm90_args *, int, cudaStream_t);
 };
 
+#define KERNEL(d, dt, gate, rows)                                                                  \
+    {                                                                                              \
+        d, dt, gate, rows, launch<d, dt, gate, rows>                                               \
+    }
+#define KERNELS(d, dt)                                                                             \
+    KERNEL(d, dt, SM90_GATE_NONE, 128), KERNEL(d, dt, SM90_GATE_ABS, 128),                         \
+        KERNEL(d, dt, SM90_GATE_ABS, 64), KERNEL(d, dt, SM90_GATE_REL, 128),                       \
+        KERNEL(d, dt, SM90_GATE_REL, 64), KERNEL(d, dt, SM90_GATE_ABS_MAX, 128),                   \
+        KERNEL(d, dt, SM90_GATE_ABS_MAX, 64)
+
 static const struct kernel_entry kernels[] = {
-    {128, DT_BF16, SM90_GATE_NONE, launch<128, DT_BF16, SM90_GATE_NONE>},
-    {128, DT_BF16, SM90_GATE_ABS, launch<128, DT_BF16, SM90_GATE_ABS>},
-    {128, DT_BF16, SM90_GATE_REL, launch<128, DT_BF16, SM90_GATE_REL>},
-    {128, DT_F16, SM90_GATE_NONE, launch<128, DT_F16, SM90_GATE_NONE>},
-    {128, DT_F16, SM90_GATE_ABS, launch<128, DT_F16, SM90_GATE_ABS>},
-    {128, DT_F16, SM90_GATE_REL, launch<128, DT_F16, SM90_GATE_REL>},
-    {128, DT_BF16, SM90_GATE_ABS_MAX, launch<128, DT_BF16, SM90_GATE_ABS_MAX>},
-    {128, DT_F16, SM90_GATE_ABS_MAX, launch<128, DT_F16, SM90_GATE_ABS_MAX>},
-    {64, DT_BF16, SM90_GATE_NONE, launch<64, DT_BF16, SM90_GATE_NONE>},
-    {64, DT_BF16, SM90_GATE_ABS, launch<64, DT_BF16, SM90_GATE_ABS>},
-    {64, DT_BF16, SM90_GATE_REL, launch<64, DT_BF16, SM90_GATE_REL>},
-    {64, DT_F16, SM90_GATE_NONE, launch<64, DT_F16, SM90_GATE_NONE>},
-    {64, DT_F16, SM90_GATE_ABS, launch<64, DT_F16, SM90_GATE_ABS>},
-    {64, DT_F16, SM90_GATE_REL, launch<64, DT_F16, SM90_GATE_REL>},
-    {64, DT_BF16, SM90_GATE_ABS_MAX, launch<64, DT_BF16, SM90_GATE_ABS_MAX>},
-    {64, DT_F16, SM90_GATE_ABS_MAX, launch<64, DT_F16, SM90_GATE_ABS_MAX>},
+    KERNELS(128, DT_BF16),
+    KERNELS(128, DT_F16),
+    KERNELS(64, DT_BF16),
+    KERNELS(64, DT_F16),
 };
 
 int sm90_prefill_launch(const struct sm90_maps *maps, const struct sm90_args *args, int head_dim,
                         int dtype, int gate, int n_sms, void *stream)
 {
+    const int rows = gate == SM90_GATE_NONE ? BLOCK_M : args->gate_rows;
     for (const struct kernel_entry &k : kernels)
-        if (k.head_dim == head_dim && k.dtype == dtype && k.gate == gate)
+        if (k.head_dim == head_dim && k.dtype == dtype && k.gate == gate && k.rows == rows)
             return (int)k.launch(maps, args, n_sms, (cudaStream_t)stream);
     return (int)cudaErrorInvalidValue;
 }

@@ -29,6 +29,7 @@ struct item_info {
     int32_t row_begin, row_end; /* rows of the block that belong to the chunk */
     int32_t sink, local;
     int32_t rows64;
+    float gate;       /* on raw scores. ABS: the threshold; REL: ln(lambda) */
     int32_t q_parity; /* of the barrier of Q */
     /* Its pages in the tile's list: before each segment so many that are not for it, then `n` that
      * are. One segment is the diagonal, the others lie before it. */

@@ -25,7 +25,7 @@ struct sm90_tile {
 
 struct sm90_seq {
     int32_t row, n_rows, pos; /* as in struct attn_seq */
-    int32_t gate_rows;        /* 128 or 64 */
+    int32_t gate_rows;        /* 128 or 64: in what units pages are counted */
     const int32_t *pages;     /* device */
     const float *t;           /* ABS: [n_heads, n_blocks] of this level and layer; NULL: dense */
     float ln_lambda;          /* REL: <= 0, -inf is dense */
@@ -59,6 +59,7 @@ struct sm90_args {
     int32_t n_heads, n_kv_heads;
     int32_t n_pages;
     int32_t order;
+    int32_t gate_rows; /* 128 or 64: of all sequences that have a gate */
     int32_t t_blocks;
     int64_t t_head_stride;
     float scale;

@@ -117,6 +117,7 @@ static inline void world_plan(struct world *w)
     free(t);
     CK(cudaMemcpy(w->d_seqs, w->seqs, sizeof w->seqs, cudaMemcpyHostToDevice));
     w->args.tiles = w->tiles;
+    w->args.gate_rows = w->seqs[0].gate_rows;
     w->args.n_tiles = (int)w->n_tiles;
 }
 
