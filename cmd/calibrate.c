@@ -4,6 +4,7 @@
 #include "calibration/thresholds.h"
 #include "cmd/calibrate_pass.h"
 #include "core/clock.h"
+#include "core/log.h"
 
 #include <math.h>
 #include <string.h>
@@ -147,6 +148,7 @@ int main(int argc, char **argv)
     if (isatty(STDERR_FILENO))
         w.progress.to = stderr;
     conf_defaults(&calibrate_program, &w.o);
+    log_set_level(LOG_WARN); /* stderr is for progress and errors */
     int err = run(&w, argc, argv, &why);
     if (err < 0)
         (void)fprintf(stderr, "sluice-calibrate: %s\n", err_why(&why, err));
