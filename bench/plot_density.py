@@ -10,11 +10,12 @@ FONT = 'font-family="sans-serif" font-size="13" fill="#222"'
 def read(path, context):
     """(title, [(density, ms)] of the ABS gate, {name: ms} of what has no density)."""
     text = open(path, encoding="utf-8").read()
-    gate = [(float(d), float(t)) for d, t in re.findall(r"ABS uniform .* density ([\d.]+) +([\d.]+) ms", text)]
-    full = re.search(r"ABS T=-inf +([\d.]+) ms", text)
+    section = re.search(rf"^gate d\d+ {context}: .*?(?=^\S)", text + "\nend", re.M | re.S).group(0)
+    gate = [(float(d), float(t)) for d, t in re.findall(r"ABS uniform .* density ([\d.]+) +([\d.]+) ms", section)]
+    full = re.search(r"ABS T=-inf +([\d.]+) ms", section)
     if full:
         gate.append((1.0, float(full.group(1))))
-    lines = {"no gate": float(re.search(rf"gate d\d+ {context}: dense ([\d.]+) ms", text).group(1))}
+    lines = {"no gate": float(re.search(rf"gate d\d+ {context}: dense ([\d.]+) ms", section).group(1))}
     for name, ms in re.findall(rf"peer (\w+) +d\d+ +{context} +([\d.]+) ms", text):
         lines[{"cudnn": "cuDNN", "fa2": "FlashAttention-2"}.get(name, name)] = float(ms)
     return text.splitlines()[0].lstrip("# "), sorted(gate), lines

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Accuracy kept on tasks that calibration never saw, by gate and density, on one GPU:
+#   bench/accuracy.sh BIN|FILE OUT       BIN: a folder of programs, or the archive of scripts/gpu-check.sh
+# Sixteen niah prompts calibrate, by several rules; a daemon for each threshold file, and one with a sliding window, answer the
+# same prompts in turn (`sluice eval`). Writes OUT/accuracy.json, .jsonl (every answer) and .txt.
+#   CALIBRATE=niah TASKS=vt,fwe,qa LENGTHS=8k,16k,32k SAMPLES=200 LIMIT=240s POLICIES="mean=abs~0.5 ..." SEED=0
+# POLICIES are NAME=POLICY, NAME one of the files below (mean quantile rows64 smooth second rel) or window.
+# The swap: CALIBRATE=vt,fwe,qa CALIBRATE_SAMPLES=4 TASKS=niah.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+out=${2:?OUT}
+model=$here/models/needle
+work=$(mktemp -d)
+if [ -d "$1" ]; then
+    bin=$(cd "$1" && pwd)
+else
+    bin=$work/bin
+    mkdir "$bin"
+    tar -C "$bin" -xJf "$1"
+    export LD_LIBRARY_PATH="$bin:${LD_LIBRARY_PATH:-}"
+fi
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$work"
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -r "$work"' EXIT
+
+calibrate() { # calibrate NAME OPTIONS...
+    local name=$1
+    shift
+    "$bin/sluice-calibrate" --model "$model" --samples "samples.jsonl" --holdout 0 --limit 0 --device auto \
+        --density 0.75,0.5,0.35,0.25,0.15,0.1 --out "$name.safetensors" "$@" >"$out/calibrate_$name.txt"
+}
+
+serve() { # serve NAME OPTIONS...
+    local name=$1
+    shift
+    "$bin/sluiced" --model "$model" --device "${DEVICE:-cuda}" --listen "unix:$name.sock" --token-budget 16384 \
+        --kv-memory 6G "$@" 2>"$name.log" &
+}
+
+"$bin/sluice" eval --print samples.jsonl --tokens "$model/tokens.json" --set calibrate --tasks "${CALIBRATE:-niah}" --samples "${CALIBRATE_SAMPLES:-2}" \
+    --lengths "${CALIBRATE_LENGTH:-32k}"
+begin=$SECONDS
+calibrate mean
+calibrate quantile --aggregate quantile
+calibrate rows64 --gate-rows 64
+calibrate smooth --smooth
+calibrate second --second-pass
+calibrate rel --rel 8
+echo "six calibrations on $(wc -l <"samples.jsonl") samples: $((SECONDS - begin)) s"
+
+policies=
+names=
+for p in ${POLICIES:-mean=abs~0.5 mean=abs~0.25 quantile=abs~0.25 quantile=abs~0.15 rows64=abs~0.25 smooth=abs~0.25 second=abs~0.25 \
+    rel=rel~0.3/64 rel=rel~0.15/64 rel=rel:-0.001/64 window=dense}; do
+    names+=" ${p%%=*}"
+    policies+=${policies:+,}${p#*=}@unix:${p%%=*}.sock
+done
+for name in $(tr ' ' '\n' <<<"$names" | sort -u); do
+    if [ "$name" = window ]; then
+        serve window --window "1:${WINDOW:-66}"
+    else
+        serve "$name" --thresholds "$name.safetensors"
+    fi
+done
+for name in $(tr ' ' '\n' <<<"$names" | sort -u); do
+    timeout 60 bash -c "until '$bin/sluice' health --connect 'unix:$name.sock' >/dev/null 2>&1; do sleep .2; done" ||
+        { tail -n 5 "$name.log"; exit 1; }
+done
+first=${names# }
+"$bin/sluice" eval --connect "unix:${first%% *}.sock" --tokens "$model/tokens.json" --tasks "${TASKS:-vt,fwe,qa}" \
+    --lengths "${LENGTHS:-8k,16k,32k}" --samples "${SAMPLES:-200}" --seed "${SEED:-0}" --round "${ROUND:-40}" --concurrency 32 \
+    --limit "${LIMIT:-240s}" --policy "$policies" --json "$out/accuracy.json" --out "$out/accuracy.jsonl" >"$out/accuracy.txt"
+tail -n "${TAIL:-60}" "$out/accuracy.txt"
