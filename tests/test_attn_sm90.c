@@ -428,10 +428,10 @@ static void test_rel(int d, int dtype, int rows64, float ln_lambda)
     world_free(&w);
 }
 
-static void test_visit(int d, int dtype)
+static void test_visit(int d, int dtype, int pos, int n_rows)
 {
     struct world w;
-    const int one[1][2] = {{0, 2500}};
+    const int one[1][2] = {{pos, n_rows}};
     world_make(&w, 8, 2, d, dtype, 1, one, 51);
     const struct sm90_visit visits[8] = {{1, 4}, {0, 3}, {2, 5}, {1, -1},
                                          {3, 1}, {7, 0}, {9, 8}, {0, 1}};
@@ -456,8 +456,8 @@ static void test_visit(int d, int dtype)
     for (int order = 0; order < 2; order++)
         for (int gate = 0; gate < 3; gate++) {
             char text[80];
-            snprintf(text, sizeof text, "SINK_LOCAL d%d t%d order %d gate kernel %d ", d, dtype,
-                     order, gate);
+            snprintf(text, sizeof text, "SINK_LOCAL from %d d%d t%d order %d gate kernel %d ", pos,
+                     d, dtype, order, gate);
             w.args.order = order;
             run(&w, gate, "visit");
             compare(&w, &keep, text, 1);
@@ -580,7 +580,8 @@ static void test_least(void)
 static void test_all(int d, int dtype)
 {
     test_dense(d, dtype);
-    test_visit(d, dtype);
+    test_visit(d, dtype, 0, 2500);
+    test_visit(d, dtype, 1280, 1100); /* an odd number of blocks: two heads that visit otherwise */
     test_heads(d, dtype);
     for (int gate = 0; gate < 3; gate++)
         test_chunks(d, dtype, gate);
