@@ -106,6 +106,8 @@ static int check_tile_max(const struct attn_problem *p, struct err_msg *why)
     if (!t->max || (t->gate_rows != 128 && t->gate_rows != 64))
         return err_set(why, ERR_INVALID, "tile_max: gate_rows %d", t->gate_rows);
     const struct attn_seq *s = &p->seqs[0];
+    if (t->mass && s->choice.gate != ATTN_GATE_NONE)
+        return err_set(why, ERR_INVALID, "tile_max: mass of a gated sequence");
     int32_t end = s->pos + s->n_rows;
     end = end < s->prompt_end ? end : s->prompt_end;
     if (end <= s->pos)

@@ -40,9 +40,16 @@ struct attn_seq {
 /* Page maxima for calibration, written for prompt rows where the problem has one sequence. Values
  * are scaled scores; masked and invisible keys do not vote; unwritten entries are left alone. max
  * [n_heads, n_groups, n_pages]: group g covers rows [g * gate_rows, ...) of the chunk, page p is
- * absolute. */
+ * absolute.
+ *
+ * mass, where it is not NULL, has the same layout and gets the softmax mass of every page before
+ * the block: the mean, over the group's rows, of the share of a row's softmax that the page's keys
+ * hold. It is known when a row has met all its pages, so the kernel walks the pages a second time
+ * (QK, no PV); a run with it costs up to twice the attention, and the outputs keep their bits.
+ * Dense sequences only, and the CPU kernel alone has it. */
 struct attn_tile_max {
     float *max;
+    float *mass; /* NULL: none */
     int32_t n_groups, n_pages;
     int32_t gate_rows; /* 128 or 64 */
 };

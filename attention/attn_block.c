@@ -32,6 +32,7 @@ struct scratch {
     float *kt, *v;              /* one page */
     float *s;                   /* [PANEL_ROWS, 64] */
     float *row_max;             /* [PANEL_ROWS] */
+    float *weight;              /* [PANEL_ROWS] of the page, in units of the row's l */
     int32_t *limit;             /* [PANEL_ROWS] visible keys of the page */
     struct attn_counts *counts; /* [ATTN_TASK_ROWS] per head */
 };
@@ -74,6 +75,7 @@ static void carve(struct scratch *x, char **at, int32_t head_dim)
     x->v = take(at, dv * KV_PAGE_TOKENS * f);
     x->s = take(at, (size_t)PANEL_ROWS * KV_PAGE_TOKENS * f);
     x->row_max = take(at, PANEL_ROWS * f);
+    x->weight = take(at, PANEL_ROWS * f);
     x->limit = take(at, PANEL_ROWS * sizeof(int32_t));
     x->counts = take(at, rows * sizeof(struct attn_counts));
 }
@@ -336,8 +338,10 @@ static bool visits(const struct block *b, int32_t h)
     return !b->heads || attn_visits(&b->heads[h], b->page, b->diag);
 }
 
+typedef void (*panel_fn)(struct block *b, int32_t h, int32_t h1);
+
 /* All panels of one page. */
-static void run_page(struct block *b, int32_t page)
+static void run_page(struct block *b, int32_t page, panel_fn run)
 {
     const struct kv_view *kv = b->job->kv;
     const int32_t layer = b->job->p->layer;
@@ -357,7 +361,42 @@ static void run_page(struct block *b, int32_t page)
             b->k_max = b->job->tile->pack_k(b->x.kt, (const char *)kv->k[layer] + at, kv->dtype,
                                             b->head_dim);
         packed = true;
-        run_panel(b, h, h1);
+        run(b, h, h1);
+    }
+}
+
+static void run_walk(struct block *b, const struct attn_walk *walk, panel_fn run)
+{
+    for (int i = 0; i < walk->n_spans; i++) {
+        const struct attn_span s = walk->spans[i];
+        const int32_t step = s.first <= s.last ? 1 : -1;
+        for (int32_t page = s.first; page != s.last + step; page += step)
+            run_page(b, page, run);
+    }
+}
+
+/* ---- the second walk: how much of its rows' softmax a page holds ---- */
+
+/* The rows' maxima are final, so softmax leaves them alone and adds up e^(s - m) from 0. */
+static void weigh_panel(struct block *b, int32_t h, int32_t h1)
+{
+    const struct attn_tile_max *out = b->job->p->tile_max;
+    const int32_t n = b->task->n_rows, row0 = h * n;
+    const int32_t first_group = (b->task->pos - b->seq->pos) / out->gate_rows;
+    (void)h1; /* h + 1: heads are apart */
+    if (b->page >= b->diag)
+        return;
+    b->job->tile->qk(b->x.s, b->x.row_max, b->x.q + (size_t)row0 * (size_t)b->head_dim, b->x.kt, n,
+                     b->head_dim);
+    memset(b->x.weight, 0, (size_t)n * sizeof *b->x.weight);
+    b->job->tile->softmax(b->x.s, b->x.m + row0, b->x.weight, b->x.alpha + row0, b->x.row_max, n);
+    for (int32_t r = 0, g = first_group; r < n; g++) {
+        const int32_t first = r, end = r + out->gate_rows < n ? r + out->gate_rows : n;
+        const size_t group = (size_t)(b->task->head + h) * (size_t)out->n_groups + (size_t)g;
+        float sum = 0;
+        for (; r < end; r++)
+            sum += b->x.weight[r] / b->x.l[row0 + r];
+        out->mass[group * (size_t)out->n_pages + (size_t)b->page] = sum / (float)(end - first);
     }
 }
 
@@ -438,12 +477,9 @@ void attn_block_run(void *arg, int task, int worker)
     open_block(&b, arg, task, worker);
     load_rows(&b);
     attn_walk_init(&walk, b.job->policy->order, b.diag, b.last_page, b.heads, b.task->n_heads);
-    for (int i = 0; i < walk.n_spans; i++) {
-        const struct attn_span s = walk.spans[i];
-        const int32_t step = s.first <= s.last ? 1 : -1;
-        for (int32_t page = s.first; page != s.last + step; page += step)
-            run_page(&b, page);
-    }
+    run_walk(&b, &walk, run_panel);
     store_rows(&b);
+    if (b.job->p->tile_max && b.job->p->tile_max->mass && !b.task->generated)
+        run_walk(&b, &walk, weigh_panel);
     publish_counts(&b);
 }

@@ -17,9 +17,10 @@
 #include <math.h>
 #include <string.h>
 
-/* Page maxima of a layer, for the calibrator; fn and dev_fn NULL: off. */
+/* Page maxima of a layer, for the calibrator; fn, mass_fn and dev_fn NULL: off. */
 struct probe {
     model_tile_fn fn;
+    model_mass_fn mass_fn; /* instead of fn, with max.mass */
     model_tile_dev_fn dev_fn;
     void *arg;
     struct attn_tile_max max;
@@ -166,6 +167,7 @@ static void drop_probe(struct model *m)
 {
     struct probe *p = &m->probe;
     mem_free(p->max.max);
+    mem_free(p->max.mass);
     if (p->dev_max.max)
         dev_release(m->dev, p->dev_max.max,
                     probe_entries(&p->dev_max, p->n_heads) * sizeof *p->dev_max.max);
@@ -256,13 +258,27 @@ static void clear_tiles(struct probe *p, size_t n)
 {
     for (size_t i = 0; i < n; i++)
         p->max.max[i] = -INFINITY;
+    if (p->max.mass)
+        memset(p->max.mass, 0, n * sizeof *p->max.mass);
 }
 
 static int report_tiles(void *arg, int layer)
 {
     struct probe *p = arg;
     const struct attn_tile_max *t = &p->max;
-    p->fn(p->arg, layer, p->seq->pos, p->seq->n_rows, t->max, t->n_groups, t->n_pages);
+    const struct attn_seq *s = p->seq;
+    if (p->fn) {
+        p->fn(p->arg, layer, s->pos, s->n_rows, t->max, t->n_groups, t->n_pages);
+    } else {
+        const struct model_mass tiles = {.layer = layer,
+                                         .pos = s->pos,
+                                         .n_tokens = s->n_rows,
+                                         .max = t->max,
+                                         .mass = t->mass,
+                                         .n_groups = t->n_groups,
+                                         .n_pages = t->n_pages};
+        p->mass_fn(p->arg, &tiles);
+    }
     clear_tiles(p, p->n_heads * (size_t)t->n_groups * (size_t)t->n_pages);
     return 0;
 }
@@ -288,7 +304,9 @@ static int check_probe(const struct model *m, int32_t gate_rows, bool on_device)
     return gate_rows == 128 || gate_rows == 64 ? 0 : ERR_INVALID;
 }
 
-int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void *arg)
+/* A probe of the host; both fn NULL: off. */
+static int set_probe(struct model *m, int32_t gate_rows, model_tile_fn fn, model_mass_fn mass_fn,
+                     void *arg)
 {
     struct probe *p = &m->probe;
     const struct plan_limits *l = &m->plan.limits;
@@ -296,16 +314,30 @@ int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void
     TRY(check_probe(m, gate_rows, false));
     drop_probe(m);
     *p = (struct probe){
-        .fn = fn, .arg = arg, .max.gate_rows = gate_rows, .n_heads = (size_t)m->config.n_heads};
-    if (!fn)
+        .arg = arg, .max.gate_rows = gate_rows, .n_heads = (size_t)m->config.n_heads};
+    if (!fn && !mass_fn)
         return 0;
     const size_t groups = (size_t)((l->max_tokens + gate_rows - 1) / gate_rows);
     const size_t n = p->n_heads * groups * (size_t)kv_pages_for(l->max_position);
     p->max.max = mem_try_aligned(n, sizeof *p->max.max);
-    if (!p->max.max)
+    if (mass_fn)
+        p->max.mass = mem_try_aligned(n, sizeof *p->max.mass);
+    if (!p->max.max || (mass_fn && !p->max.mass))
         return -ENOMEM;
     clear_tiles(p, n);
+    p->fn = fn;
+    p->mass_fn = mass_fn;
     return 0;
+}
+
+int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void *arg)
+{
+    return set_probe(m, gate_rows, fn, NULL, arg);
+}
+
+int model_probe_mass(struct model *m, int32_t gate_rows, model_mass_fn fn, void *arg)
+{
+    return set_probe(m, gate_rows, NULL, fn, arg);
 }
 
 int model_probe_tiles_dev(struct model *m, int32_t gate_rows, model_tile_dev_fn fn, void *arg)
@@ -372,11 +404,12 @@ static int run_plan(struct model *m, struct llama_times *times)
     };
     if (!m->store)
         return ERR_INVALID;
-    if (m->probe.fn || m->probe.dev_fn) {
+    if (m->probe.fn || m->probe.mass_fn || m->probe.dev_fn) {
+        const bool on_device = m->probe.dev_fn != NULL;
         TRY(aim_probe(m));
-        in.tile_max = m->probe.fn ? &m->probe.max : NULL;
-        in.dev_max = m->probe.fn ? NULL : &m->probe.dev_max;
-        in.on_tiles = m->probe.fn ? report_tiles : report_tiles_dev;
+        in.tile_max = on_device ? NULL : &m->probe.max;
+        in.dev_max = on_device ? &m->probe.dev_max : NULL;
+        in.on_tiles = on_device ? report_tiles_dev : report_tiles;
         in.on_tiles_arg = &m->probe;
     }
     return llama_run(m->llama, &in, times);

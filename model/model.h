@@ -81,6 +81,15 @@ void model_stop_followers(struct model *m);
 typedef void (*model_tile_fn)(void *arg, int layer, int32_t pos, int32_t n_tokens, const float *max,
                               int32_t n_groups, int32_t n_pages);
 MUST_CHECK int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void *arg);
+/* The same with the softmax mass of the pages before each block; dense steps only. */
+struct model_mass {
+    int layer;
+    int32_t pos, n_tokens;
+    const float *max, *mass; /* [n_heads, n_groups, n_pages] */
+    int32_t n_groups, n_pages;
+};
+typedef void (*model_mass_fn)(void *arg, const struct model_mass *tiles);
+MUST_CHECK int model_probe_mass(struct model *m, int32_t gate_rows, model_mass_fn fn, void *arg);
 
 /* The maxima of one layer, and of the rows [pos, pos + n_tokens), on the device: raw scores as
  * integers in the order of the floats, all bytes 0x80 where nothing was written, pages before each

@@ -291,6 +291,79 @@ static void tile_max_holds_page_maxima(void **state)
     }
 }
 
+/* Softmax mass of a page in double: the mean over the group's rows. */
+static double page_mass(const struct attn_case *t, int32_t h, int32_t first, int32_t end,
+                        int32_t page)
+{
+    const int32_t heads = t->c.n_heads;
+    double mass = 0;
+    for (int32_t pos = first; pos < end; pos++) {
+        double in = 0, all = 0;
+        for (int32_t k = 0; k <= pos; k++) {
+            double s = 0;
+            for (int32_t j = 0; j < 64; j++)
+                s += (double)t->seqs[0].q[(pos * heads + h) * 64 + j] *
+                     (double)t->seqs[0].k[(k * 2 + h / (heads / 2)) * 64 + j];
+            s = exp(s * (double)t->scale);
+            all += s;
+            in += k / KV_PAGE_TOKENS == page ? s : 0;
+        }
+        mass += in / all / (end - first);
+    }
+    return mass;
+}
+
+static void check_page_mass(struct attn_case *t)
+{
+    enum { TOKENS = 300 };
+    struct case_bits dense;
+    struct attn_tile_max *out = t->tile_max;
+    const int32_t n = t->c.n_heads * out->n_groups * out->n_pages;
+    float *mass = out->mass;
+    double largest = 0;
+    t->tile_max = NULL;
+    case_run_whole(t);
+    case_save(t, &dense);
+    t->tile_max = out;
+    for (int32_t i = 0; i < n; i++)
+        mass[i] = 12345;
+    case_run_whole(t);
+    case_assert_bits(t, &dense); /* the second walk leaves outputs, LSE and counts alone */
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t g = i / out->n_pages % out->n_groups, page = i % out->n_pages;
+        const int32_t first = g * out->gate_rows;
+        const int32_t end = first + out->gate_rows < TOKENS ? first + out->gate_rows : TOKENS;
+        if (page >= first / KV_BLOCK_TOKENS * 2) {
+            assert_true(mass[i] == 12345); /* the diagonal's are left alone */
+            continue;
+        }
+        const double want = page_mass(t, i / out->n_pages / out->n_groups, first, end, page);
+        assert_close((double)mass[i], want, 1e-7, 1e-5);
+        largest = fmax(largest, want);
+    }
+    assert_true(largest > 0.2);
+    case_drop(&dense);
+}
+
+static void mass_is_the_pages_share(void **state)
+{
+    struct rng r = test_rng("page mass", 16);
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        struct attn_case t;
+        open_one(&t, &r, 300, 64, 2);
+        struct attn_tile_max out = {.gate_rows = i ? 64 : 128, .n_pages = 5};
+        out.n_groups = (300 + out.gate_rows - 1) / out.gate_rows;
+        out.max = mem_alloc((size_t)(4 * out.n_groups * 5) * sizeof(float));
+        out.mass = mem_alloc((size_t)(4 * out.n_groups * 5) * sizeof(float));
+        t.tile_max = &out;
+        each_table(&t, check_page_mass);
+        mem_free(out.max);
+        mem_free(out.mass);
+        case_close(&t);
+    }
+}
+
 /* What the gate compares is the number tile_max reports: a threshold equal to it keeps the page,
  * the next float above skips it. */
 static void the_gate_compares_what_tile_max_reports(void **state)
@@ -440,6 +513,17 @@ static void bad_problems_are_named(void **state)
         bad.member = (value);                                                                      \
         expect_invalid(p, bad, &t, field);                                                         \
     } while (0)
+    {
+        float max = 0, mass = 0;
+        struct attn_tile_max probe = {.max = &max, .mass = &mass, .gate_rows = 128};
+        struct attn_seq gated = s;
+        gated.choice =
+            (struct attn_choice){.gate = ATTN_GATE_REL, .gate_rows = 128, .ln_lambda = -1};
+        struct attn_problem bad = p;
+        bad.tile_max = &probe;
+        bad.seqs = &gated;
+        expect_invalid(bad, gated, &t, "mass of a gated sequence");
+    }
     BAD_P(layer, 2, "layer");
     BAD_P(n_heads, 3, "n_heads");
     BAD_P(scale, NAN, "scale");
@@ -522,6 +606,7 @@ int main(void)
         cmocka_unit_test(open_gates_equal_dense_bit_for_bit),
         cmocka_unit_test(a_closed_gate_leaves_the_diagonal),
         cmocka_unit_test(tile_max_holds_page_maxima),
+        cmocka_unit_test(mass_is_the_pages_share),
         cmocka_unit_test(the_gate_compares_what_tile_max_reports),
         cmocka_unit_test(rel_counts_are_the_gates_decisions),
         cmocka_unit_test(nan_stays_where_it_may_be_seen),
