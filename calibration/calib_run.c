@@ -124,6 +124,32 @@ int calib_run_sample(struct calib_run *r, struct calib *c, struct batch_policy p
     return calib_end_sample(c, n_tokens, why);
 }
 
+struct sinks {
+    struct calib *calib;
+    struct calib_mass *mass;
+};
+
+static void feed_both(void *arg, const struct model_mass *t)
+{
+    const struct sinks *to = arg;
+    calib_tiles(to->calib, t->layer, t->pos, t->n_tokens, t->max, t->n_groups, t->n_pages);
+    calib_mass_tiles(to->mass, t);
+}
+
+int calib_run_mass(struct calib_run *r, struct calib *c, struct calib_mass *mass, int32_t gate_rows,
+                   const int32_t *tokens, int32_t n_tokens, struct err_msg *why)
+{
+    const struct batch_policy dense = {.gate = BATCH_DENSE, .gate_rows = (uint8_t)gate_rows};
+    struct sinks to = {c, mass};
+    int err = model_probe_mass(r->model, gate_rows, feed_both, &to);
+    if (err == 0)
+        err = calib_run_prompt(r, tokens, n_tokens, dense, NULL);
+    int off = model_probe_mass(r->model, gate_rows, NULL, NULL);
+    if (err < 0 || off < 0)
+        return err_set(why, err < 0 ? err : off, "the run: %s", err_str(err < 0 ? err : off));
+    return calib_end_sample(c, n_tokens, why);
+}
+
 static int run_trials(struct calib_run *r, const int32_t *tokens, int32_t n_tokens)
 {
     struct batch_counts counts;

@@ -4,6 +4,7 @@
 #ifndef CALIBRATION_CALIB_RUN_H
 #define CALIBRATION_CALIB_RUN_H
 
+#include "calibration/calib_mass.h"
 #include "calibration/calib_rel.h"
 #include "calibration/calibrate.h"
 #include "model/batch.h"
@@ -27,6 +28,11 @@ MUST_CHECK int calib_run_prompt(struct calib_run *r, const int32_t *tokens, int3
  * are made from what gated layers see. */
 MUST_CHECK int calib_run_sample(struct calib_run *r, struct calib *c, struct batch_policy policy,
                                 const int32_t *tokens, int32_t n_tokens, struct err_msg *why);
+/* A dense run whose page maxima go into c and, with the pages' softmax mass, into mass. On the CPU.
+ */
+MUST_CHECK int calib_run_mass(struct calib_run *r, struct calib *c, struct calib_mass *mass,
+                              int32_t gate_rows, const int32_t *tokens, int32_t n_tokens,
+                              struct err_msg *why);
 /* A prompt's points for the REL gate's law: one dense run where the device counts in it, else one
  * gated run for each trial and each size of row groups. */
 MUST_CHECK int calib_run_rel(struct calib_run *r, struct calib_rel *rel, const int32_t *tokens,

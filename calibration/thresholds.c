@@ -28,8 +28,9 @@ struct thresholds {
     char *name; /* of the file, for messages */
     struct thresholds_meta meta;
     struct attn_thresholds view;
-    float *t;   /* [n_levels, n_layers, n_heads, n_blocks] */
-    int32_t *k; /* [n_levels] */
+    float *t;        /* [n_levels, n_layers, n_heads, n_blocks] */
+    int32_t *k;      /* [n_levels] */
+    int32_t *head_k; /* [n_levels, n_layers, n_heads]; NULL: k */
     uint64_t hash;
 };
 
@@ -263,6 +264,46 @@ static int check_k(const struct reader *r, const int32_t *k, int32_t n,
     return 0;
 }
 
+/* n whole numbers with a blank between them. */
+static bool parse_counts(const char *text, int32_t *out, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        char *end;
+        errno = 0;
+        const long v = *text >= '0' && *text <= '9' ? strtol(text, &end, 10) : 0;
+        if (v < 1 || v > MAX_COUNT || errno || *end != (i < n - 1 ? ' ' : '\0'))
+            return false;
+        out[i] = (int32_t)v;
+        text = end + 1;
+    }
+    return true;
+}
+
+/* `head_k` is optional: without it all heads keep the level's k. */
+static int read_head_k(const struct reader *r, struct thresholds *t)
+{
+    const struct attn_thresholds *v = &t->view;
+    const char *text = safetensors_metadata(r->st, "head_k");
+    const size_t heads = (size_t)v->n_layers * (size_t)v->n_heads;
+    const size_t n = (size_t)v->n_levels * heads;
+    if (!text)
+        return 0;
+    bool good = strlen(text) >= 2 * n - 1; /* before memory is taken */
+    if (good) {
+        t->head_k = mem_alloc(n * sizeof *t->head_k);
+        good = parse_counts(text, t->head_k, n);
+    }
+    for (size_t i = heads; good && i < n; i++)
+        good = t->head_k[i] >= t->head_k[i - heads];
+    if (!good)
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: metadata head_k is '%.40s', not %zu whole numbers of which no head's "
+                       "falls from level to level",
+                       r->name, text, n);
+    t->meta.head_k = t->head_k;
+    return 0;
+}
+
 static int check_values(const struct reader *r, const struct attn_thresholds *v)
 {
     size_t n = (size_t)v->n_levels * (size_t)v->level_stride;
@@ -313,6 +354,7 @@ static int read_tensors(const struct reader *r, struct thresholds *out)
                                          .layer_stride = per_layer,
                                          .head_stride = t->shape[3]};
     TRY(check_k(r, out->k, out->view.n_levels, &out->meta));
+    TRY(read_head_k(r, out));
     TRY(check_values(r, &out->view));
     out->hash = content_hash(out);
     return 0;
@@ -355,6 +397,7 @@ void thresholds_free(struct thresholds *t)
     mem_free(t->name);
     mem_free(t->t);
     mem_free(t->k);
+    mem_free(t->head_k);
     mem_free(t);
 }
 
@@ -473,6 +516,22 @@ double thresholds_predicted_density(int32_t k, int64_t n_tokens, int32_t gate_ro
         diag += groups == 1 ? (double)halves : (halves == 1 ? 1 : 3);
     }
     return (kept + diag) / (all + diag);
+}
+
+double thresholds_heads_density(const int32_t *k, int64_t n, int64_t n_tokens, int32_t gate_rows)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++)
+        sum += thresholds_predicted_density(k[i], n_tokens, gate_rows);
+    return sum / (double)n;
+}
+
+double thresholds_level_density(const struct thresholds *t, int32_t level, int64_t n_tokens)
+{
+    const int64_t heads = (int64_t)t->view.n_layers * t->view.n_heads;
+    if (!t->head_k)
+        return thresholds_predicted_density(t->k[level], n_tokens, t->meta.gate_rows);
+    return thresholds_heads_density(t->head_k + level * heads, heads, n_tokens, t->meta.gate_rows);
 }
 
 int32_t thresholds_k_for_density(double density, int64_t n_tokens, int32_t gate_rows)

@@ -4,7 +4,8 @@
  * calibration set, 16 hex digits), auto_k (level that `--sparse auto` chooses), auto_min (prompt
  * tokens below which auto is dense), and source "imported" where another program's file was
  * converted (import.h): samples may then be 0, unknown. Optional, and ignored by readers that do
- * not know them: rel_128 and rel_64 (struct thresholds_rel, 14 numbers), auto_density.
+ * not know them: rel_128 and rel_64 (struct thresholds_rel, 14 numbers), auto_density, head_k (S *
+ * L * H whole numbers, where each head keeps pages of its own: k then only names the level).
  * T[s][l][h][i] gates query head h of layer l at absolute query block i (128 tokens); natural
  * scaled-logit units. Levels are stored by increasing k; NB is n_max in blocks. -inf (dense) and
  * +inf (diagonal only) are values, NaN is not. Every error names the file and the field. Source:
@@ -50,6 +51,9 @@ struct thresholds_meta {
     int32_t auto_min;
     struct thresholds_rel rel_128, rel_64;
     double auto_density; /* above 0: auto is the REL gate of 64 rows at this density, not auto_k */
+    /* [S, L, H] pages that each head keeps, none fewer than a level before; NULL: the level's k.
+     * Borrowed: a loaded file's lives as long as it. */
+    const int32_t *head_k;
 };
 
 MUST_CHECK int thresholds_load(struct thresholds **out, const char *path, struct err_msg *why);
@@ -86,6 +90,10 @@ MUST_CHECK int thresholds_check(const struct thresholds *t, const struct thresho
  * diag), R11, in the units of struct attn_counts. With gate_rows 64 both halves of block i choose
  * among the same A_i = 2i pages; the first half has one diagonal page, the second two. */
 double thresholds_predicted_density(int32_t k, int64_t n_tokens, int32_t gate_rows);
+/* The mean of that over n heads with a k each. */
+double thresholds_heads_density(const int32_t *k, int64_t n, int64_t n_tokens, int32_t gate_rows);
+/* Of a level of the file, by what its heads keep; grows with the level. */
+double thresholds_level_density(const struct thresholds *t, int32_t level, int64_t n_tokens);
 /* The smallest k whose predicted density reaches `density` (in (0, 1]) at n_tokens, at least 1. */
 int32_t thresholds_k_for_density(double density, int64_t n_tokens, int32_t gate_rows);
 

@@ -81,7 +81,20 @@ static const char *rel_text(const struct thresholds_rel *r, char *text, size_t s
     return r->b > 0 ? text : NULL;
 }
 
-static json_t *make_meta(const struct thresholds_meta *m)
+/* NULL where heads have no k of their own; released by mem_free. */
+static char *head_k_text(const struct thresholds_meta *m, const struct shape *s)
+{
+    const size_t n = (size_t)s->levels * (size_t)s->layers * (size_t)s->heads, room = 12 * n;
+    size_t at = 0;
+    if (!m->head_k)
+        return NULL;
+    char *text = mem_alloc(room);
+    for (size_t i = 0; i < n; i++)
+        at += (size_t)snprintf(text + at, room - at, "%s%d", i ? " " : "", m->head_k[i]);
+    return text;
+}
+
+static json_t *make_meta(const struct thresholds_meta *m, const struct shape *s)
 {
     char rel_128[256], rel_64[256], density[32];
     char model[17], set[17], gate_rows[12], scale[32], n_max[12], samples[12], auto_k[12],
@@ -95,15 +108,18 @@ static json_t *make_meta(const struct thresholds_meta *m)
     (void)snprintf(auto_k, sizeof auto_k, "%d", m->auto_k);
     (void)snprintf(auto_min, sizeof auto_min, "%d", m->auto_min);
     (void)snprintf(density, sizeof density, "%.9g", m->auto_density);
-    return json_pack("{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s*,s:s*,s:s*,s:s*}",
-                     "format", THRESHOLDS_FORMAT, "version", THRESHOLDS_VERSION, "page",
-                     THRESHOLDS_PAGE, "model", model, "set", set, "gate_rows", gate_rows,
-                     "softmax_scale", scale, "rope", m->rope, "n_max", n_max, "samples", samples,
-                     "auto_k", auto_k, "auto_min", auto_min, "source",
-                     m->imported ? THRESHOLDS_IMPORTED : NULL, "rel_128",
-                     rel_text(&m->rel_128, rel_128, sizeof rel_128), "rel_64",
-                     rel_text(&m->rel_64, rel_64, sizeof rel_64), "auto_density",
-                     m->auto_density > 0 ? density : NULL);
+    char *head_k = head_k_text(m, s);
+    json_t *o = json_pack(
+        "{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s*,s:s*,s:s*,s:s*,s:s*}", "format",
+        THRESHOLDS_FORMAT, "version", THRESHOLDS_VERSION, "page", THRESHOLDS_PAGE, "model", model,
+        "set", set, "gate_rows", gate_rows, "softmax_scale", scale, "rope", m->rope, "n_max", n_max,
+        "samples", samples, "auto_k", auto_k, "auto_min", auto_min, "source",
+        m->imported ? THRESHOLDS_IMPORTED : NULL, "rel_128",
+        rel_text(&m->rel_128, rel_128, sizeof rel_128), "rel_64",
+        rel_text(&m->rel_64, rel_64, sizeof rel_64), "auto_density",
+        m->auto_density > 0 ? density : NULL, "head_k", head_k);
+    mem_free(head_k);
+    return o;
 }
 
 /* The header as safetensors wants it: JSON padded with spaces so that the data is aligned. */
@@ -113,7 +129,7 @@ static char *make_header(const struct thresholds_meta *meta, const struct shape 
     json_int_t k_bytes = (json_int_t)sizeof(int32_t) * s->levels;
     json_t *root =
         json_pack("{s:o,s:{s:s,s:[i,i,i,i],s:[I,I]},s:{s:s,s:[i],s:[I,I]}}", "__metadata__",
-                  make_meta(meta), "thresholds", "dtype", "F32", "shape", s->levels, s->layers,
+                  make_meta(meta, s), "thresholds", "dtype", "F32", "shape", s->levels, s->layers,
                   s->heads, s->blocks, "data_offsets", (json_int_t)0, t_bytes, "k", "dtype", "I32",
                   "shape", s->levels, "data_offsets", t_bytes, t_bytes + k_bytes);
     char *text = root ? json_dumps(root, JSON_COMPACT | JSON_SORT_KEYS) : NULL;

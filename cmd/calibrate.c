@@ -20,9 +20,7 @@ static int32_t choose_auto(const struct calibrate_work *w)
         return (int32_t)w->o.auto_k;
     for (int32_t i = 0; i < w->n_levels; i++) {
         const struct calibrate_density *d = &w->levels[i];
-        double density =
-            d->n ? calibrate_density_mean(d)
-                 : thresholds_predicted_density(w->k[i], n_max, calibrate_gate_rows(&w->o));
+        double density = d->n ? calibrate_density_mean(d) : calibrate_predicted(w, i, n_max);
         if (fabs(density - 0.5) < best) {
             best = fabs(density - 0.5);
             k = w->k[i];
@@ -52,7 +50,8 @@ static struct thresholds_meta make_meta(const struct calibrate_work *w)
                                    .auto_min = (int32_t)w->o.auto_min,
                                    .rel_128 = w->rel_128,
                                    .rel_64 = w->rel_64,
-                                   .auto_density = w->o.auto_density};
+                                   .auto_density = w->o.auto_density,
+                                   .head_k = w->o.budget ? w->head_k : NULL};
     memcpy(meta.rope, info->rope, sizeof meta.rope);
     return meta;
 }
@@ -74,8 +73,9 @@ static int write_files(const struct calibrate_work *w, const struct thresholds_m
 /* How the thresholds were made, for the report. */
 static const char *how(const struct calibrate_options *o, char *text, size_t size)
 {
-    (void)snprintf(text, size, "%s%s%s", o->aggregate == CALIBRATE_MEAN ? "mean" : "quantile",
-                   o->smooth ? ", smooth" : "", o->second_pass ? ", second pass" : "");
+    (void)snprintf(text, size, "%s%s%s%s", o->aggregate == CALIBRATE_MEAN ? "mean" : "quantile",
+                   o->smooth ? ", smooth" : "", o->second_pass ? ", second pass" : "",
+                   o->budget ? ", k by head" : "");
     return o->import ? "imported" : o->thresholds ? "read" : text;
 }
 
@@ -93,6 +93,8 @@ static int finish(const struct calibrate_work *w, int64_t start_us, struct err_m
                                  .held_out = w->held_out,
                                  .heads = w->heads,
                                  .t = w->t,
+                                 .head_k = w->head_k,
+                                 .lost = w->lost,
                                  .rel_levels = w->rel_levels,
                                  .n_rel_levels = w->n_rel_targets,
                                  .n_held_out = w->held_out ? w->split.n_held_out : 0,

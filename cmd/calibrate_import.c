@@ -44,6 +44,7 @@ int calibrate_import(struct calibrate_work *w, struct err_msg *why)
         w->k[i] = t.k[i];
         w->levels[i].k = t.k[i];
     }
+    calibrate_one_k(w);
     calibrate_set_policy(w);
     warn(w->o.import, &t);
     return calibrate_check_auto(&w->o, w->k, w->n_levels, why);
@@ -71,5 +72,10 @@ int calibrate_load(struct calibrate_work *w, struct err_msg *why)
     w->o.gate_rows = meta->gate_rows == KV_BLOCK_TOKENS ? 0 : 1;
     for (int32_t i = 0; i < w->n_levels; i++)
         w->levels[i].k = w->k[i] = k[i];
+    calibrate_one_k(w);
+    if (meta->head_k)
+        memcpy(w->head_k, meta->head_k,
+               (size_t)w->n_levels * (size_t)w->info.n_layers * (size_t)w->info.n_heads *
+                   sizeof *w->head_k);
     return 0;
 }

@@ -150,6 +150,17 @@ static const struct conf_opt options[] = {
      {0},
      "D,D,...",
      "levels by predicted density at the longest sample, instead of --k"},
+    {"budget",
+     CONF_TEXT,
+     AT(budget),
+     NULL,
+     0,
+     0,
+     {0},
+     "D,D,...",
+     "levels by predicted density as with --density, but each head keeps as many pages as loses "
+     "the "
+     "least softmax mass over all of them; on the CPU only"},
     {"gate-rows",
      CONF_ENUM,
      AT(gate_rows),
@@ -267,6 +278,7 @@ static int check_given(const struct calibrate_options *o, const char *source, st
 {
     const char *other = o->k                                     ? "k"
                         : o->density                             ? "density"
+                        : o->budget                              ? "budget"
                         : o->aggregate != CALIBRATE_MEAN         ? "aggregate"
                         : o->smooth                              ? "smooth"
                         : o->second_pass                         ? "second-pass"
@@ -294,9 +306,16 @@ int calibrate_options_check(const struct calibrate_options *o, struct err_msg *w
         TRY(check_given(o, o->import ? "import" : "thresholds", why));
     if (!o->samples && !o->import && (!o->thresholds || o->rel))
         return err_set(why, ERR_CONFIG, "--samples is required (see --help)");
+    if (o->budget && strncmp(o->device, "cuda", 4) == 0)
+        return err_set(why, ERR_CONFIG, BUDGET_NEEDS_CPU);
     TRY(device_check(o->device, why));
     if (o->k && o->density)
         return err_set(why, ERR_CONFIG, "--k and --density exclude each other");
+    if (o->budget && (o->k || o->density || o->second_pass))
+        return err_set(why, ERR_CONFIG, "--budget and --%s exclude each other",
+                       o->k         ? "k"
+                       : o->density ? "density"
+                                    : "second-pass");
     if (o->auto_density > 0 && o->rel == 0)
         return err_set(why, ERR_CONFIG, "--auto-density needs --rel");
     if (o->chunk % KV_BLOCK_TOKENS) {
@@ -330,23 +349,22 @@ static int increasing(const void *a, const void *b)
 int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
                      int32_t k[CALIBRATE_MAX_LEVELS], int32_t *n, struct err_msg *why)
 {
-    const char *text = o->density ? o->density : o->k ? o->k : "16,32,64";
+    const char *name = o->budget ? "budget" : o->density ? "density" : "k";
+    const char *densities = o->budget ? o->budget : o->density;
+    const char *text = densities ? densities : o->k ? o->k : "16,32,64";
     int32_t count = 0, unique = 0;
     while (*text) {
         double v;
         if (count == CALIBRATE_MAX_LEVELS)
             return err_set(why, ERR_CONFIG, "more than %d levels", CALIBRATE_MAX_LEVELS);
-        if (o->density)
-            TRY(next_number("density", &text, 0.001, 1, &v, why));
-        else
-            TRY(next_number("k", &text, 1, 1 << 24, &v, why));
-        if (!o->density && v != (double)(int32_t)v)
+        TRY(next_number(name, &text, densities ? 0.001 : 1, densities ? 1 : 1 << 24, &v, why));
+        if (!densities && v != (double)(int32_t)v)
             return err_set(why, ERR_CONFIG, "--k: %g is not a whole number", v);
         k[count++] =
-            o->density ? thresholds_k_for_density(v, n_tokens, calibrate_gate_rows(o)) : (int32_t)v;
+            densities ? thresholds_k_for_density(v, n_tokens, calibrate_gate_rows(o)) : (int32_t)v;
     }
     if (count == 0)
-        return err_set(why, ERR_CONFIG, "--%s: the list is empty", o->density ? "density" : "k");
+        return err_set(why, ERR_CONFIG, "--%s: the list is empty", name);
     qsort(k, (size_t)count, sizeof *k, increasing);
     for (int32_t i = 0; i < count; i++) {
         if (unique == 0 || k[i] != k[unique - 1])

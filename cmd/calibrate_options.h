@@ -6,11 +6,14 @@
 
 enum { CALIBRATE_MAX_LEVELS = 64 };
 
+#define BUDGET_NEEDS_CPU                                                                           \
+    "--budget: the softmax mass of pages is counted on the CPU only (--device cpu)"
+
 enum calibrate_aggregate { CALIBRATE_MEAN, CALIBRATE_QUANTILE }; /* choices of --aggregate */
 
 struct calibrate_options {
     char *model, *samples, *import, *thresholds, *task, *out, *export, *report, *k, *density,
-        *rel_density, *device;
+        *budget, *rel_density, *device;
     int aggregate; /* enum calibrate_aggregate */
     bool smooth, second_pass;
     int64_t rel;         /* samples for the REL gate's law; 0: none */
@@ -25,7 +28,8 @@ extern const struct conf_program calibrate_program;
 
 /* What the table cannot say: required options, chunk sizes. */
 MUST_CHECK int calibrate_options_check(const struct calibrate_options *o, struct err_msg *why);
-/* The levels, increasing: --k as given, or one for each --density at a prompt of n_tokens. */
+/* The levels, increasing: --k as given, or one for each --density or --budget at a prompt of
+ * n_tokens. */
 MUST_CHECK int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
                                 int32_t k[CALIBRATE_MAX_LEVELS], int32_t *n, struct err_msg *why);
 /* The densities of --rel-density. */

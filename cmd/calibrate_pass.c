@@ -16,6 +16,9 @@ struct parts {
     struct calib *calib;
     struct calib_pool *pool;   /* NULL: means */
     struct calib_state *state; /* NULL: nothing is written */
+    /* With the pages' mass, what is written of a sample: its midpoints, then the mass lost, as if
+     * it were one more block. NULL: the midpoints alone. */
+    double *record;
 };
 
 static int state_path(char *path, size_t size, const char *out, int number, struct err_msg *why)
@@ -40,11 +43,21 @@ static int open_state(struct parts *x, const struct calibrate_work *w,
     id.gate_rows = x->cfg.gate_rows;
     id.n_layers = x->cfg.n_layers;
     id.n_heads = x->cfg.n_heads;
-    id.n_blocks = x->cfg.n_blocks;
+    id.n_blocks = x->cfg.n_blocks + (p->mass ? 1 : 0);
     id.n_levels = x->cfg.n_levels;
     memcpy(id.k, x->grid, (size_t)x->cfg.n_levels * sizeof *id.k);
     TRY(state_path(path, sizeof path, w->o.out, p->number, why));
     return calib_state_open(&x->state, path, &id, why);
+}
+
+static size_t n_lost(const struct parts *x)
+{
+    return (size_t)x->cfg.n_levels * (size_t)x->cfg.n_layers * (size_t)x->cfg.n_heads;
+}
+
+static size_t n_midpoints(const struct parts *x)
+{
+    return n_lost(x) * (size_t)x->cfg.n_blocks;
 }
 
 static int open_parts(struct parts *x, struct calibrate_work *w, const struct calibrate_pass *p,
@@ -64,6 +77,8 @@ static int open_parts(struct parts *x, struct calibrate_work *w, const struct ca
     else
         memcpy(x->grid, p->k, (size_t)p->n_levels * sizeof *x->grid);
     TRY(calib_create(&x->calib, &x->cfg, why));
+    if (p->mass && w->o.out)
+        x->record = mem_zalloc(n_midpoints(x) + n_lost(x), sizeof *x->record);
     if (pooled)
         TRY(calib_pool_create(&x->pool, &x->cfg, w->split.n_calibrate, why));
     return w->o.out ? open_state(x, w, p, why) : 0;
@@ -74,6 +89,7 @@ static void close_parts(struct parts *x)
     calib_state_close(x->state);
     calib_pool_destroy(x->pool);
     calib_destroy(x->calib);
+    mem_free(x->record);
 }
 
 static const struct sample *sample_at(const struct calibrate_work *w, int32_t i)
@@ -81,12 +97,39 @@ static const struct sample *sample_at(const struct calibrate_work *w, int32_t i)
     return &w->samples.items[w->split.calibrate[i]];
 }
 
+/* 1 with the sample in calib and mass, or 0 when there is none. */
+static int next_record(struct parts *x, const struct calibrate_pass *p, int32_t *n_tokens,
+                       struct err_msg *why)
+{
+    double *sample = calib_sample(x->calib);
+    const int found = calib_state_next(x->state, x->record ? x->record : sample, n_tokens, why);
+    if (found > 0 && x->record) {
+        memcpy(sample, x->record, n_midpoints(x) * sizeof *sample);
+        memcpy(calib_mass_sample(p->mass), x->record + n_midpoints(x), n_lost(x) * sizeof *sample);
+    }
+    return found;
+}
+
+static int append_record(struct parts *x, const struct calibrate_pass *p, int32_t n_tokens,
+                         struct err_msg *why)
+{
+    const double *sample = calib_sample(x->calib);
+    if (!x->state)
+        return 0;
+    if (x->record) {
+        memcpy(x->record, sample, n_midpoints(x) * sizeof *sample);
+        memcpy(x->record + n_midpoints(x), calib_mass_sample(p->mass), n_lost(x) * sizeof *sample);
+    }
+    return calib_state_append(x->state, x->record ? x->record : sample, n_tokens, why);
+}
+
 /* Samples that an earlier run left; *n of them. */
-static int restore(struct parts *x, struct calibrate_work *w, int32_t *n, struct err_msg *why)
+static int restore(struct parts *x, struct calibrate_work *w, const struct calibrate_pass *p,
+                   int32_t *n, struct err_msg *why)
 {
     for (*n = 0; x->state && *n < w->split.n_calibrate; (*n)++) {
         int32_t n_tokens = 0;
-        int found = calib_state_next(x->state, calib_sample(x->calib), &n_tokens, why);
+        int found = next_record(x, p, &n_tokens, why);
         if (found <= 0)
             return found;
         if (n_tokens != sample_at(w, *n)->n_tokens)
@@ -95,6 +138,8 @@ static int restore(struct parts *x, struct calibrate_work *w, int32_t *n, struct
         TRY(calib_restore_sample(x->calib, n_tokens, why));
         if (x->pool)
             TRY(calib_pool_add(x->pool, calib_sample(x->calib), n_tokens));
+        if (p->mass)
+            TRY(calib_mass_end_sample(p->mass, n_tokens, why));
         calibrate_progress_add(&w->progress, n_tokens);
     }
     return 0;
@@ -104,19 +149,23 @@ static int run_sample(struct parts *x, struct calibrate_work *w, const struct ca
                       const struct sample *s, struct err_msg *why)
 {
     struct err_msg cause = {""};
-    int err = calib_run_sample(w->run, x->calib, p->policy, s->tokens, s->n_tokens, &cause);
+    int err = p->mass
+                  ? calib_run_mass(w->run, x->calib, p->mass, x->cfg.gate_rows, s->tokens,
+                                   s->n_tokens, &cause)
+                  : calib_run_sample(w->run, x->calib, p->policy, s->tokens, s->n_tokens, &cause);
     if (err < 0)
         return err_set(why, err, "%s:%d: %s", w->o.samples, s->line, err_why(&cause, err));
     if (x->pool)
         TRY(calib_pool_add(x->pool, calib_sample(x->calib), s->n_tokens));
-    return x->state ? calib_state_append(x->state, calib_sample(x->calib), s->n_tokens, why) : 0;
+    TRY(append_record(x, p, s->n_tokens, why));
+    return p->mass ? calib_mass_end_sample(p->mass, s->n_tokens, why) : 0;
 }
 
 static int run_all(struct parts *x, struct calibrate_work *w, const struct calibrate_pass *p,
                    struct err_msg *why)
 {
     int32_t done = 0;
-    TRY(restore(x, w, &done, why));
+    TRY(restore(x, w, p, &done, why));
     w->n_resumed += done;
     for (int32_t i = done; i < w->split.n_calibrate; i++)
         TRY(run_sample(x, w, p, sample_at(w, i), why));

@@ -12,7 +12,8 @@ struct calibrate_pass {
     uint64_t policy_hash;       /* 0: dense */
     const int32_t *k;           /* [n_levels] */
     int32_t n_levels;
-    float *t; /* [n_levels, n_layers, n_heads, n_blocks], written */
+    float *t;                /* [n_levels, n_layers, n_heads, n_blocks], written */
+    struct calib_mass *mass; /* fed too, where the runs are dense; may be NULL */
 };
 
 /* Goes on where an earlier run of the same pass was cut off, if there is --out. */

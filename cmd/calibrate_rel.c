@@ -49,7 +49,7 @@ static int measure_one(struct calibrate_work *w, int32_t target, int32_t i, stru
     if (err < 0)
         return err_set(why, err, "%s:%d: gated run: %s", w->o.samples, s->line, err_str(err));
     calibrate_density_add(&w->rel_levels[target], wanted,
-                          (double)counts.kept / (double)counts.reachable, (double)counts.reachable);
+                          (double)counts.kept / (double)counts.reachable);
     return 0;
 }
 

@@ -39,11 +39,8 @@ void calibrate_progress_end(struct calibrate_progress *p)
         (void)fprintf(p->to, "\r\033[K");
 }
 
-void calibrate_density_add(struct calibrate_density *d, double predicted, double measured,
-                           double pages)
+void calibrate_density_add(struct calibrate_density *d, double predicted, double measured)
 {
-    d->pages += pages;
-    d->predicted_pages += predicted * pages;
     d->min = d->n == 0 || measured < d->min ? measured : d->min;
     d->max = d->n == 0 || measured > d->max ? measured : d->max;
     d->predicted = (d->predicted * d->n + predicted) / (d->n + 1);
@@ -71,19 +68,48 @@ double calibrate_head_density(const struct calibrate_report *r, int32_t level, i
     return (double)c->kept / (double)c->reachable;
 }
 
-double calibrate_head_predicted(const struct calibrate_report *r, int32_t level)
+int32_t calibrate_head_k(const struct calibrate_report *r, int32_t level, int32_t head)
 {
-    return r->levels[level].predicted_pages / r->levels[level].pages;
+    return r->head_k[(size_t)level * (size_t)r->n_layers * (size_t)r->n_heads + (size_t)head];
+}
+
+double calibrate_head_predicted(const struct calibrate_report *r, int32_t level, int32_t head)
+{
+    const int32_t k = calibrate_head_k(r, level, head);
+    double kept = 0, pages = 0;
+    for (int32_t i = 0; i < r->n_held_out; i++) {
+        const struct calibrate_held_out *h = &r->held_out[i];
+        kept += thresholds_predicted_density(k, h->n_tokens, r->meta->gate_rows) * h->pages;
+        pages += h->pages;
+    }
+    return kept / pages;
+}
+
+void calibrate_k_range(const struct calibrate_report *r, int32_t level, int32_t *min, int32_t *max)
+{
+    *min = *max = calibrate_head_k(r, level, 0);
+    for (int32_t i = 1; i < r->n_layers * r->n_heads; i++) {
+        const int32_t k = calibrate_head_k(r, level, i);
+        *min = k < *min ? k : *min;
+        *max = k > *max ? k : *max;
+    }
+}
+
+/* What is predicted where nothing was measured. */
+static double level_predicted(const struct calibrate_report *r, int32_t level)
+{
+    const int64_t n = (int64_t)r->n_layers * r->n_heads;
+    return thresholds_heads_density(r->head_k + level * n, n, r->meta->n_max, r->meta->gate_rows);
 }
 
 int32_t calibrate_heads_off(const struct calibrate_report *r, int32_t level, int32_t *worst)
 {
-    const double want = calibrate_head_predicted(r, level);
     double farthest = 0;
     int32_t n = 0;
     *worst = 0;
     for (int32_t i = 0; i < r->n_layers * r->n_heads; i++) {
-        const double d = fabs(calibrate_head_density(r, level, i) - want);
+        const double d =
+            fabs(calibrate_head_density(r, level, i) - calibrate_head_predicted(r, level, i));
         n += d > CALIBRATE_TOLERANCE;
         if (d > farthest) {
             farthest = d;
@@ -104,6 +130,19 @@ static void warn_of_heads(const struct calibrate_report *r, FILE *to)
                       "%d head %d farthest at %.3f\n",
                       r->levels[i].k, n, r->n_layers * r->n_heads, CALIBRATE_TOLERANCE,
                       worst / r->n_heads, worst % r->n_heads, calibrate_head_density(r, i, worst));
+    }
+}
+
+static void show_heads(const struct calibrate_report *r, FILE *to)
+{
+    for (int32_t i = 0; r->meta->head_k && i < r->n_levels; i++) {
+        int32_t min, max;
+        calibrate_k_range(r, i, &min, &max);
+        (void)fprintf(to, "k=%d: heads keep %d to %d pages", r->levels[i].k, min, max);
+        if (r->lost)
+            (void)fprintf(to, "; softmax mass lost %.5f predicted, %.5f with %d for all",
+                          r->lost[i].own, r->lost[i].one, r->levels[i].k);
+        (void)fputc('\n', to);
     }
 }
 
@@ -138,13 +177,13 @@ void calibrate_report_text(const struct calibrate_report *r, FILE *to)
     for (int32_t i = 0; i < r->n_levels; i++) {
         const struct calibrate_density *d = &r->levels[i];
         if (d->n == 0) {
-            (void)fprintf(to, "%8d %10.3f %10s\n", d->k,
-                          thresholds_predicted_density(d->k, m->n_max, m->gate_rows), "-");
+            (void)fprintf(to, "%8d %10.3f %10s\n", d->k, level_predicted(r, i), "-");
             continue;
         }
         (void)fprintf(to, "%8d %10.3f %10.3f %8.3f    [%.3f %.3f]\n", d->k, d->predicted,
                       calibrate_density_mean(d), calibrate_density_std(d), d->min, d->max);
     }
+    show_heads(r, to);
     show_rel(r, to);
     if (r->levels[0].n)
         warn_of_heads(r, to);
@@ -166,13 +205,32 @@ void calibrate_report_text(const struct calibrate_report *r, FILE *to)
     }
 }
 
+static void add_heads_json(const struct calibrate_report *r, int32_t level, json_t *o)
+{
+    int32_t min, max;
+    json_t *layers = json_array();
+    calibrate_k_range(r, level, &min, &max);
+    for (int32_t l = 0; l < r->n_layers; l++) {
+        json_t *heads = json_array();
+        for (int32_t h = 0; h < r->n_heads; h++)
+            (void)json_array_append_new(
+                heads, json_integer(calibrate_head_k(r, level, l * r->n_heads + h)));
+        (void)json_array_append_new(layers, heads);
+    }
+    (void)json_object_set_new(o, "head_k", layers);
+    (void)json_object_set_new(o, "k_min", json_integer(min));
+    (void)json_object_set_new(o, "k_max", json_integer(max));
+    if (r->lost) {
+        (void)json_object_set_new(o, "lost", json_real(r->lost[level].own));
+        (void)json_object_set_new(o, "lost_one_k", json_real(r->lost[level].one));
+    }
+}
+
 static json_t *level_json(const struct calibrate_report *r, int32_t level)
 {
     const struct calibrate_density *d = &r->levels[level];
-    const struct thresholds_meta *m = r->meta;
     int32_t worst;
-    double predicted =
-        d->n ? d->predicted : thresholds_predicted_density(d->k, m->n_max, m->gate_rows);
+    double predicted = d->n ? d->predicted : level_predicted(r, level);
     json_t *o = json_pack("{s:i,s:f,s:i}", "k", d->k, "predicted", predicted, "held_out", d->n);
     if (o && d->n) {
         (void)json_object_set_new(o, "measured", json_real(calibrate_density_mean(d)));
@@ -182,6 +240,8 @@ static json_t *level_json(const struct calibrate_report *r, int32_t level)
         (void)json_object_set_new(o, "heads_off",
                                   json_integer(calibrate_heads_off(r, level, &worst)));
     }
+    if (o && r->meta->head_k)
+        add_heads_json(r, level, o);
     return o;
 }
 

@@ -1,4 +1,4 @@
-/* The report of sluice-calibrate as a folder: a page of text and two drawings. */
+/* The report of sluice-calibrate as a folder: a page of text and drawings. */
 #include "cmd/calibrate_report.h"
 #include "core/mem.h"
 #include "kvcache/kv_view.h"
@@ -49,45 +49,82 @@ static int panel_width(const struct calibrate_report *r)
     return cells < 256 ? 256 : cells; /* the title's */
 }
 
-static bool is_off(double density, double predicted)
+static bool is_off(const struct calibrate_report *r, int32_t level, int32_t head)
 {
-    return fabs(density - predicted) > CALIBRATE_TOLERANCE;
+    return fabs(calibrate_head_density(r, level, head) - calibrate_head_predicted(r, level, head)) >
+           CALIBRATE_TOLERANCE;
 }
 
-/* White is nothing kept, blue everything; an outline where the prediction is left. */
+/* Begins the cell of a head in the panel at x, y; white is a share of 0, blue of 1. */
+static void draw_cell(const struct calibrate_report *r, int32_t head, int x, int y, double share,
+                      const char *outline, FILE *to)
+{
+    const int size = cell_size(r);
+    const int red = (int)lround(255 - 235 * share), green = (int)lround(255 - 180 * share);
+    (void)fprintf(to,
+                  "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"#%02x%02xff\"%s>"
+                  "<title>layer %d head %d: ",
+                  x + head % r->n_heads * size, y + TITLE + head / r->n_heads * size, size - 1,
+                  size - 1, red, green, outline, head / r->n_heads, head % r->n_heads);
+}
+
+/* An outline where the prediction is left. */
 static void draw_panel(const struct calibrate_report *r, int32_t level, int x, int y, FILE *to)
 {
     const struct calibrate_density *d = &r->levels[level];
-    const double predicted = calibrate_head_predicted(r, level);
-    const int size = cell_size(r);
     (void)fprintf(to, "<text x=\"%d\" y=\"%d\">k=%d: %.3f predicted, %.3f +- %.3f</text>\n", x,
                   y + 12, d->k, d->predicted, calibrate_density_mean(d), calibrate_density_std(d));
     for (int32_t i = 0; i < r->n_layers * r->n_heads; i++) {
         const double density = calibrate_head_density(r, level, i);
-        const int red = (int)lround(255 - 235 * density), green = (int)lround(255 - 180 * density);
-        (void)fprintf(to,
-                      "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"#%02x%02xff\"%s>"
-                      "<title>layer %d head %d: %.3f</title></rect>\n",
-                      x + i % r->n_heads * size, y + TITLE + i / r->n_heads * size, size - 1,
-                      size - 1, red, green,
-                      is_off(density, predicted) ? " stroke=\"#d00000\" stroke-width=\"0.8\"" : "",
-                      i / r->n_heads, i % r->n_heads, density);
+        draw_cell(r, i, x, y, density,
+                  is_off(r, level, i) ? " stroke=\"#d00000\" stroke-width=\"0.8\"" : "", to);
+        (void)fprintf(to, "%.3f</title></rect>\n", density);
     }
 }
 
-static void draw_density(const struct calibrate_report *r, FILE *to)
+/* Pages that heads keep, as a share of the most that one does. */
+static void draw_k_panel(const struct calibrate_report *r, int32_t level, int x, int y, FILE *to)
+{
+    int32_t min, max;
+    calibrate_k_range(r, level, &min, &max);
+    (void)fprintf(to, "<text x=\"%d\" y=\"%d\">k=%d: %d to %d pages</text>\n", x, y + 12,
+                  r->levels[level].k, min, max);
+    for (int32_t i = 0; i < r->n_layers * r->n_heads; i++) {
+        const int32_t k = calibrate_head_k(r, level, i);
+        draw_cell(r, i, x, y, (double)k / max, "", to);
+        (void)fprintf(to, "%d</title></rect>\n", k);
+    }
+}
+
+/* One panel a level. */
+static void draw_panels(const struct calibrate_report *r, const char *title,
+                        void (*panel)(const struct calibrate_report *r, int32_t level, int x, int y,
+                                      FILE *to),
+                        FILE *to)
 {
     const int columns = r->n_levels < PANELS_A_ROW ? r->n_levels : PANELS_A_ROW;
     const int rows = (r->n_levels + columns - 1) / columns;
     const int width = panel_width(r) + PAD, height = TITLE + r->n_layers * cell_size(r) + PAD;
     begin_svg(to, columns * width + PAD, rows * height + PAD + TITLE);
-    (void)fprintf(to,
-                  "<text x=\"%d\" y=\"%d\">Density by layer (down) and head (across); outlined: "
-                  "more than %.2f from the prediction</text>\n",
-                  PAD, PAD + 4, CALIBRATE_TOLERANCE);
+    (void)fprintf(to, "<text x=\"%d\" y=\"%d\">%s</text>\n", PAD, PAD + 4, title);
     for (int32_t i = 0; i < r->n_levels; i++)
-        draw_panel(r, i, PAD + i % columns * width, TITLE + PAD + i / columns * height, to);
+        panel(r, i, PAD + i % columns * width, TITLE + PAD + i / columns * height, to);
     end_svg(to);
+}
+
+static void draw_density(const struct calibrate_report *r, FILE *to)
+{
+    char title[128];
+    (void)snprintf(title, sizeof title,
+                   "Density by layer (down) and head (across); outlined: more than %.2f from the "
+                   "prediction",
+                   CALIBRATE_TOLERANCE);
+    draw_panels(r, title, draw_panel, to);
+}
+
+static void draw_k(const struct calibrate_report *r, FILE *to)
+{
+    draw_panels(r, "Pages kept by layer (down) and head (across)", draw_k_panel, to);
 }
 
 /* ---- thresholds along position ---- */
@@ -210,12 +247,11 @@ static void draw_thresholds(const struct calibrate_report *r, FILE *to)
 
 static void list_heads(const struct calibrate_report *r, int32_t level, FILE *to)
 {
-    const double predicted = calibrate_head_predicted(r, level);
     for (int32_t i = 0; i < r->n_layers * r->n_heads; i++) {
-        const double density = calibrate_head_density(r, level, i);
-        if (is_off(density, predicted))
+        if (is_off(r, level, i))
             (void)fprintf(to, "| %d | %d | %d | %.3f | %.3f |\n", r->levels[level].k,
-                          i / r->n_heads, i % r->n_heads, predicted, density);
+                          i / r->n_heads, i % r->n_heads, calibrate_head_predicted(r, level, i),
+                          calibrate_head_density(r, level, i));
     }
 }
 
@@ -224,6 +260,8 @@ static void write_text(const struct calibrate_report *r, FILE *to)
     (void)fprintf(to, "# Thresholds of %s (%s)\n\n```\n", r->model, r->how);
     calibrate_report_text(r, to);
     (void)fprintf(to, "```\n\n![thresholds](thresholds.svg)\n");
+    if (r->meta->head_k)
+        (void)fprintf(to, "\n![pages kept](k.svg)\n");
     if (!r->heads || r->levels[0].n == 0)
         return;
     (void)fprintf(to, "\n![density](density.svg)\n\n## Held-out samples\n\n| task | tokens |");
@@ -272,6 +310,8 @@ int calibrate_report_dir(const struct calibrate_report *r, const char *dir, stru
     }
     if (r->heads && r->levels[0].n)
         TRY(write_one(r, dir, "density.svg", draw_density, why));
+    if (r->meta->head_k)
+        TRY(write_one(r, dir, "k.svg", draw_k, why));
     TRY(write_one(r, dir, "thresholds.svg", draw_thresholds, why));
     return write_one(r, dir, "report.md", write_text, why);
 }

@@ -16,6 +16,8 @@ void calibrate_work_free(struct calibrate_work *w)
     samples_free(&w->samples);
     mem_free(w->held_out);
     mem_free(w->heads);
+    mem_free(w->head_k);
+    mem_free(w->lost);
     if (!w->file)
         mem_free(w->t);
     thresholds_free(w->file);
@@ -55,6 +57,8 @@ int calibrate_open(struct calibrate_work *w, struct err_msg *why)
     int32_t other = samples_longest(&w->samples, w->split.held_out, w->split.n_held_out);
     longest = other > longest ? other : longest;
     TRY(device_open(&w->dev, o->device, 0, (int)o->threads, why));
+    if (o->budget && w->dev->ops != &dev_cpu)
+        return err_set(why, ERR_CONFIG, BUDGET_NEEDS_CPU);
     if (o->chunk == 0)
         o->chunk = w->dev->ops == &dev_cpu ? 512 : 8192;
     struct model_config cfg = {.dir = o->model,
@@ -87,6 +91,25 @@ void calibrate_set_policy(struct calibrate_work *w)
                                              .head_stride = w->n_blocks};
 }
 
+static int64_t n_heads(const struct calibrate_work *w)
+{
+    return (int64_t)w->info.n_layers * w->info.n_heads;
+}
+
+void calibrate_one_k(struct calibrate_work *w)
+{
+    const int64_t n = n_heads(w);
+    w->head_k = mem_zalloc((size_t)(w->n_levels * n), sizeof *w->head_k);
+    for (int64_t i = 0; i < w->n_levels * n; i++)
+        w->head_k[i] = w->k[i / n];
+}
+
+double calibrate_predicted(const struct calibrate_work *w, int32_t level, int64_t n_tokens)
+{
+    const int64_t n = n_heads(w);
+    return thresholds_heads_density(w->head_k + level * n, n, n_tokens, calibrate_gate_rows(&w->o));
+}
+
 /* Each level from what its own gate, by the thresholds there are, lets the layers see. */
 static int second_pass(struct calibrate_work *w, size_t per_level, struct err_msg *why)
 {
@@ -116,6 +139,9 @@ int calibrate_runs(struct calibrate_work *w, struct err_msg *why)
 {
     const struct model_info *info = &w->info;
     const size_t per_level = (size_t)info->n_layers * (size_t)info->n_heads * (size_t)w->n_blocks;
+    if (w->o.budget)
+        return calibrate_budget(w, why);
+    calibrate_one_k(w);
     w->t = mem_zalloc((size_t)w->n_levels * per_level, sizeof *w->t);
     const struct calibrate_pass dense = {
         .phase = "dense runs:",
@@ -140,12 +166,13 @@ static int measure_sample(struct calibrate_work *w, int32_t level, int32_t i, st
     if (err < 0)
         return err_set(why, err, "%s:%d: gated run: %s", w->o.samples, s->line, err_str(err));
     double density = (double)counts.kept / (double)counts.reachable;
-    double predicted = thresholds_predicted_density(w->k[level], s->n_tokens, gate_rows);
+    double predicted = calibrate_predicted(w, level, s->n_tokens);
     w->held_out[i].task = s->task;
     w->held_out[i].line = s->line;
     w->held_out[i].n_tokens = s->n_tokens;
+    w->held_out[i].pages = (double)counts.reachable;
     w->held_out[i].density[level] = density;
-    calibrate_density_add(&w->levels[level], predicted, density, (double)counts.reachable);
+    calibrate_density_add(&w->levels[level], predicted, density);
     return 0;
 }
 

@@ -23,6 +23,8 @@ struct calibrate_work {
     struct attn_policy policy; /* the model keeps a pointer into it while it is open */
     float *t;                  /* [n_levels, n_layers, n_heads, n_blocks] */
     int32_t k[CALIBRATE_MAX_LEVELS], n_levels, n_blocks;
+    int32_t *head_k;             /* [n_levels, n_layers, n_heads] pages that a head keeps */
+    struct calibrate_lost *lost; /* [n_levels]; NULL without --budget */
     struct calibrate_density levels[CALIBRATE_MAX_LEVELS];
     struct calibrate_held_out *held_out;      /* [split.n_held_out] */
     struct attn_counts *heads;                /* [n_levels, n_layers, n_heads] over those */
@@ -38,6 +40,12 @@ MUST_CHECK int calibrate_read(struct calibrate_work *w, struct err_msg *why);
 MUST_CHECK int calibrate_open(struct calibrate_work *w, struct err_msg *why);
 /* Runs over the calibration samples, then thresholds in w->t and w->policy. */
 MUST_CHECK int calibrate_runs(struct calibrate_work *w, struct err_msg *why);
+/* Instead, with --budget: each head's own k, in w->head_k and w->t. */
+MUST_CHECK int calibrate_budget(struct calibrate_work *w, struct err_msg *why);
+/* All heads keep the level's k. */
+void calibrate_one_k(struct calibrate_work *w);
+/* Predicted density of a level by what its heads keep. */
+double calibrate_predicted(const struct calibrate_work *w, int32_t level, int64_t n_tokens);
 /* w->policy from w->t. */
 void calibrate_set_policy(struct calibrate_work *w);
 /* Every held-out sample under every level. */

@@ -125,6 +125,11 @@ static double rel_ln_lambda(const void *rel, double density, int64_t n_tokens)
     return thresholds_rel_ln_lambda(rel, density, n_tokens);
 }
 
+static double level_density(const void *thresholds, int32_t level, int64_t n_tokens)
+{
+    return thresholds_level_density(thresholds, level, n_tokens);
+}
+
 static void fill_policy(const struct daemon *d, struct engine_policy *p)
 {
     const struct thresholds *t = d->model.policy.thresholds;
@@ -136,7 +141,8 @@ static void fill_policy(const struct daemon *d, struct engine_policy *p)
     p->auto_k = thresholds_meta(t)->auto_k;
     p->auto_min = thresholds_meta(t)->auto_min;
     p->auto_density = thresholds_meta(t)->auto_density;
-    p->predicted = thresholds_predicted_density;
+    p->predicted = level_density;
+    p->thresholds = t;
     p->ln_lambda = rel_ln_lambda;
     p->rel_128 = thresholds_meta(t)->rel_128.b > 0 ? &thresholds_meta(t)->rel_128 : NULL;
     p->rel_64 = thresholds_meta(t)->rel_64.b > 0 ? &thresholds_meta(t)->rel_64 : NULL;

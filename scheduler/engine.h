@@ -30,9 +30,10 @@ struct engine_policy {
     int32_t auto_k;      /* level of `auto`; 0: dense */
     int32_t auto_min;    /* prompts shorter than this are dense under `auto` */
     double auto_density; /* above 0: `auto` is REL of 64 rows at this density, not auto_k */
-    /* Densities that requests name; set where n_levels > 0: of level k; and ln(lambda) of the REL
-     * gate by what was calibrated for its rows. */
-    double (*predicted)(int32_t k, int64_t n_tokens, int32_t gate_rows);
+    /* Densities that requests name; set where n_levels > 0: of a level, growing with it; and
+     * ln(lambda) of the REL gate by what was calibrated for its rows. */
+    double (*predicted)(const void *thresholds, int32_t level, int64_t n_tokens);
+    const void *thresholds; /* borrowed */
     double (*ln_lambda)(const void *rel, double density, int64_t n_tokens);
     const void *rel_128, *rel_64; /* borrowed; NULL: not calibrated */
     uint64_t fingerprint;         /* of threshold file and visit sets */

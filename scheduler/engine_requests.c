@@ -50,7 +50,7 @@ static int32_t level_of(const struct engine_policy *p, int32_t k)
 static int32_t level_for(const struct engine_policy *p, double density, int32_t n_tokens)
 {
     int32_t i = 0;
-    while (i < p->n_levels - 1 && p->predicted(p->k[i], n_tokens, p->gate_rows) < density)
+    while (i < p->n_levels - 1 && p->predicted(p->thresholds, i, n_tokens) < density)
         i++;
     return i;
 }

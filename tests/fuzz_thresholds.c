@@ -31,6 +31,13 @@ static void check(const struct thresholds *t)
     demand(memchr(m->rope, 0, sizeof m->rope) != NULL);
     for (int32_t i = 0; i < n; i++)
         demand(k[i] > (i ? k[i - 1] : 0) && thresholds_level(t, k[i], NULL) == i);
+    for (int32_t i = 0, heads = v->n_layers * v->n_heads; m->head_k && i < n * heads; i++)
+        demand(m->head_k[i] >= (i < heads ? 1 : m->head_k[i - heads]));
+    for (int32_t i = 0; i < n; i++) {
+        const double density = thresholds_level_density(t, i, m->n_max);
+        demand(density > 0 && density <= 1 + 1e-9);
+        demand(i == 0 || density >= thresholds_level_density(t, i - 1, m->n_max) - 1e-9);
+    }
     size_t count = (size_t)n * (size_t)v->level_stride;
     for (size_t i = 0; i < count; i++)
         demand(!isnan(v->t[i]));

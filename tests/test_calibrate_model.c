@@ -195,13 +195,69 @@ static void rel_counts_in_layer_0(void **state)
     close_model(&f);
 }
 
+/* The mass that reaches the calibrator is softmax mass: with all pages before the block lost, no
+ * row loses more than it has, and probing leaves the thresholds' bits alone. In the first layer,
+ * where the gate has not changed the input yet, each head keeps the k that was chosen for it. */
+static void each_head_keeps_its_own_k(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct err_msg why = {""};
+    struct attn_counts before[64];
+    struct calib *c = NULL;
+    struct calib_mass *mass = NULL;
+    int32_t k[CALIB_MAX_LEVELS], head_k[64 * 64];
+    open_model(&f, 256);
+    const struct model_info *info = model_info(f.model);
+    const int32_t n_heads = info->n_heads, rows = info->n_layers * n_heads;
+    struct calib_config cfg = {info->n_layers, n_heads, FULL, 128, k, 0, f.dev->pool, NULL};
+    cfg.n_levels = calib_mass_candidates(k, FULL);
+    float *all = mem_zalloc((size_t)cfg.n_levels * (size_t)rows * FULL, sizeof *all);
+    float *t = mem_zalloc(f.n, sizeof *t);
+    assert_ok(calib_create(&c, &cfg, &why));
+    calib_mass_create(&mass, &cfg);
+    if (calib_run_mass(f.run, c, mass, 128, f.tokens, N_TOKENS, &why) < 0)
+        fail_msg("%s", why.text);
+    assert_ok(calib_mass_end_sample(mass, N_TOKENS, &why));
+    assert_ok(calib_thresholds(c, all, &why));
+    calib_mass_choose(mass, 0.6, FULL * 128, head_k);
+    int32_t least = head_k[0], most = head_k[0];
+    for (int32_t i = 0; i < rows; i++) {
+        const double lost = calib_mass_lost(mass, i, 1);
+        assert_true(lost > 0 && lost < 1 && calib_mass_lost(mass, i, k[cfg.n_levels - 1]) < lost);
+        for (int32_t s = 0; s < cfg.n_levels; s++) {
+            if (k[s] == head_k[i])
+                memcpy(t + (size_t)i * FULL, all + ((size_t)s * (size_t)rows + (size_t)i) * FULL,
+                       FULL * sizeof *t);
+        }
+        least = head_k[i] < least ? head_k[i] : least;
+        most = head_k[i] > most ? head_k[i] : most;
+    }
+    assert_true(most > least + 1);
+    struct attn_policy policy = policy_of(&f, t);
+    assert_ok(model_set_policy(f.model, &policy, NULL));
+    const struct batch_policy choice = {.gate = BATCH_ABS, .gate_rows = 128};
+    memcpy(before, model_head_counts(f.model), (size_t)n_heads * sizeof *before);
+    assert_ok(calib_run_prompt(f.run, f.tokens, FULL * 128, choice, NULL));
+    for (int32_t h = 0; h < n_heads; h++) {
+        const struct attn_counts *now = &model_head_counts(f.model)[h];
+        const double reachable = (double)(now->reachable - before[h].reachable);
+        assert_close((double)(now->kept - before[h].kept),
+                     thresholds_predicted_density(head_k[h], FULL * 128, 128) * reachable, 1e-6, 0);
+    }
+    calib_mass_destroy(mass);
+    calib_destroy(c);
+    mem_free(all);
+    mem_free(t);
+    close_model(&f);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(keeps_k_in_layer_0),
-        cmocka_unit_test(same_bits_in_any_chunk),
-        cmocka_unit_test(file_fits_model),
-        cmocka_unit_test(rel_counts_in_layer_0),
+        cmocka_unit_test(keeps_k_in_layer_0),        cmocka_unit_test(same_bits_in_any_chunk),
+        cmocka_unit_test(file_fits_model),           cmocka_unit_test(rel_counts_in_layer_0),
+        cmocka_unit_test(each_head_keeps_its_own_k),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -12,6 +12,8 @@
 enum { S = 3, L = 2, H = 4, NB = 5, N_T = S * L * H * NB };
 
 static const int32_t ks[S] = {8, 16, 33};
+static const int32_t head_ks[S * L * H] = {1,  2,  3,  4,  5,  6,  7,  40, 11, 12, 13, 14,
+                                           15, 16, 17, 40, 31, 32, 33, 34, 35, 36, 37, 1073741824};
 static const struct thresholds_meta meta0 = {
     .model = 0x0123456789abcdef,
     .set = 0xfedcba9876543210,
@@ -23,7 +25,8 @@ static const struct thresholds_meta meta0 = {
     .auto_k = 16,
     .auto_min = 4096,
     .rel_64 = {1.5, 10, 0.875, 0.125, 0.75, {3, 4, 4.5, 5, 5.5, 6, 7, 8, 9}},
-    .auto_density = 0.25};
+    .auto_density = 0.25,
+    .head_k = head_ks};
 
 static void values(float *t, uint64_t seed)
 {
@@ -93,6 +96,7 @@ static void round_trip(void **state)
     assert_true(m->rel_128.b == 0 && m->auto_density == 0.25);
     assert_int_equal(m->auto_k, 16);
     assert_int_equal(m->auto_min, 4096);
+    assert_memory_equal(m->head_k, head_ks, sizeof head_ks);
     const struct attn_thresholds *v = thresholds_view(t);
     assert_true(v->n_levels == S && v->n_layers == L && v->n_heads == H && v->n_blocks == NB);
     for (int s = 0; s < S; s++) {
@@ -263,6 +267,15 @@ static void bad_fields(void **state)
         {" 8 9", " 8 8", ERR_FORMAT, "not a fit"},
         {"\"rel_64\":\"1.5 ", "\"rel_64\":\" 1.5 ", ERR_FORMAT, "rel_64 is ' 1.5"},
         {"\"rel_64\":", "\"rel_128\":\"x\",\"rel_64\":", ERR_FORMAT, "rel_128 is 'x', not a fit"},
+        {"\"head_k\":\"1 2 ", "\"head_k\":\"1 ", ERR_FORMAT, "head_k is '1 3 4"},
+        {"\"head_k\":\"1 2 ", "\"head_k\":\"1 1 2 ", ERR_FORMAT, "not 24 whole numbers"},
+        {"\"head_k\":\"1 2 ", "\"head_k\":\"0 2 ", ERR_FORMAT, "head_k is '0 2"},
+        {"\"head_k\":\"1 2 ", "\"head_k\":\"1 -2 ", ERR_FORMAT, "head_k is '1 -2"},
+        {"\"head_k\":\"1 2 ", "\"head_k\":\" 1 2 ", ERR_FORMAT, "head_k is ' 1 2"},
+        {"\"head_k\":\"1 2 ", "\"head_k\":\"1.5 2 ", ERR_FORMAT, "head_k is '1.5 2"},
+        {"\"head_k\":\"1 2 ", "\"head_k\":\"12 2 ", ERR_FORMAT, "falls from level to level"},
+        {" 1073741824\"", " 1073741825\"", ERR_FORMAT, "head_k is '1 2"},
+        {" 1073741824\"", " 99999999999999999999\"", ERR_FORMAT, "head_k is '1 2"},
         {"\"auto_density\":\"0.25\"", "\"auto_density\":\"0\"", ERR_FORMAT, "auto_density is '0'"},
         {"\"auto_density\":\"0.25\"", "\"auto_density\":\"1.5\"", ERR_FORMAT,
          "auto_density is '1.5'"},
@@ -454,6 +467,34 @@ static void density_brute(void **state)
     }
 }
 
+/* A level's density is the mean over its heads, by whatever k each has; without head_k, k's. */
+static void density_of_heads(void **state)
+{
+    (void)state;
+    for (int own = 0; own < 2; own++) {
+        struct thresholds_meta m = meta0;
+        struct thresholds *t = NULL;
+        float v[N_T];
+        size_t len;
+        m.head_k = own ? head_ks : NULL;
+        values(v, 1);
+        char *data = saved(&m, v, ks, &len);
+        assert_ok(thresholds_parse(&t, data, len, "t", NULL));
+        assert_true((thresholds_meta(t)->head_k != NULL) == own);
+        for (int32_t n = 100; n < 9000; n += 777) {
+            for (int32_t s = 0; s < S; s++) {
+                double sum = 0;
+                for (int32_t h = 0; h < L * H; h++)
+                    sum +=
+                        thresholds_predicted_density(own ? head_ks[s * L * H + h] : ks[s], n, 128);
+                assert_close(thresholds_level_density(t, s, n), sum / (L * H), 1e-12, 0);
+            }
+        }
+        thresholds_free(t);
+        free(data);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -463,6 +504,7 @@ int main(void)
         cmocka_unit_test(hostile_headers),   cmocka_unit_test(files),
         cmocka_unit_test(identity),          cmocka_unit_test(rel_density),
         cmocka_unit_test(density_published), cmocka_unit_test(density_brute),
+        cmocka_unit_test(density_of_heads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

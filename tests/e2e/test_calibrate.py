@@ -166,9 +166,10 @@ class Calibrate(unittest.TestCase):
 
     def test_resumes(self):
         """Killed in the middle, a run goes on where it was and writes the same bytes, under every rule."""
-        for n, rule in enumerate((("--smooth",), ("--aggregate", "quantile"), ("--second-pass",))):
-            args = ["--model", NEEDLE, "--samples", SAMPLES, "--max-len", "900", "--limit", "8", "--holdout", "0", "--k", "3,6",
-                    "--chunk", "128", *rule]
+        for n, rule in enumerate((("--smooth",), ("--aggregate", "quantile"), ("--second-pass",), ("--budget", "0.6"),
+                                  ("--budget", "0.6", "--aggregate", "quantile"))):
+            args = ["--model", NEEDLE, "--samples", SAMPLES, "--max-len", "900", "--limit", "8", "--holdout", "0", "--chunk", "128",
+                    *(() if "--budget" in rule else ("--k", "3,6")), *rule]
             whole, cut = (os.path.join(self.dir, "%s%d" % (name, n)) for name in ("whole", "cut"))
             r = calibrate(*args, "--out", whole)
             self.assertEqual(r.returncode, 0, r.stderr)
@@ -186,7 +187,7 @@ class Calibrate(unittest.TestCase):
             self.assertGreater(json.loads(r.stdout)["resumed"], 0)
             with open(whole, "rb") as a, open(cut, "rb") as b:
                 self.assertEqual(a.read(), b.read())
-        self.assertEqual(len(os.listdir(self.dir)), 6)
+        self.assertEqual(len(os.listdir(self.dir)), 10)
 
     def test_report(self):
         folder = os.path.join(self.dir, "report")
@@ -209,6 +210,54 @@ class Calibrate(unittest.TestCase):
         self.assertEqual(warned, len(listed))
         self.refused("/none/x: cannot make the folder", "--model", NEEDLE, "--thresholds",
                      os.path.join(NEEDLE, "thresholds.safetensors"), "--report", "/none/x")
+
+    def test_budget(self):
+        """Each head keeps a k of its own at the density of one k for all; the file says so, and is read back."""
+        args = ("--task", "niah_", "--max-len", "1100", "--holdout", "2")
+        out, plain = os.path.join(self.dir, "t"), os.path.join(self.dir, "plain")
+        folder = os.path.join(self.dir, "report")
+        report = json.loads(self.run_ok(*args, "--budget", "0.7,0.4", "--out", out, "--json", "--report", folder))
+        one = json.loads(self.run_ok(*args, "--density", "0.7,0.4", "--out", plain, "--json"))
+        self.assertEqual([x["k"] for x in report["levels"]], [x["k"] for x in one["levels"]])
+        self.assertNotIn("head_k", one["levels"][0])
+        meta, tensors = read_safetensors(out)
+        _, plain_tensors = read_safetensors(plain)
+        head_k = [int(x) for x in meta["head_k"].split(" ")]
+        self.assertEqual(head_k, [k for x in report["levels"] for layer in x["head_k"] for k in layer])
+        shape, values = tensors["thresholds"]
+        for level, (own, same) in enumerate(zip(report["levels"], one["levels"])):
+            ks = head_k[level * 36:level * 36 + 36]
+            self.assertEqual((own["k_min"], own["k_max"]), (min(ks), max(ks)))
+            self.assertLess(min(ks), own["k"])
+            self.assertGreater(max(ks), own["k"])
+            blocks = range(shape[3])
+            kept = [sum(min(k, 2 * i) for i in blocks) for k in [own["k"], *ks]]
+            self.assertAlmostEqual(sum(kept[1:]) / 36, kept[0], delta=1)  # at the calibrated length
+            self.assertNotEqual(own["predicted"], same["predicted"])  # at the held-out samples'
+            self.assertLess(own["lost"], 0.95 * own["lost_one_k"])
+            for row, k in enumerate(ks):
+                at = (level * 36 + row) * shape[3]
+                for block in range(shape[3]):
+                    self.assertEqual(values[at + block] == -INF, 2 * block <= k, (level, row, block))
+                if k == own["k"]:
+                    self.assertEqual(values[at:at + shape[3]], plain_tensors["thresholds"][1][at:at + shape[3]])
+        self.assertTrue(any(k == own["k"] for own, n in zip(report["levels"], (0, 1)) for k in head_k[n * 36:n * 36 + 36]))
+        cells = ElementTree.parse(os.path.join(folder, "k.svg")).getroot().iter("{http://www.w3.org/2000/svg}title")
+        self.assertEqual([int(c.text.rsplit(" ", 1)[1]) for c in cells], head_k)
+        with open(os.path.join(folder, "report.md")) as f:
+            self.assertIn("k.svg", f.read())
+        r = calibrate("--model", NEEDLE, "--thresholds", out, "--samples", SAMPLES, *args, "--json")
+        self.assertEqual((r.returncode, r.stderr), (0, ""))
+        again = json.loads(r.stdout)
+        self.assertEqual([(x["predicted"], x["measured"], x["head_k"]) for x in again["levels"]],
+                         [(x["predicted"], x["measured"], x["head_k"]) for x in report["levels"]])
+        text = self.run_ok(*args, "--budget", "0.7", "--aggregate", "quantile", "--smooth", "--gate-rows", "64")
+        self.assertIn("; softmax mass lost 0.", text)
+        for other in (("--k", "3"), ("--density", "0.5"), ("--second-pass",)):
+            self.refused("--budget and %s exclude" % other[0], "--model", NEEDLE, "--samples", SAMPLES, "--budget", "0.5", *other)
+        self.refused("on the CPU only (--device cpu)", "--model", NEEDLE, "--samples", SAMPLES, "--budget", "0.5", "--device", "cuda")
+        self.refused("--budget: '2'", "--model", NEEDLE, "--samples", SAMPLES, "--budget", "2")
+        self.refused("--thresholds and --budget exclude", "--model", NEEDLE, "--thresholds", out, "--budget", "0.5")
 
     def test_rel(self):
         """The law of the REL gate is in the file, in the report, and meets what is wanted better than chance."""

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,27 @@ class Answers(unittest.TestCase):
         self.assertLess(kept[ABS, 0.35], kept[ABS, 0.99])
         self.assertLess(kept[REL, 0.5], kept[REL, 0.9])
         self.assertAlmostEqual(kept[REL, 0.5], 0.5, delta=0.15)
+
+    def test_density_by_head(self):
+        """Where the file says what each head keeps, a density is looked up by that and not by the level's k."""
+        with open(os.path.join(NEEDLE, "thresholds.safetensors"), "rb") as f:
+            n, = struct.unpack("<Q", f.read(8))
+            header, data = json.loads(f.read(n)), f.read()
+        levels, layers, heads, _ = header["thresholds"]["shape"]
+        header["__metadata__"]["head_k"] = " ".join(["1000"] * (levels * layers * heads))  # all that a prompt has
+        text = json.dumps(header).encode()
+        prompt, want = prompts(4000)[2]
+        kept = []
+        with tempfile.TemporaryDirectory() as d:
+            with open(os.path.join(d, "t"), "wb") as f:
+                f.write(struct.pack("<Q", len(text)) + text + data)
+            with Daemon("--thresholds", os.path.join(d, "t"), "--max-model-len", "8192") as daemon:
+                c = Client(daemon.path)
+                for sparse in ({0: ABS, 4: 0.99}, {0: ABS, 1: 16}):
+                    _, done = c.generate("h%d" % len(kept), prompt, sparse=sparse, max_tokens=len(want), cache_salt=b"%d" % len(kept))
+                    kept.append(done[13])
+                c.close()
+        self.assertEqual(kept[0], kept[1])  # the first level: it is said to keep everything
 
     def test_imported_thresholds(self):
         """A file of the reference implementation, converted, serves: right answers from fewer pages."""
