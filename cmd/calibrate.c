@@ -10,6 +10,8 @@
 #include <string.h>
 #include <unistd.h>
 
+enum { AUTO_MIN_TOKENS = 4096 };
+
 /* The level that `auto` means: as asked for, or the one whose density is nearest to a half. */
 static int32_t choose_auto(const struct calibrate_work *w)
 {
@@ -37,6 +39,8 @@ static struct thresholds_meta make_meta(const struct calibrate_work *w)
         meta.rel_128 = w->rel_128;
         meta.rel_64 = w->rel_64;
         meta.auto_density = w->o.auto_density > 0 ? w->o.auto_density : meta.auto_density;
+        meta.auto_k = w->o.auto_k >= 0 ? (int32_t)w->o.auto_k : meta.auto_k;
+        meta.auto_min = w->o.auto_min >= 0 ? (int32_t)w->o.auto_min : meta.auto_min;
         return meta;
     }
     struct thresholds_meta meta = {.model = info->fingerprint,
@@ -47,7 +51,8 @@ static struct thresholds_meta make_meta(const struct calibrate_work *w)
                                    .imported = w->o.import != NULL,
                                    .softmax_scale = info->softmax_scale,
                                    .auto_k = choose_auto(w),
-                                   .auto_min = (int32_t)w->o.auto_min,
+                                   .auto_min = w->o.auto_min >= 0 ? (int32_t)w->o.auto_min
+                                                                  : AUTO_MIN_TOKENS,
                                    .rel_128 = w->rel_128,
                                    .rel_64 = w->rel_64,
                                    .auto_density = w->o.auto_density,

@@ -77,5 +77,5 @@ int calibrate_load(struct calibrate_work *w, struct err_msg *why)
         memcpy(w->head_k, meta->head_k,
                (size_t)w->n_levels * (size_t)w->info.n_layers * (size_t)w->info.n_heads *
                    sizeof *w->head_k);
-    return 0;
+    return calibrate_check_auto(&w->o, w->k, w->n_levels, why);
 }

@@ -221,16 +221,20 @@ static const struct conf_opt options[] = {
      1e9,
      {0},
      "K",
-     "level that requests with `auto` get; 0 is dense, -1 the one whose density is nearest to 0.5"},
+     "level that requests with `auto` get; 0 is dense, -1 the file's of --thresholds or else the "
+     "one "
+     "whose density is nearest to 0.5"},
     {"auto-min",
      CONF_INT,
      AT(auto_min),
-     "4096",
-     0,
+     "-1",
+     -1,
      1e9,
      {0},
      "N",
-     "prompts of fewer tokens are dense under `auto`"},
+     "prompts of fewer tokens are dense under `auto`; -1 is as in the file of --thresholds, or "
+     "else "
+     "4096"},
     {"rel",
      CONF_INT,
      AT(rel),

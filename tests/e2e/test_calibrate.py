@@ -284,6 +284,13 @@ class Calibrate(unittest.TestCase):
         self.assertEqual((r.returncode, r.stderr), (0, ""))
         with open(out, "rb") as a, open(again, "rb") as b:
             self.assertEqual(a.read(), b.read())  # what was there already
+        k = int(read_safetensors(out)[1]["k"][1][0])
+        self.assertNotEqual(meta["auto_min"], "77")
+        r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:10], "--holdout", "0", "--rel", "2", "--out", again,
+                      "--auto-k", str(k), "--auto-min", "77")
+        self.assertEqual((r.returncode, r.stderr), (0, ""))
+        self.assertEqual(read_safetensors(again)[0], {**meta, "auto_k": str(k), "auto_min": "77"})
+        self.refused("--auto-k: 9999 is not one of the levels", "--model", NEEDLE, "--thresholds", out, *args[2:10], "--rel", "2", "--auto-k", "9999")
         r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:8], "--holdout", "2", "--rel-density", "0.75,0.6", "--json")
         self.assertEqual(json.loads(r.stdout)["rel"], report["rel"])  # the file's own law and knots
         self.refused("--rel-density: needs --rel", *args[:-4], "--rel-density", "0.5")
