@@ -166,8 +166,7 @@ class Calibrate(unittest.TestCase):
 
     def test_resumes(self):
         """Killed in the middle, a run goes on where it was and writes the same bytes, under every rule."""
-        for n, rule in enumerate((("--smooth",), ("--aggregate", "quantile"), ("--second-pass",), ("--budget", "0.6"),
-                                  ("--budget", "0.6", "--aggregate", "quantile"))):
+        for n, rule in enumerate((("--smooth", "--aggregate", "quantile"), ("--second-pass",), ("--budget", "0.6"))):
             args = ["--model", NEEDLE, "--samples", SAMPLES, "--max-len", "900", "--limit", "8", "--holdout", "0", "--chunk", "128",
                     *(() if "--budget" in rule else ("--k", "3,6")), *rule]
             whole, cut = (os.path.join(self.dir, "%s%d" % (name, n)) for name in ("whole", "cut"))
@@ -187,7 +186,7 @@ class Calibrate(unittest.TestCase):
             self.assertGreater(json.loads(r.stdout)["resumed"], 0)
             with open(whole, "rb") as a, open(cut, "rb") as b:
                 self.assertEqual(a.read(), b.read())
-        self.assertEqual(len(os.listdir(self.dir)), 10)
+        self.assertEqual(len(os.listdir(self.dir)), 6)
 
     def test_report(self):
         folder = os.path.join(self.dir, "report")
@@ -280,16 +279,13 @@ class Calibrate(unittest.TestCase):
             for a, b in zip(numbers, (fit["ln_a"], fit["b"], fit["r2"], fit["min"], fit["max"])):
                 self.assertAlmostEqual(a, b, delta=1e-4 * max(1, abs(b)))
         again = os.path.join(self.dir, "again")
-        r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:10], "--holdout", "0", "--rel", "2", "--out", again)
-        self.assertEqual((r.returncode, r.stderr), (0, ""))
-        with open(out, "rb") as a, open(again, "rb") as b:
-            self.assertEqual(a.read(), b.read())  # what was there already
-        k = int(read_safetensors(out)[1]["k"][1][0])
-        self.assertNotEqual(meta["auto_min"], "77")
         r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:10], "--holdout", "0", "--rel", "2", "--out", again,
-                      "--auto-k", str(k), "--auto-min", "77")
+                      "--auto-k", "0", "--auto-min", "77")
         self.assertEqual((r.returncode, r.stderr), (0, ""))
-        self.assertEqual(read_safetensors(again)[0], {**meta, "auto_k": str(k), "auto_min": "77"})
+        self.assertNotEqual((meta["auto_k"], meta["auto_min"]), ("0", "77"))
+        theirs, tensors = read_safetensors(again)  # what was there already, but for what was asked for
+        self.assertEqual(theirs, {**meta, "auto_k": "0", "auto_min": "77"})
+        self.assertEqual(tensors, read_safetensors(out)[1])
         self.refused("--auto-k: 9999 is not one of the levels", "--model", NEEDLE, "--thresholds", out, *args[2:10], "--rel", "2", "--auto-k", "9999")
         r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:8], "--holdout", "2", "--rel-density", "0.75,0.6", "--json")
         self.assertEqual(json.loads(r.stdout)["rel"], report["rel"])  # the file's own law and knots
