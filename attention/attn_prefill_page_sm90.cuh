@@ -1,6 +1,5 @@
-/* One page for an item of the Hopper prefill kernel: products, waits and
- * releases of K and V, the decision, softmax. The order of things is told in
- * attn_prefill_sm90.cu. */
+/* One page for an item of the Hopper prefill kernel: products, waits and releases of K and V, the
+ * decision, softmax. The order of things is told in attn_prefill_sm90.cu. */
 #ifndef ATTENTION_ATTN_PREFILL_PAGE_SM90_CUH
 #define ATTENTION_ATTN_PREFILL_PAGE_SM90_CUH
 
@@ -9,313 +8,306 @@
 /* ---- products ---- */
 
 template <int D, int DT>
-__device__ __forceinline__ void issue_qk(float (&s)[32], uint64_t q_desc,
-                                         uint32_t k_addr) {
-  const uint64_t k_desc = desc_k_major(k_addr);
+__device__ __forceinline__ void issue_qk(float (&s)[32], uint64_t q_desc, uint32_t k_addr)
+{
+    const uint64_t k_desc = desc_k_major(k_addr);
 #pragma unroll
-  for (int i = 0; i < D / 16; i++) {
-    const uint64_t q_step =
-        (uint64_t)((i / 4) * BLOCK_M * 128 + (i % 4) * 32) >> 4;
-    const uint64_t k_step =
-        (uint64_t)((i / 4) * PAGE * 128 + (i % 4) * 32) >> 4;
-    if (i == 0)
-      wgmma_qk<DT, true>(s, q_desc, k_desc);
-    else
-      wgmma_qk<DT, false>(s, q_desc + q_step, k_desc + k_step);
-  }
-  wgmma_commit();
+    for (int i = 0; i < D / 16; i++) {
+        const uint64_t q_step = (uint64_t)((i / 4) * BLOCK_M * 128 + (i % 4) * 32) >> 4;
+        const uint64_t k_step = (uint64_t)((i / 4) * PAGE * 128 + (i % 4) * 32) >> 4;
+        if (i == 0)
+            wgmma_qk<DT, true>(s, q_desc, k_desc);
+        else
+            wgmma_qk<DT, false>(s, q_desc + q_step, k_desc + k_step);
+    }
+    wgmma_commit();
 }
 
 template <int D, int DT>
-__device__ __forceinline__ void issue_pv(float (&o)[D / 2], uint32_t (&p)[16],
-                                         uint32_t v_addr) {
-  const uint64_t v_desc = desc_mn_major(v_addr, PAGE * 128);
-  wgmma_pin(o);
-  wgmma_pin(p);
-  wgmma_fence();
+__device__ __forceinline__ void issue_pv(float (&o)[D / 2], uint32_t (&p)[16], uint32_t v_addr)
+{
+    const uint64_t v_desc = desc_mn_major(v_addr, PAGE * 128);
+    wgmma_pin(o);
+    wgmma_pin(p);
+    wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < PAGE / 16; i++)
-    wgmma_pv<DT>(o, p + 4 * i, v_desc + (uint64_t)(i * 2048 >> 4));
-  wgmma_commit();
+    for (int i = 0; i < PAGE / 16; i++)
+        wgmma_pv<DT>(o, p + 4 * i, v_desc + (uint64_t)(i * 2048 >> 4));
+    wgmma_commit();
 }
 
 /* ---- pages ---- */
 
 /* Gives the K page at hand back. */
 template <int D, int GATE>
-__device__ __forceinline__ void release_k(struct consumer<D, GATE> &c) {
-  if (elect_one())
-    mbar_arrive(c.smem + smem_layout<D, GATE>::k_empty + 8 * c.k.slot());
-  c.k.next();
+__device__ __forceinline__ void release_k(struct consumer<D, GATE> &c)
+{
+    if (elect_one())
+        mbar_arrive(c.smem + smem_layout<D, GATE>::k_empty + 8 * c.k.slot());
+    c.k.next();
 }
 
 template <int D, int GATE>
-__device__ __forceinline__ void release_v(struct consumer<D, GATE> &c) {
-  if (GATE == SM90_GATE_NONE) {
-    if (elect_one())
-      mbar_arrive(c.smem + smem_layout<D, GATE>::v_empty + 8 * c.v.slot());
-  }
-  c.v.next();
+__device__ __forceinline__ void release_v(struct consumer<D, GATE> &c)
+{
+    if (GATE == SM90_GATE_NONE) {
+        if (elect_one())
+            mbar_arrive(c.smem + smem_layout<D, GATE>::v_empty + 8 * c.v.slot());
+    }
+    c.v.next();
 }
 
 /* Waits for the K page at hand; returns its address. */
 template <int D, int GATE>
-__device__ __forceinline__ uint32_t wait_k(const struct consumer<D, GATE> &c) {
-  using L = smem_layout<D, GATE>;
-  const uint32_t slot = c.k.slot();
-  mbar_wait(c.smem + L::k_full + 8 * slot, c.k.parity());
-  return c.smem + L::k + slot * L::page_bytes;
+__device__ __forceinline__ uint32_t wait_k(const struct consumer<D, GATE> &c)
+{
+    using L = smem_layout<D, GATE>;
+    const uint32_t slot = c.k.slot();
+    mbar_wait(c.smem + L::k_full + 8 * slot, c.k.parity());
+    return c.smem + L::k + slot * L::page_bytes;
 }
 
 template <int D, int GATE>
-__device__ __forceinline__ uint32_t v_slot(const struct consumer<D, GATE> &c) {
-  return (GATE == SM90_GATE_NONE
-              ? 0u
-              : (uint32_t)(c.group * smem_layout<D, GATE>::own_v_slots)) +
-         c.v.slot();
+__device__ __forceinline__ uint32_t v_slot(const struct consumer<D, GATE> &c)
+{
+    return (GATE == SM90_GATE_NONE ? 0u : (uint32_t)(c.group * smem_layout<D, GATE>::own_v_slots)) +
+           c.v.slot();
 }
 
 template <int D, int GATE>
-__device__ __forceinline__ uint32_t wait_v(const struct consumer<D, GATE> &c) {
-  using L = smem_layout<D, GATE>;
-  const uint32_t slot = v_slot(c);
-  mbar_wait(c.smem + L::v_full + 8 * slot, c.v.parity());
-  return c.smem + L::v + slot * L::page_bytes;
+__device__ __forceinline__ uint32_t wait_v(const struct consumer<D, GATE> &c)
+{
+    using L = smem_layout<D, GATE>;
+    const uint32_t slot = v_slot(c);
+    mbar_wait(c.smem + L::v_full + 8 * slot, c.v.parity());
+    return c.smem + L::v + slot * L::page_bytes;
 }
 
 /* Passes over entries of the tile that are not for this group. */
 template <int D, int GATE>
-__device__ __forceinline__ void pass(struct consumer<D, GATE> &c, int n) {
-  for (; all_of(n > 0); n--) {
-    wait_k(c);
-    release_k(c);
-    if (GATE == SM90_GATE_NONE) {
-      wait_v(c);
-      release_v(c);
+__device__ __forceinline__ void pass(struct consumer<D, GATE> &c, int n)
+{
+    for (; all_of(n > 0); n--) {
+        wait_k(c);
+        release_k(c);
+        if (GATE == SM90_GATE_NONE) {
+            wait_v(c);
+            release_v(c);
+        }
     }
-  }
 }
 
-/* One thread asks for the V page of the K page at hand. Its slot is free: all
- * warps of the group have passed a barrier since they last read it. */
+/* One thread asks for the V page of the K page at hand. Its slot is free: all warps of the group
+ * have passed a barrier since they last read it. */
 template <int D, int GATE>
-__device__ __forceinline__ void request_v(const struct consumer<D, GATE> &c,
-                                          const CUtensorMap *map) {
-  using L = smem_layout<D, GATE>;
-  if (c.thread() != 0)
-    return;
-  const uint32_t slot = v_slot(c), full = c.smem + L::v_full + 8 * slot;
-  const int tile = ld_shared_s32(c.smem + L::k_tile + 4 * c.k.slot());
-  mbar_arrive_expect_tx(full, L::page_bytes);
-  tma_load_4d(c.smem + L::v + slot * L::page_bytes, map, full, 0, 0, 0, tile,
-              L2_EVICT_LAST);
+__device__ __forceinline__ void request_v(const struct consumer<D, GATE> &c, const CUtensorMap *map)
+{
+    using L = smem_layout<D, GATE>;
+    if (c.thread() != 0)
+        return;
+    const uint32_t slot = v_slot(c), full = c.smem + L::v_full + 8 * slot;
+    const int tile = ld_shared_s32(c.smem + L::k_tile + 4 * c.k.slot());
+    mbar_arrive_expect_tx(full, L::page_bytes);
+    tma_load_4d(c.smem + L::v + slot * L::page_bytes, map, full, 0, 0, 0, tile, L2_EVICT_LAST);
 }
 
 /* One thread adds a page that n row groups keep. */
 template <int D, int GATE>
-__device__ __forceinline__ void count_kept(const struct consumer<D, GATE> &c,
-                                           int n) {
-  const uint32_t kept = c.smem + smem_layout<D, GATE>::kept + 4 * c.group;
-  if (GATE != SM90_GATE_NONE && c.thread() == 0)
-    st_shared_s32(kept, ld_shared_s32(kept) + n);
+__device__ __forceinline__ void count_kept(const struct consumer<D, GATE> &c, int n)
+{
+    const uint32_t kept = c.smem + smem_layout<D, GATE>::kept + 4 * c.group;
+    if (GATE != SM90_GATE_NONE && c.thread() == 0)
+        st_shared_s32(kept, ld_shared_s32(kept) + n);
 }
 
 template <int D, int GATE>
-__device__ __forceinline__ bool vote(const struct consumer<D, GATE> &c, int bar,
-                                     bool x) {
-  return bar_any(bar + c.group, GROUP_WARPS * 32, x);
+__device__ __forceinline__ bool vote(const struct consumer<D, GATE> &c, int bar, bool x)
+{
+    return bar_any(bar + c.group, GROUP_WARPS * 32, x);
 }
 
 /* QK of both halves; the first half's maxima when its scores are there. */
 template <int D, int DT, int GATE>
-__device__ __forceinline__ void
-begin_page(struct consumer<D, GATE> &c, const struct sm90_args &a,
-           float (&s0)[32], float (&s1)[32], float (&pm)[2], int at) {
-  using L = smem_layout<D, GATE>;
-  const uint32_t k = wait_k(c);
-  const uint64_t q = desc_k_major(c.smem + L::q + c.group * L::q_bytes);
-  wgmma_fence();
-  issue_qk<D, DT>(s0, q, k);
-  issue_qk<D, DT>(s1, q + (HALF_M * 128 >> 4), k);
-  wgmma_wait<1>();
-  wgmma_pin(s0);
-  page_max(pm, s0);
-  write_max(c, a, pm, 0, at);
+__device__ __forceinline__ void begin_page(struct consumer<D, GATE> &c, const struct sm90_args &a,
+                                           float (&s0)[32], float (&s1)[32], float (&pm)[2], int at)
+{
+    using L = smem_layout<D, GATE>;
+    const uint32_t k = wait_k(c);
+    const uint64_t q = desc_k_major(c.smem + L::q + c.group * L::q_bytes);
+    wgmma_fence();
+    issue_qk<D, DT>(s0, q, k);
+    issue_qk<D, DT>(s1, q + (HALF_M * 128 >> 4), k);
+    wgmma_wait<1>();
+    wgmma_pin(s0);
+    page_max(pm, s0);
+    write_max(c, a, pm, 0, at);
 }
 
-/* PV of both halves, the second's softmax under the first's; maxima are up to
- * date. */
+/* PV of both halves, the second's softmax under the first's; maxima are up to date. */
 template <int D, int DT>
-__device__ __forceinline__ void
-both_pv(uint32_t (&p0)[16], const float (&s1)[32], struct row_state &st1,
-        float (&o0)[D / 2], float (&o1)[D / 2], uint32_t v,
-        const struct sm90_args &a) {
-  uint32_t p1[16];
-  issue_pv<D, DT>(o0, p0, v);
-  page_exp<DT>(p1, s1, st1, a.scale_log2);
-  issue_pv<D, DT>(o1, p1, v);
-  wgmma_wait<0>();
-  wgmma_pin(o0);
-  wgmma_pin(o1);
-  wgmma_pin(p0);
-  wgmma_pin(p1);
+__device__ __forceinline__ void both_pv(uint32_t (&p0)[16], const float (&s1)[32],
+                                        struct row_state &st1, float (&o0)[D / 2],
+                                        float (&o1)[D / 2], uint32_t v, const struct sm90_args &a)
+{
+    uint32_t p1[16];
+    issue_pv<D, DT>(o0, p0, v);
+    page_exp<DT>(p1, s1, st1, a.scale_log2);
+    issue_pv<D, DT>(o1, p1, v);
+    wgmma_wait<0>();
+    wgmma_pin(o0);
+    wgmma_pin(o1);
+    wgmma_pin(p0);
+    wgmma_pin(p1);
 }
 
-/* A page that all rows see and that both halves keep or skip together, the
- * item's `at`-th before the diagonal; returns whether they keep it. The first
- * half's softmax runs under the second's QK, the second's under the first's PV.
- * Where the last page was kept (`hot`), the first half votes ahead of the
- * second, so that V is asked for early; elsewhere one vote of both is faster.
- */
+/* A page that all rows see and that both halves keep or skip together, the item's `at`-th before
+ * the diagonal; returns whether they keep it. The first half's softmax runs under the second's QK,
+ * the second's under the first's PV. Where the last page was kept (`hot`), the first half votes
+ * ahead of the second, so that V is asked for early; elsewhere one vote of both is faster. */
 template <int D, int DT, int GATE>
-__device__ __forceinline__ bool
-plain_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
-           const struct sm90_args &a, struct row_state (&st)[2],
-           float (&o0)[D / 2], float (&o1)[D / 2], int at) {
-  float s0[32], s1[32], pm[2], alpha[2];
-  uint32_t p0[16];
-  begin_page<D, DT>(c, a, s0, s1, pm, at);
-  if (GATE != SM90_GATE_NONE) {
-    const bool first = wants(c, st[0], pm, 0);
-    bool keep = false;
-    if (all_of(c.bits & HOT))
-      keep = vote(c, BAR_EARLY, first);
-    if (all_of(!keep)) {
-      float pm1[2];
-      wgmma_wait<0>();
-      wgmma_pin(s1);
-      page_max(pm1, s1);
-      keep = vote(c, BAR_LATE, first | wants(c, st[1], pm1, 1));
-      if (all_of(!keep)) {
-        write_max(c, a, pm1, 1, at);
-        release_k(c);
-        return false;
-      }
+__device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
+                                           const struct sm90_args &a, struct row_state (&st)[2],
+                                           float (&o0)[D / 2], float (&o1)[D / 2], int at)
+{
+    float s0[32], s1[32], pm[2], alpha[2];
+    uint32_t p0[16];
+    begin_page<D, DT>(c, a, s0, s1, pm, at);
+    if (GATE != SM90_GATE_NONE) {
+        const bool first = wants(c, st[0], pm, 0);
+        bool keep = false;
+        if (all_of(c.bits & HOT))
+            keep = vote(c, BAR_EARLY, first);
+        if (all_of(!keep)) {
+            float pm1[2];
+            wgmma_wait<0>();
+            wgmma_pin(s1);
+            page_max(pm1, s1);
+            keep = vote(c, BAR_LATE, first | wants(c, st[1], pm1, 1));
+            if (all_of(!keep)) {
+                write_max(c, a, pm1, 1, at);
+                release_k(c);
+                return false;
+            }
+        }
+        request_v(c, map);
     }
-    request_v(c, map);
-  }
-  raise_maxima<GATE>(st[0], alpha, pm, a);
-  page_exp<DT>(p0, s0, st[0], a.scale_log2);
-  count_kept(c, 1);
-  wgmma_wait<0>();
-  wgmma_pin(s1);
-  release_k(c);
-  scale_rows(o0, alpha);
-  page_max(pm, s1);
-  write_max(c, a, pm, 1, at);
-  raise_maxima<GATE>(st[1], alpha, pm, a);
-  scale_rows(o1, alpha);
-  const uint32_t v = wait_v(c);
-  both_pv<D, DT>(p0, s1, st[1], o0, o1, v, a);
-  release_v(c);
-  return true;
+    raise_maxima<GATE>(st[0], alpha, pm, a);
+    page_exp<DT>(p0, s0, st[0], a.scale_log2);
+    count_kept(c, 1);
+    wgmma_wait<0>();
+    wgmma_pin(s1);
+    release_k(c);
+    scale_rows(o0, alpha);
+    page_max(pm, s1);
+    write_max(c, a, pm, 1, at);
+    raise_maxima<GATE>(st[1], alpha, pm, a);
+    scale_rows(o1, alpha);
+    const uint32_t v = wait_v(c);
+    both_pv<D, DT>(p0, s1, st[1], o0, o1, v, a);
+    release_v(c);
+    return true;
 }
 
 /* Softmax and PV of one half, whose maxima are up to date. */
 template <int D, int DT>
-__device__ __forceinline__ void half_pv(const float (&s)[32],
-                                        struct row_state &st, float (&o)[D / 2],
-                                        uint32_t v, const struct sm90_args &a) {
-  uint32_t p[16];
-  page_exp<DT>(p, s, st, a.scale_log2);
-  issue_pv<D, DT>(o, p, v);
-  wgmma_wait<0>();
-  wgmma_pin(o);
-  wgmma_pin(p);
+__device__ __forceinline__ void half_pv(const float (&s)[32], struct row_state &st,
+                                        float (&o)[D / 2], uint32_t v, const struct sm90_args &a)
+{
+    uint32_t p[16];
+    page_exp<DT>(p, s, st, a.scale_log2);
+    issue_pv<D, DT>(o, p, v);
+    wgmma_wait<0>();
+    wgmma_pin(o);
+    wgmma_pin(p);
 }
 
 /* The same where each half decides for itself (gate_rows 64). */
 template <int D, int DT, int GATE>
-__device__ __forceinline__ void
-split_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
-           const struct sm90_args &a, struct row_state (&st)[2],
-           float (&o0)[D / 2], float (&o1)[D / 2], int at) {
-  float s0[32], s1[32], pm[2], alpha[2];
-  begin_page<D, DT>(c, a, s0, s1, pm, at);
-  const bool keep0 = vote(c, BAR_EARLY, wants(c, st[0], pm, 0));
-  if (all_of(keep0))
-    raise_maxima<GATE>(st[0], alpha, pm, a);
-  wgmma_wait<0>();
-  wgmma_pin(s1);
-  if (all_of(keep0)) {
-    request_v(c, map);
-    scale_rows(o0, alpha);
-  }
-  page_max(pm, s1);
-  write_max(c, a, pm, 1, at);
-  const bool keep1 = vote(c, BAR_LATE, wants(c, st[1], pm, 1));
-  if (all_of(keep1)) {
-    if (all_of(!keep0))
-      request_v(c, map);
-    raise_maxima<GATE>(st[1], alpha, pm, a);
-    scale_rows(o1, alpha);
-  }
-  if (all_of(!keep0 && !keep1)) {
+__device__ __forceinline__ void split_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
+                                           const struct sm90_args &a, struct row_state (&st)[2],
+                                           float (&o0)[D / 2], float (&o1)[D / 2], int at)
+{
+    float s0[32], s1[32], pm[2], alpha[2];
+    begin_page<D, DT>(c, a, s0, s1, pm, at);
+    const bool keep0 = vote(c, BAR_EARLY, wants(c, st[0], pm, 0));
+    if (all_of(keep0))
+        raise_maxima<GATE>(st[0], alpha, pm, a);
+    wgmma_wait<0>();
+    wgmma_pin(s1);
+    if (all_of(keep0)) {
+        request_v(c, map);
+        scale_rows(o0, alpha);
+    }
+    page_max(pm, s1);
+    write_max(c, a, pm, 1, at);
+    const bool keep1 = vote(c, BAR_LATE, wants(c, st[1], pm, 1));
+    if (all_of(keep1)) {
+        if (all_of(!keep0))
+            request_v(c, map);
+        raise_maxima<GATE>(st[1], alpha, pm, a);
+        scale_rows(o1, alpha);
+    }
+    if (all_of(!keep0 && !keep1)) {
+        release_k(c);
+        return;
+    }
+    count_kept(c, ITEM_FIELD(c, rows64) ? keep0 + keep1 : 1);
     release_k(c);
-    return;
-  }
-  count_kept(c, ITEM_FIELD(c, rows64) ? keep0 + keep1 : 1);
-  release_k(c);
-  const uint32_t v = wait_v(c);
-  if (all_of(!keep0)) {
-    half_pv<D, DT>(s1, st[1], o1, v, a);
-  } else if (all_of(!keep1)) {
-    half_pv<D, DT>(s0, st[0], o0, v, a);
-  } else {
-    uint32_t p0[16];
-    page_exp<DT>(p0, s0, st[0], a.scale_log2);
-    both_pv<D, DT>(p0, s1, st[1], o0, o1, v, a);
-  }
-  release_v(c);
+    const uint32_t v = wait_v(c);
+    if (all_of(!keep0)) {
+        half_pv<D, DT>(s1, st[1], o1, v, a);
+    } else if (all_of(!keep1)) {
+        half_pv<D, DT>(s0, st[0], o0, v, a);
+    } else {
+        uint32_t p0[16];
+        page_exp<DT>(p0, s0, st[0], a.scale_log2);
+        both_pv<D, DT>(p0, s1, st[1], o0, o1, v, a);
+    }
+    release_v(c);
 }
 
-/* One half of a diagonal page; `mask`: its own diagonal. V must be asked for
- * unless `asked`. */
+/* One half of a diagonal page; `mask`: its own diagonal. V must be asked for unless `asked`. */
 template <int D, int DT, int GATE>
 __device__ __forceinline__ void
-diagonal_half(struct consumer<D, GATE> &c, const CUtensorMap *map,
-              const struct sm90_args &a, struct row_state &st,
-              float (&o)[D / 2], int half, uint32_t k, bool mask, bool asked) {
-  using L = smem_layout<D, GATE>;
-  float s[32], pm[2], alpha[2];
-  wgmma_fence();
-  issue_qk<D, DT>(
-      s,
-      desc_k_major(c.smem + L::q + c.group * L::q_bytes + half * HALF_M * 128),
-      k);
-  if (GATE != SM90_GATE_NONE && !asked) {
-    bar_sync(BAR_EARLY + c.group, GROUP_WARPS * 32); /* the slot of V is free */
-    request_v(c, map);
-  }
-  wgmma_wait<0>();
-  wgmma_pin(s);
-  if (all_of(mask)) {
-    const int thread = opaque(c.thread()), lane = thread & 31;
-    mask_diagonal(s, 2 * (lane & 3), thread / 32 * 16 + lane / 4);
-  }
-  page_max(pm, s);
-  raise_maxima<GATE>(st, alpha, pm, a);
-  scale_rows(o, alpha);
-  half_pv<D, DT>(s, st, o, wait_v(c), a);
+diagonal_half(struct consumer<D, GATE> &c, const CUtensorMap *map, const struct sm90_args &a,
+              struct row_state &st, float (&o)[D / 2], int half, uint32_t k, bool mask, bool asked)
+{
+    using L = smem_layout<D, GATE>;
+    float s[32], pm[2], alpha[2];
+    wgmma_fence();
+    issue_qk<D, DT>(s, desc_k_major(c.smem + L::q + c.group * L::q_bytes + half * HALF_M * 128), k);
+    if (GATE != SM90_GATE_NONE && !asked) {
+        bar_sync(BAR_EARLY + c.group, GROUP_WARPS * 32); /* the slot of V is free */
+        request_v(c, map);
+    }
+    wgmma_wait<0>();
+    wgmma_pin(s);
+    if (all_of(mask)) {
+        const int thread = opaque(c.thread()), lane = thread & 31;
+        mask_diagonal(s, 2 * (lane & 3), thread / 32 * 16 + lane / 4);
+    }
+    page_max(pm, s);
+    raise_maxima<GATE>(st, alpha, pm, a);
+    scale_rows(o, alpha);
+    half_pv<D, DT>(s, st, o, wait_v(c), a);
 }
 
-/* The first or second diagonal page, one half after the other; the second is
- * above the first half's rows. */
+/* The first or second diagonal page, one half after the other; the second is above the first half's
+ * rows. */
 template <int D, int DT, int GATE>
-__device__ __forceinline__ void
-diagonal_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
-              const struct sm90_args &a, struct row_state (&st)[2],
-              float (&o0)[D / 2], float (&o1)[D / 2], int diag) {
-  const uint32_t k = wait_k(c);
-  const bool first = diag == 0,
-             second = diag == 1 || ITEM_FIELD(c, row_end) > HALF_M;
-  if (all_of(first))
-    diagonal_half<D, DT, GATE>(c, map, a, st[0], o0, 0, k, true, false);
-  if (all_of(second))
-    diagonal_half<D, DT, GATE>(c, map, a, st[1], o1, 1, k, !first, first);
-  release_k(c);
-  count_kept(c, ITEM_FIELD(c, rows64) ? first + second : 1);
-  release_v(c);
+__device__ __forceinline__ void diagonal_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
+                                              const struct sm90_args &a, struct row_state (&st)[2],
+                                              float (&o0)[D / 2], float (&o1)[D / 2], int diag)
+{
+    const uint32_t k = wait_k(c);
+    const bool first = diag == 0, second = diag == 1 || ITEM_FIELD(c, row_end) > HALF_M;
+    if (all_of(first))
+        diagonal_half<D, DT, GATE>(c, map, a, st[0], o0, 0, k, true, false);
+    if (all_of(second))
+        diagonal_half<D, DT, GATE>(c, map, a, st[1], o1, 1, k, !first, first);
+    release_k(c);
+    count_kept(c, ITEM_FIELD(c, rows64) ? first + second : 1);
+    release_v(c);
 }
 
 #endif
