@@ -27,6 +27,17 @@ static int check_shape(const struct attn_problem *p, const struct kv_view *kv, s
     return 0;
 }
 
+static int check_thresholds(const struct attn_thresholds *t, const char *what,
+                            const struct attn_problem *p, const struct kv_view *kv,
+                            struct err_msg *why)
+{
+    if (t->t && (t->n_levels < 1 || t->n_blocks < 1 || t->n_layers != kv->n_layers ||
+                 t->n_heads != p->n_heads))
+        return err_set(why, ERR_INVALID, "%s [%d, %d, %d, %d] do not fit %d layers, %d heads", what,
+                       t->n_levels, t->n_layers, t->n_heads, t->n_blocks, kv->n_layers, p->n_heads);
+    return 0;
+}
+
 static int check_policy(const struct attn_policy *policy, const struct attn_problem *p,
                         const struct kv_view *kv, struct err_msg *why)
 {
@@ -40,12 +51,22 @@ static int check_policy(const struct attn_policy *policy, const struct attn_prob
             return err_set(why, ERR_INVALID, "head %d: sink_pages %d or local_pages %d is negative",
                            h, head->sink_pages, head->local_pages);
     }
-    const struct attn_thresholds *t = &policy->abs;
-    if (t->t && (t->n_levels < 1 || t->n_blocks < 1 || t->n_layers != kv->n_layers ||
-                 t->n_heads != p->n_heads))
-        return err_set(why, ERR_INVALID,
-                       "thresholds [%d, %d, %d, %d] do not fit %d layers, %d heads", t->n_levels,
-                       t->n_layers, t->n_heads, t->n_blocks, kv->n_layers, p->n_heads);
+    TRY(check_thresholds(&policy->abs, "thresholds", p, kv, why));
+    return check_thresholds(&policy->decode, "decode thresholds", p, kv, why);
+}
+
+/* The gate of generated rows has no granularity and nothing to align. */
+static int check_decode(const struct attn_choice *c, const struct attn_policy *policy, int32_t i,
+                        struct err_msg *why)
+{
+    const struct attn_thresholds *t = &policy->decode;
+    if (c->decode_gate != ATTN_GATE_NONE && c->decode_gate != ATTN_GATE_ABS)
+        return err_set(why, ERR_INVALID, "sequence %d: decode_gate %d is not NONE or ABS", i,
+                       c->decode_gate);
+    if (c->decode_gate == ATTN_GATE_ABS &&
+        (!t->t || c->decode_level < 0 || c->decode_level >= t->n_levels))
+        return err_set(why, ERR_INVALID, "sequence %d: decode_level %d of %d threshold levels", i,
+                       c->decode_level, t->t ? t->n_levels : 0);
     return 0;
 }
 
@@ -144,6 +165,7 @@ int attn_validate(const struct attn_problem *p, const struct kv_view *kv,
     for (int32_t i = 0; i < p->n_seqs; i++) {
         TRY(check_seq(&p->seqs[i], kv, i, why));
         TRY(check_choice(&p->seqs[i], policy, i, why));
+        TRY(check_decode(&p->seqs[i].choice, policy, i, why));
     }
     TRY(check_rel_counts(p, why));
     return check_tile_max(p, why);

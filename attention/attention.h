@@ -10,13 +10,14 @@
  * Rows at positions < prompt_end are prompt rows: grouped into absolute 128-token blocks and gated
  * by `choice`. A gated chunk starts on a multiple of 128 and ends on one or at prompt_end, so that
  * any chunking of a prompt gives the same gates. Rows at positions >= prompt_end are generated
- * rows: each stands alone and follows the decode policy.
+ * rows: each stands alone and follows the decode gate of `choice`.
  *
  * Row independence (the CPU kernel; tests hold it): with gate NONE a row's output bits depend on
  * its q, its visible K/V and the page order alone; not on the other rows, the chunking, the batch,
  * the thread count, or on whether the row is a prompt row or a generated one. With a gate the same
- * holds given the block's decisions. A NaN in one token's q, k or v reaches only the rows that may
- * see that token.
+ * holds given the block's decisions; a generated row's are its own, so that under a gate too it has
+ * the same bits alone, in a chunk that computes several again, or beside other sequences. A NaN in
+ * one token's q, k or v reaches only the rows that may see that token.
  *
  * Returns 0 or ERR_INVALID (attn_validate says why; a shape outside supports). CPU: synchronous.
  * Source: BSFA (arXiv 2512.07011) section 4; FlashAttention-2 (arXiv 2307.08691) section 3. */

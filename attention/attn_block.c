@@ -3,7 +3,8 @@
  *
  * Rows here are (head, token) pairs, head-major: row = head * n_rows + token. A panel is a run of
  * rows that goes through QK together: one head's block, or, where blocks are small (decode) and no
- * gate needs a head's scores apart, several heads that share the page.
+ * probe needs a head's scores apart, several heads that share the page. The gate of generated rows
+ * decides row by row, so it leaves them their panel.
  *
  * Invariants
  * - A row meets its pages in the walk's order and a page's keys in order, whatever is around it.
@@ -239,12 +240,18 @@ static void write_rel_counts(const struct block *b, int32_t h)
     count_gaps(b, h, KV_BLOCK_TOKENS / 2, out->bins + (heads + head) * n);
 }
 
+/* Of the block, which all rows of a task share. */
+static float threshold(const struct block *b, const struct attn_thresholds *t, int level, int32_t h)
+{
+    return attn_threshold(t, level, b->job->p->layer, b->task->head + h,
+                          b->task->pos / KV_BLOCK_TOKENS);
+}
+
 /* The gate's predicates. Both are written so that NaN keeps the page. */
 static bool abs_skips(const struct block *b, int32_t h, int32_t first, int32_t end)
 {
-    float t = attn_threshold(&b->job->policy->abs, b->seq->choice.level, b->job->p->layer,
-                             b->task->head + h, b->task->pos / KV_BLOCK_TOKENS);
-    return rows_max(b->x.row_max, first, end) < t;
+    return rows_max(b->x.row_max, first, end) <
+           threshold(b, &b->job->policy->abs, b->seq->choice.level, h);
 }
 
 static bool rel_skips(const struct block *b, int32_t h, int32_t first, int32_t end)
@@ -299,6 +306,41 @@ static void gate_panel(struct block *b, int32_t h, int32_t skip)
     }
 }
 
+/* The gate of generated rows, heads [h, h1): each row alone. What rows in a row keep goes through
+ * PV together. */
+static void gate_rows(struct block *b, int32_t h, int32_t h1)
+{
+    const int32_t n = b->task->n_rows, row0 = h * n;
+    int32_t first = 0, end = 0; /* kept, not yet accumulated */
+    for (int32_t i = h, r = 0; i < h1; i++) {
+        const float t = threshold(b, &b->job->policy->decode, b->seq->choice.decode_level, i);
+        for (int32_t token = 0; token < n; token++, r++) {
+            const int32_t own = (b->task->pos + token) / KV_PAGE_TOKENS;
+            if (b->page > own || (b->page < own && b->x.row_max[r] < t))
+                continue;
+            b->x.counts[i].kept++;
+            if (end < r) {
+                if (first < end)
+                    accumulate(b, row0, first, end);
+                first = r;
+            }
+            end = r + 1;
+        }
+    }
+    if (first < end)
+        accumulate(b, row0, first, end);
+}
+
+/* Whether a score of heads [h, h1) might be NaN or infinite. */
+static bool unbounded(const struct block *b, int32_t h, int32_t h1)
+{
+    for (int32_t i = h; i < h1; i++) {
+        if (!(b->k_max * b->x.q_max[i] * (float)b->head_dim <= FLT_MAX))
+            return true;
+    }
+    return false;
+}
+
 static void run_panel(struct block *b, int32_t h, int32_t h1)
 {
     const int32_t n = b->task->n_rows, rows = (h1 - h) * n, row0 = h * n;
@@ -314,7 +356,7 @@ static void run_panel(struct block *b, int32_t h, int32_t h1)
                      b->head_dim);
     if (diagonal)
         mask_panel(b, rows);
-    if (watched && !(b->k_max * b->x.q_max[h] * (float)b->head_dim <= FLT_MAX))
+    if (watched && unbounded(b, h, h1))
         sticky_row_max(b, rows);
     if (b->job->p->tile_max && !b->task->generated)
         write_tile_max(b, h);
@@ -323,7 +365,10 @@ static void run_panel(struct block *b, int32_t h, int32_t h1)
     for (int32_t i = h; i < h1; i++)
         b->x.counts[i].visited += groups;
     if (b->gate != ATTN_GATE_NONE) {
-        gate_panel(b, h, skip);
+        if (b->task->generated)
+            gate_rows(b, h, h1);
+        else
+            gate_panel(b, h, skip);
         return;
     }
     for (int32_t i = h; i < h1; i++)
@@ -460,13 +505,14 @@ static void open_block(struct block *b, const struct attn_job *job, int32_t task
     if (job->policy->heads)
         b->heads =
             job->policy->heads + (size_t)job->p->layer * (size_t)job->p->n_heads + (size_t)t->head;
-    b->gate = t->generated ? ATTN_GATE_NONE : (enum attn_gate)b->seq->choice.gate;
+    b->gate = (enum attn_gate)(t->generated ? b->seq->choice.decode_gate : b->seq->choice.gate);
     b->group_rows = KV_BLOCK_TOKENS;
     if (t->generated)
         b->group_rows = 1;
     else if (b->gate != ATTN_GATE_NONE)
         b->group_rows = b->seq->choice.gate_rows;
-    b->alone = b->gate != ATTN_GATE_NONE || job->p->tile_max || job->p->rel_counts;
+    b->alone =
+        (b->gate != ATTN_GATE_NONE && !t->generated) || job->p->tile_max || job->p->rel_counts;
     carve(&b->x, &at, b->head_dim);
 }
 

@@ -8,8 +8,15 @@
  *
  * Visit is decided before QK and saves K too; Gate is decided after QK and saves exp, the V load
  * and PV. A skipped page touches nothing: neither row max, nor row sum, nor output. NaN keeps a
- * page. The policy belongs to prompt positions; generated positions follow the decode policy (visit
- * only, no gate). Source: BSFA (arXiv 2512.07011) section 4; BLASST (arXiv 2512.12087). */
+ * page.
+ *
+ * That is for prompt positions. A generated position visits the same pages, and has a gate of its
+ * own, NONE or ABS with thresholds of its own: it decides alone, for each query head and each page
+ * before the one that holds the position, which is always kept (the other page of its block, where
+ * that lies before, is a candidate like any). What a row decides thus depends on that row alone. A
+ * backend may keep more than that: a kernel that loads a page for several rows or heads together
+ * may keep it for all of them where one does. The CPU kernel keeps exactly this set.
+ * Source: BSFA (arXiv 2512.07011) section 4; BLASST (arXiv 2512.12087). */
 #ifndef ATTENTION_POLICY_H
 #define ATTENTION_POLICY_H
 
@@ -53,12 +60,15 @@ struct attn_thresholds {
 };
 
 /* What one sequence chose. level indexes thresholds (ABS); ln_lambda <= 0 (REL); gate_rows 128 (one
- * decision for the query block, the paper) or 64 (one for each half of it). */
+ * decision for the query block, the paper) or 64 (one for each half of it). decode_level indexes
+ * the thresholds of generated rows. */
 struct attn_choice {
     uint8_t gate; /* enum attn_gate */
     uint8_t gate_rows;
     int16_t level;
     float ln_lambda;
+    int16_t decode_gate; /* of generated rows: ATTN_GATE_NONE or ATTN_GATE_ABS */
+    int16_t decode_level;
 };
 
 /* What all sequences of a model share. */
@@ -66,6 +76,9 @@ struct attn_policy {
     enum attn_order order;
     const struct attn_head_policy *heads; /* [n_layers, n_heads]; NULL: all heads visit all pages */
     struct attn_thresholds abs;           /* t == NULL: no ABS level can be chosen */
+    /* of generated rows, looked up as the others are: by the block that holds the position; t ==
+     * NULL: they cannot be gated */
+    struct attn_thresholds decode;
 };
 
 /* Decisions counted in (page, row group) units: a row group is gate_rows query rows (128 where

@@ -21,6 +21,8 @@ struct batch_policy {
     uint8_t gate_rows; /* 128 or 64 */
     int16_t level;     /* ABS: index into the threshold file's k list */
     float ln_lambda;   /* REL */
+    /* Of generated rows: BATCH_DENSE or BATCH_ABS, and then an index into the file's decode_k. */
+    int16_t decode_gate, decode_level;
 };
 
 /* How one sequence's next token is chosen. Randomness is a pure function of (seed, position of the

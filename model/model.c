@@ -226,6 +226,17 @@ int model_take_pages(struct model *m, int32_t n_pages, struct err_msg *why)
     return llama_bind_cache(m->llama, kv_store_view(m->store), why);
 }
 
+/* The rank's heads of thresholds that cover the model's; returns how many levels they have. */
+static int32_t slice_thresholds(const struct model *m, struct attn_thresholds *t)
+{
+    if (!t->t)
+        return 0;
+    ASSERT(t->n_layers == m->config.n_layers && t->n_heads == m->config.n_heads);
+    t->t += m->shard.head * t->head_stride;
+    t->n_heads = m->shard.n_heads;
+    return t->n_levels;
+}
+
 /* The rank's heads of a policy that covers the model's. */
 int model_set_policy(struct model *m, const struct attn_policy *policy, struct err_msg *why)
 {
@@ -243,14 +254,10 @@ int model_set_policy(struct model *m, const struct attn_policy *policy, struct e
                    n * sizeof *m->head_policy);
     }
     mine.heads = m->head_policy;
-    m->plan.limits.n_levels = 0;
-    if (policy->abs.t) {
-        ASSERT(policy->abs.n_layers == m->config.n_layers &&
-               policy->abs.n_heads == m->config.n_heads);
-        mine.abs.t += s->head * policy->abs.head_stride;
-        mine.abs.n_heads = s->n_heads;
-        m->plan.limits.n_levels = policy->abs.n_levels;
-    }
+    m->plan.limits.n_levels = slice_thresholds(m, &mine.abs);
+    m->plan.limits.n_decode_levels = slice_thresholds(m, &mine.decode);
+    if (llama_ops_of(m->dev)->half) /* the decode kernel there has no such gate yet */
+        m->plan.limits.n_decode_levels = 0;
     return llama_set_policy(m->llama, &mine, why);
 }
 

@@ -65,6 +65,11 @@ static int check_policy(const struct plan_limits *l, const struct batch_seq *s, 
     const struct batch_policy *p = &s->policy;
     const int32_t end = s->start + s->n_tokens;
 
+    if (p->decode_gate != BATCH_DENSE && p->decode_gate != BATCH_ABS)
+        return wrong(s, "decode_gate is not dense or ABS", p->decode_gate, why);
+    if (p->decode_gate == BATCH_ABS &&
+        (p->decode_level < 0 || p->decode_level >= l->n_decode_levels))
+        return wrong(s, "no decode thresholds of this level", p->decode_level, why);
     if (p->gate > BATCH_REL)
         return wrong(s, "unknown gate", p->gate, why);
     if (p->gate == BATCH_DENSE)
@@ -90,7 +95,9 @@ static struct attn_choice make_choice(const struct batch_policy *p)
     return (struct attn_choice){.gate = p->gate,
                                 .gate_rows = p->gate_rows ? p->gate_rows : KV_BLOCK_TOKENS,
                                 .level = p->level,
-                                .ln_lambda = p->ln_lambda};
+                                .ln_lambda = p->ln_lambda,
+                                .decode_gate = p->decode_gate,
+                                .decode_level = p->decode_level};
 }
 
 /* Appends the rows of a checked sequence. */

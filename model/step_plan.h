@@ -18,7 +18,8 @@ struct plan_limits {
     int64_t max_position;
     int32_t vocab_size;
     int32_t n_pages;
-    int32_t n_levels; /* of thresholds */
+    int32_t n_levels;        /* of thresholds */
+    int32_t n_decode_levels; /* of thresholds of generated rows */
 };
 
 struct step_plan {
@@ -30,7 +31,7 @@ struct step_plan {
     int32_t *outputs;         /* [max_seqs] rows whose logits are wanted, ascending */
 };
 
-/* Takes memory for the largest step. limits.n_pages and n_levels may be set later. */
+/* Takes memory for the largest step. limits.n_pages and those of levels may be set later. */
 void step_plan_init(struct step_plan *p, const struct plan_limits *limits);
 void step_plan_deinit(struct step_plan *p); /* accepts a zeroed struct */
 /* ERR_INVALID, with the sequence and the field named, when the batch breaks a rule of batch.h,

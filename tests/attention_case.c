@@ -96,6 +96,7 @@ void case_close(struct attn_case *t)
     mem_free(t->head_counts);
     mem_free(t->heads);
     mem_free(t->thresholds);
+    mem_free(t->decode);
     dev_close(t->dev);
 }
 
@@ -133,19 +134,21 @@ void case_reset(struct attn_case *t)
     memset(t->head_counts, 0, (size_t)t->c.n_heads * sizeof *t->head_counts);
 }
 
-void case_thresholds(struct attn_case *t, int32_t n_levels, int32_t n_blocks, double lo, double hi)
+/* Into *at, in place of what was there. */
+static struct attn_thresholds random_thresholds(struct attn_case *t, float **at, int32_t n_levels,
+                                                int32_t n_blocks, double lo, double hi)
 {
     size_t n = (size_t)n_levels * CASE_LAYERS * (size_t)t->c.n_heads * (size_t)n_blocks;
-    mem_free(t->thresholds);
-    t->thresholds = mem_alloc(n * sizeof *t->thresholds);
+    mem_free(*at);
+    float *to = *at = mem_alloc(n * sizeof *to);
     for (size_t i = 0; i < n; i++) {
         double u = rng_unit(&t->rng);
-        t->thresholds[i] = (float)(lo + (hi - lo) * rng_unit(&t->rng));
+        to[i] = (float)(lo + (hi - lo) * rng_unit(&t->rng));
         if (u < 0.05)
-            t->thresholds[i] = u < 0.025 ? -INFINITY : INFINITY;
+            to[i] = u < 0.025 ? -INFINITY : INFINITY;
     }
-    t->policy.abs = (struct attn_thresholds){
-        .t = t->thresholds,
+    return (struct attn_thresholds){
+        .t = to,
         .n_levels = n_levels,
         .n_layers = CASE_LAYERS,
         .n_heads = t->c.n_heads,
@@ -154,6 +157,17 @@ void case_thresholds(struct attn_case *t, int32_t n_levels, int32_t n_blocks, do
         .layer_stride = (int64_t)t->c.n_heads * n_blocks,
         .head_stride = n_blocks,
     };
+}
+
+void case_thresholds(struct attn_case *t, int32_t n_levels, int32_t n_blocks, double lo, double hi)
+{
+    t->policy.abs = random_thresholds(t, &t->thresholds, n_levels, n_blocks, lo, hi);
+}
+
+void case_decode_thresholds(struct attn_case *t, int32_t n_levels, int32_t n_blocks, double lo,
+                            double hi)
+{
+    t->policy.decode = random_thresholds(t, &t->decode, n_levels, n_blocks, lo, hi);
 }
 
 void case_visits(struct attn_case *t)

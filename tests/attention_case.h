@@ -42,6 +42,7 @@ struct attn_case {
     struct attn_policy policy;
     struct attn_head_policy *heads; /* storage for policy.heads */
     float *thresholds;              /* storage for policy.abs.t */
+    float *decode;                  /* likewise for policy.decode.t */
     int32_t layer;
     float scale;
     struct dev *dev;
@@ -62,6 +63,9 @@ void case_close(struct attn_case *t);
 void case_reset(struct attn_case *t);
 /* Random thresholds [n_levels, layers, heads, n_blocks] around the scores that occur. */
 void case_thresholds(struct attn_case *t, int32_t n_levels, int32_t n_blocks, double lo, double hi);
+/* The same of generated rows. */
+void case_decode_thresholds(struct attn_case *t, int32_t n_levels, int32_t n_blocks, double lo,
+                            double hi);
 /* Every head SINK_LOCAL or ALL at random. */
 void case_visits(struct attn_case *t);
 /* One batch; writes the chunks' tokens to the cache first. Returns attn_cpu's result. */

@@ -121,20 +121,39 @@ static void note_margin(struct oracle *o, double value, double threshold)
         o->margin = d;
 }
 
-/* The gate of one page off the diagonal, given every row's maximum of it. */
+/* T of the unit's head and of the block that holds it. */
+static double threshold_of(const struct unit *u, const struct attn_thresholds *t, int level)
+{
+    int block = u->pos / KV_BLOCK_TOKENS;
+    int row = block < t->n_blocks ? block : t->n_blocks - 1;
+    return (double)t->t[level * t->level_stride + u->p->layer * t->layer_stride +
+                        u->head * t->head_stride + row];
+}
+
+/* First page that the unit keeps whatever its gate says: the first of its query block, or the page
+ * of a generated row that has a gate. */
+static int first_own_page(const struct unit *u)
+{
+    if (!u->prompt && u->s->choice.decode_gate != ATTN_GATE_NONE)
+        return u->pos / KV_PAGE_TOKENS;
+    return u->pos / KV_BLOCK_TOKENS * 2;
+}
+
+/* The gate of one page before those, given every row's maximum of it. */
 static bool keeps(struct oracle *o, const struct unit *u, const double *row_max,
                   const double *running)
 {
     const struct attn_choice *c = &u->s->choice;
     int rows = u->end - u->pos;
+    if (!u->prompt && c->decode_gate == ATTN_GATE_ABS) {
+        double threshold = threshold_of(u, &u->policy->decode, c->decode_level);
+        note_margin(o, row_max[0], threshold);
+        return !(row_max[0] < threshold);
+    }
     if (c->gate == ATTN_GATE_NONE || !u->prompt)
         return true;
     if (c->gate == ATTN_GATE_ABS) {
-        const struct attn_thresholds *t = &u->policy->abs;
-        int block = u->pos / KV_BLOCK_TOKENS;
-        int row = block < t->n_blocks ? block : t->n_blocks - 1;
-        double threshold = (double)t->t[c->level * t->level_stride + u->p->layer * t->layer_stride +
-                                        u->head * t->head_stride + row];
+        double threshold = threshold_of(u, &u->policy->abs, c->level);
         double top = -INFINITY;
         for (int r = 0; r < rows; r++)
             top = max_nan(row_max[r], top);
@@ -177,7 +196,7 @@ static void add(struct attn_counts *c, bool visit, bool keep)
 
 static void decide(struct oracle *o, struct unit *u, int seq)
 {
-    int rows = u->end - u->pos, diag = u->pos / KV_BLOCK_TOKENS * 2;
+    int rows = u->end - u->pos, diag = first_own_page(u);
     int *list = malloc(sizeof *list * (size_t)(u->end / KV_PAGE_TOKENS + 1));
     double *running = malloc(sizeof *running * (size_t)rows);
     double *row_max = malloc(sizeof *row_max * (size_t)rows);

@@ -113,12 +113,15 @@ static void same_counts(const struct attn_case *t, const struct case_bits *want)
 static void random_gates(struct attn_case *t, struct rng *r)
 {
     case_thresholds(t, 2, rng_range(r, 1, 4), 2, 9);
+    case_decode_thresholds(t, 2, rng_range(r, 1, 4), 1, 7);
     for (int32_t i = 0; i < t->c.n_seqs; i++)
         t->seqs[i].choice =
             (struct attn_choice){.gate = (uint8_t)rng_range(r, ATTN_GATE_ABS, ATTN_GATE_REL),
                                  .gate_rows = rng_range(r, 0, 1) ? 128 : 64,
                                  .level = (int16_t)rng_range(r, 0, 1),
-                                 .ln_lambda = (float)(-4 * rng_unit(r))};
+                                 .ln_lambda = (float)(-4 * rng_unit(r)),
+                                 .decode_gate = (int16_t)rng_range(r, 0, ATTN_GATE_ABS),
+                                 .decode_level = (int16_t)rng_range(r, 0, 1)};
 }
 
 static void gated_rows_do_not_depend_on_the_schedule(void **state)

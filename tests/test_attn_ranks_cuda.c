@@ -168,8 +168,11 @@ static void check_choice(const struct inputs *in, const struct attn_choice *choi
 static void test_heads(void **state)
 {
     static const struct attn_choice choices[] = {
-        {ATTN_GATE_NONE, 128, 0, 0.0f}, {ATTN_GATE_ABS, 128, 0, 0.0f}, {ATTN_GATE_ABS, 64, 0, 0.0f},
-        {ATTN_GATE_REL, 128, 0, -0.4f}, {ATTN_GATE_REL, 64, 0, -0.7f},
+        {.gate = ATTN_GATE_NONE, .gate_rows = 128},
+        {.gate = ATTN_GATE_ABS, .gate_rows = 128},
+        {.gate = ATTN_GATE_ABS, .gate_rows = 64},
+        {.gate = ATTN_GATE_REL, .gate_rows = 128, .ln_lambda = -0.4f},
+        {.gate = ATTN_GATE_REL, .gate_rows = 64, .ln_lambda = -0.7f},
     };
     struct rng rng = {7};
     (void)state;

@@ -116,6 +116,16 @@ static void rows_unknown(struct batch_seq *s)
     s->policy.gate_rows = 32;
 }
 
+static void decode_gate_unknown(struct batch_seq *s)
+{
+    s->policy.decode_gate = BATCH_REL;
+}
+
+static void no_decode_thresholds(struct batch_seq *s)
+{
+    s->policy.decode_gate = BATCH_ABS;
+}
+
 static void no_sampling(struct batch_seq *s)
 {
     s->sampling = NULL;
@@ -139,6 +149,8 @@ static void test_bad_batches(void **state)
         {"inside a block", unaligned_start},
         {"inside a block", unaligned_end},
         {"gate_rows", rows_unknown},
+        {"decode_gate", decode_gate_unknown},
+        {"decode thresholds", no_decode_thresholds},
         {"sampling", no_sampling},
     };
     static const int32_t pages[8] = {7, 6, 5, 4, 3, 2, 1, 0};
@@ -509,13 +521,52 @@ static void test_policy(void **state)
     model_case_close(&c);
 }
 
+/* Generated rows under their own thresholds: of +inf they keep the page of their own token. */
+static void test_decode_policy(void **state)
+{
+    static const int32_t pages[4] = {2, 0, 3, 1};
+    float t[2][2 * 4]; /* [level][layer, head] */
+    int32_t tokens[256];
+    struct model_case c;
+    (void)state;
+    for (int i = 0; i < 256; i++)
+        tokens[i] = i % 60;
+    for (int i = 0; i < 8; i++) {
+        t[0][i] = -INFINITY;
+        t[1][i] = INFINITY;
+    }
+    const struct attn_policy policy = {.decode = {.t = t[0],
+                                                  .n_levels = 2,
+                                                  .n_layers = 2,
+                                                  .n_heads = 4,
+                                                  .n_blocks = 1,
+                                                  .level_stride = 8,
+                                                  .layer_stride = 4,
+                                                  .head_stride = 1}};
+    open_case(&c, GQA_DIR);
+    assert_ok(model_set_policy(c.model, &policy, NULL));
+    struct batch_seq s = case_seq(tokens, 0, 256, 254, pages, 4);
+    s.policy.decode_gate = BATCH_ABS;
+    assert_ok(case_step(&c, &s, 1));
+    /* two prompt blocks reach 2 and 4 pages, two generated rows 4 each; 2 layers of 4 heads */
+    assert_int_equal(c.counts[0].reachable, 14 * 8);
+    assert_int_equal(c.counts[0].kept, 14 * 8);
+    s.policy.decode_level = 1;
+    assert_ok(case_step(&c, &s, 1));
+    assert_int_equal(c.counts[0].reachable, 14 * 8);
+    assert_int_equal(c.counts[0].kept, (6 + 2) * 8);
+    s.policy.decode_level = 2;
+    assert_int_equal(case_step(&c, &s, 1), ERR_INVALID);
+    model_case_close(&c);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_bad_batches),  cmocka_unit_test(test_refused_step),
         cmocka_unit_test(test_numeric),      cmocka_unit_test(test_plan_message),
         cmocka_unit_test(test_plan_outputs), cmocka_unit_test(test_tiles),
-        cmocka_unit_test(test_policy),
+        cmocka_unit_test(test_policy),       cmocka_unit_test(test_decode_policy),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -24,7 +24,7 @@ struct world {
     enum dtype kv_dtype;
     int32_t vocab;
     struct sequence seqs[N_SEQS];
-    float *thresholds; /* [1, n_layers, n_heads, n_blocks] */
+    float *thresholds; /* [1, n_layers, n_heads, n_blocks]; of prompt rows and of generated ones */
     struct attn_policy policy;
 };
 
@@ -155,6 +155,7 @@ static void make_thresholds(struct world *w, const struct model_info *info)
                                              .level_stride = (int64_t)n,
                                              .layer_stride = (int64_t)info->n_heads * n_blocks,
                                              .head_stride = n_blocks}};
+    w->policy.decode = w->policy.abs; /* a row's maxima are smaller: it drops more */
 }
 
 static void make_world(struct world *w, const char *dir, enum dtype kv_dtype, struct rng rng)
@@ -175,7 +176,8 @@ static void make_world(struct world *w, const char *dir, enum dtype kv_dtype, st
         s->logits = mem_zalloc((size_t)(N_GENERATED + 1) * (size_t)w->vocab, sizeof *s->logits);
         s->policy = (struct batch_policy){.gate = (uint8_t)(i % 3),
                                           .gate_rows = rng_range(&w->rng, 0, 1) ? 128 : 64,
-                                          .ln_lambda = -1.5f};
+                                          .ln_lambda = -1.5f,
+                                          .decode_gate = i % 2 ? BATCH_DENSE : BATCH_ABS};
     }
 }
 
