@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Proves the README's commands on a bare machine: a fresh minimal Debian in DIR with make and git, a clone
+# Proves the README's commands on a bare machine: a fresh minimal Debian or Ubuntu in DIR with make and git, a clone
 # of this repository's HEAD, and one command run in the clone.
 #   sudo scripts/chroot-test.sh DIR 'make test'
 #   SUITE=bookworm MIRROR=URL  choose another release or mirror; the default mirror is this machine's
+#   COMPONENTS=main SCRIPT=sid  of the mirror; debootstrap's script, for a release that it does not know
+# Ubuntu 24.04, from a Debian: SUITE=noble SCRIPT=gutsy COMPONENTS=main,universe MIRROR=URL
 # DIR must not exist; it stays for inspection, unmounted. Needs root, debootstrap and git.
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -58,7 +60,8 @@ lap() {
     echo "== chroot-test: $1 ($((SECONDS - begin)) s)"
 }
 
-debootstrap --variant=minbase "$suite" "$dir" "$mirror" >/dev/null
+debootstrap --variant=minbase --components="${COMPONENTS:-main}" "$suite" "$dir" "$mirror" \
+    ${SCRIPT:+"/usr/share/debootstrap/scripts/$SCRIPT"} >/dev/null
 copy_apt_settings
 mount_in proc proc
 mkdir -p "$dir/dev/shm" # the other device nodes are debootstrap's
