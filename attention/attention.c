@@ -124,16 +124,16 @@ static int check_tile_max(const struct attn_problem *p, struct err_msg *why)
         return 0;
     if (p->n_seqs != 1)
         return err_set(why, ERR_INVALID, "tile_max: %d sequences, wants one", p->n_seqs);
-    if (!t->max || (t->gate_rows != 128 && t->gate_rows != 64))
+    if (!t->max || (t->gate_rows != 128 && t->gate_rows != 64 && t->gate_rows != 1))
         return err_set(why, ERR_INVALID, "tile_max: gate_rows %d", t->gate_rows);
     const struct attn_seq *s = &p->seqs[0];
-    if (t->mass && s->choice.gate != ATTN_GATE_NONE)
-        return err_set(why, ERR_INVALID, "tile_max: mass of a gated sequence");
+    if (t->mass && (s->choice.gate != ATTN_GATE_NONE || t->gate_rows == 1))
+        return err_set(why, ERR_INVALID, "tile_max: mass of a gated sequence or of single rows");
     int32_t end = s->pos + s->n_rows;
     end = end < s->prompt_end ? end : s->prompt_end;
     if (end <= s->pos)
         return 0;
-    if (s->pos % KV_BLOCK_TOKENS)
+    if (s->pos % KV_BLOCK_TOKENS && t->gate_rows != 1)
         return err_set(why, ERR_INVALID, "tile_max: the chunk starts at %d, not on a block",
                        s->pos);
     if (t->n_groups < (end - s->pos + t->gate_rows - 1) / t->gate_rows ||

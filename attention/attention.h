@@ -41,18 +41,19 @@ struct attn_seq {
 /* Page maxima for calibration, written for prompt rows where the problem has one sequence. Values
  * are scaled scores; masked and invisible keys do not vote; unwritten entries are left alone. max
  * [n_heads, n_groups, n_pages]: group g covers rows [g * gate_rows, ...) of the chunk, page p is
- * absolute.
+ * absolute. The chunk starts on a block, but with gate_rows 1, a group for every row, anywhere; the
+ * CPU kernel alone has that, for the gate of generated rows.
  *
  * mass, where it is not NULL, has the same layout and gets the softmax mass of every page before
  * the block: the mean, over the group's rows, of the share of a row's softmax that the page's keys
  * hold. It is known when a row has met all its pages, so the kernel walks the pages a second time
  * (QK, no PV); a run with it costs up to twice the attention, and the outputs keep their bits.
- * Dense sequences only, and the CPU kernel alone has it. */
+ * Dense sequences and gate_rows of 128 or 64 only, and the CPU kernel alone has it. */
 struct attn_tile_max {
     float *max;
     float *mass; /* NULL: none */
     int32_t n_groups, n_pages;
-    int32_t gate_rows; /* 128 or 64 */
+    int32_t gate_rows; /* 128, 64 or 1 */
 };
 
 /* What the REL gate would do in this run, for calibration: decisions of prompt rows on the pages

@@ -129,7 +129,7 @@ struct job {
 static double excess(const struct job *j, size_t row, int32_t block, int32_t k, double t)
 {
     const struct calib_pool *p = j->p;
-    const int32_t pages = PAGES_PER_BLOCK * block;
+    const int32_t pages = calib_available(p->cfg.gate_rows, block);
     const size_t n = (size_t)p->cfg.n_levels;
     int32_t ranks = 0;
     double sum = 0;
@@ -182,7 +182,7 @@ static void solve_row(void *arg, int row, int worker)
         for (int32_t i = 0; i < n_blocks; i++) {
             if (i >= j->filled)
                 t[i] = t[j->filled - 1];
-            else if (PAGES_PER_BLOCK * i <= j->k[s])
+            else if (calib_available(j->p->cfg.gate_rows, i) <= j->k[s])
                 t[i] = -INFINITY;
             else
                 t[i] = (float)solve(j, (size_t)row, i, s);

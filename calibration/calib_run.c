@@ -104,6 +104,54 @@ int calib_run_prompt(struct calib_run *r, const int32_t *tokens, int32_t n_token
     return 0;
 }
 
+/* The text's first n_tokens - n_rows tokens, densely; *seq is then its last n_rows. */
+static int run_head(struct calib_run *r, const int32_t *tokens, int32_t n_tokens, int32_t n_rows,
+                    struct batch_seq *seq)
+{
+    const struct batch_policy dense = {.gate = BATCH_DENSE, .gate_rows = KV_BLOCK_TOKENS};
+    *seq = (struct batch_seq){.id = 1,
+                              .tokens = tokens,
+                              .start = n_tokens - n_rows,
+                              .n_tokens = n_rows,
+                              .prompt_len = n_tokens,
+                              .pages = r->pages,
+                              .n_pages = kv_pages_for(n_tokens),
+                              .policy = dense};
+    if (n_rows < 1 || n_rows > r->chunk || seq->n_pages > r->n_pages)
+        return ERR_TOO_LONG;
+    return calib_run_prompt(r, tokens, n_tokens - n_rows, dense, NULL);
+}
+
+int calib_run_generated(struct calib_run *r, const int32_t *tokens, int32_t n_tokens,
+                        int32_t n_rows, int32_t n_levels, struct batch_counts *counts)
+{
+    struct batch_seq seq;
+    TRY(run_head(r, tokens, n_tokens, n_rows, &seq));
+    seq.prompt_len = seq.start;
+    seq.policy.decode_gate = BATCH_ABS;
+    for (int32_t level = 0; level < n_levels; level++) {
+        counts[level] = (struct batch_counts){0};
+        seq.policy.decode_level = (int16_t)level;
+        TRY(run_chunk(r, &seq, &counts[level]));
+    }
+    return 0;
+}
+
+int calib_run_rows(struct calib_run *r, struct calib *c, const int32_t *tokens, int32_t n_tokens,
+                   int32_t n_rows, struct err_msg *why)
+{
+    struct batch_seq seq;
+    int err = run_head(r, tokens, n_tokens, n_rows, &seq), off;
+    if (err == 0)
+        err = model_probe_tiles(r->model, 1, calib_rows, c);
+    if (err == 0)
+        err = run_chunk(r, &seq, NULL);
+    off = model_probe_tiles(r->model, 1, NULL, NULL);
+    if (err < 0 || off < 0)
+        return err_set(why, err < 0 ? err : off, "the run: %s", err_str(err < 0 ? err : off));
+    return calib_end_sample(c, n_tokens, why);
+}
+
 /* Whether c, and so the model, has its maxima on a GPU decides which probe there is. */
 static int probe(struct calib_run *r, struct calib *c, int32_t gate_rows, bool on)
 {

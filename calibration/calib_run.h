@@ -24,6 +24,15 @@ void calib_run_on_chunk(struct calib_run *r, void (*fn)(void *arg, int32_t n_tok
 /* One whole prompt as prefill under the policy; counts (may be NULL) receives its pages. */
 MUST_CHECK int calib_run_prompt(struct calib_run *r, const int32_t *tokens, int32_t n_tokens,
                                 struct batch_policy policy, struct batch_counts *counts);
+/* Generated rows at the end of a text: all but its last n_rows (at least one is left) as a dense
+ * prompt, then those as one chunk of generated rows under each level of the decode thresholds in
+ * turn; counts [n_levels] receives theirs. */
+MUST_CHECK int calib_run_generated(struct calib_run *r, const int32_t *tokens, int32_t n_tokens,
+                                   int32_t n_rows, int32_t n_levels, struct batch_counts *counts);
+/* A dense run whose last n_rows rows' page maxima go into c, one by one (calib_rows). On the CPU.
+ */
+MUST_CHECK int calib_run_rows(struct calib_run *r, struct calib *c, const int32_t *tokens,
+                              int32_t n_tokens, int32_t n_rows, struct err_msg *why);
 /* A prompt whose page maxima, over policy.gate_rows rows, go into c. Dense, but for thresholds that
  * are made from what gated layers see. */
 MUST_CHECK int calib_run_sample(struct calib_run *r, struct calib *c, struct batch_policy policy,

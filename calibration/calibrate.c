@@ -33,8 +33,9 @@ static int check_config(const struct calib_config *c, struct err_msg *why)
     }
     if (c->n_blocks < 1)
         return err_set(why, ERR_INVALID, "calibration: no sample has %d tokens", KV_BLOCK_TOKENS);
-    if (c->gate_rows != 128 && c->gate_rows != 64) {
-        return err_set(why, ERR_INVALID, "calibration: gate_rows is %d, must be 128 or 64",
+    if (c->gate_rows != 128 && c->gate_rows != 64 && (c->gate_rows != 1 || c->dev)) {
+        return err_set(why, ERR_INVALID,
+                       "calibration: gate_rows is %d, must be 128, 64 or, on the CPU, 1",
                        c->gate_rows);
     }
     if (c->n_levels < 1 || c->n_levels > CALIB_MAX_LEVELS) {
@@ -232,6 +233,7 @@ void calib_tiles(void *calib, int layer, int32_t pos, int32_t n_tokens, const fl
                        .n_groups = n_groups,
                        .n_pages = n_pages};
     ASSERT(layer >= 0 && layer < c->cfg.n_layers && pos % KV_BLOCK_TOKENS == 0);
+    ASSERT(c->cfg.gate_rows > 1);
     ASSERT(ch.first_block + ch.n_blocks <= c->cfg.n_blocks);
     ASSERT(ch.n_blocks == 0 || (ch.first_block + ch.n_blocks - 1) * PAGES_PER_BLOCK <= n_pages);
     if (c->cfg.pool) {
@@ -240,6 +242,83 @@ void calib_tiles(void *calib, int layer, int32_t pos, int32_t n_tokens, const fl
     }
     for (int32_t h = 0; h < c->cfg.n_heads; h++)
         add_head(&ch, h, 0);
+}
+
+/* ---- single rows ---------------------------------------------------------------------------- */
+
+struct rows {
+    struct calib *c;
+    int layer;
+    int32_t pos, n_rows, n_pages;
+    int32_t n_blocks; /* that the sample fills with the last of them */
+    const float *max;
+};
+
+/* `want` of n pages, evenly spread, the first and the last among them. */
+static void thin(float *v, int32_t want, const float *max, int32_t n)
+{
+    for (int64_t j = 0; j < want; j++)
+        v[j] = max[want > 1 ? (j * (n - 1) + (want - 1) / 2) / (want - 1) : n - 1];
+}
+
+/* A row's part of the midpoints of one block. */
+static void add_row(const struct rows *x, int32_t head, int32_t block, int32_t row, float *v)
+{
+    struct calib *c = x->c;
+    const size_t at = (size_t)head * (size_t)x->n_rows + (size_t)row;
+    const int32_t available = calib_available(1, block);
+    int32_t n = 0;
+    while (n < c->cfg.n_levels && c->k[n] < available)
+        n++;
+    thin(v, available, x->max + at * (size_t)x->n_pages, (x->pos + row) / KV_PAGE_TOKENS);
+    calib_select(v, available, c->k, n);
+    for (int32_t s = 0; s < n; s++) {
+        double mid = ((double)v[c->k[s] - 1] + (double)v[c->k[s]]) / 2 / x->n_rows;
+        double *t = sample_at(c, s, x->layer, head, block);
+        *t = row > 0 ? *t + mid : mid;
+    }
+}
+
+static void add_rows(void *arg, int head, int worker)
+{
+    const struct rows *x = arg;
+    float *v = x->c->scratch + (size_t)worker * (size_t)x->c->scratch_len;
+    for (int32_t r = 0; r < x->n_rows; r++) {
+        const size_t at = (size_t)head * (size_t)x->n_rows + (size_t)r;
+        const float *max = x->max + at * (size_t)x->n_pages;
+        for (int32_t j = 0; j < (x->pos + r) / KV_PAGE_TOKENS; j++) {
+            if (!isfinite(max[j])) {
+                atomic_store_explicit(&x->c->not_finite, true, memory_order_relaxed);
+                return;
+            }
+        }
+    }
+    for (int32_t i = 0; i < x->n_blocks; i++) {
+        for (int32_t r = 0; r < x->n_rows; r++)
+            add_row(x, head, i, r, v);
+    }
+}
+
+void calib_rows(void *calib, int layer, int32_t pos, int32_t n_rows, const float *max,
+                int32_t n_groups, int32_t n_pages)
+{
+    struct calib *c = calib;
+    struct rows x = {.c = c,
+                     .layer = layer,
+                     .pos = pos,
+                     .n_rows = n_rows,
+                     .n_pages = n_pages,
+                     .n_blocks = (pos + n_rows) / KV_BLOCK_TOKENS,
+                     .max = max};
+    ASSERT(c->cfg.gate_rows == 1 && layer >= 0 && layer < c->cfg.n_layers);
+    ASSERT(n_rows >= 1 && n_rows <= CALIB_MAX_ROWS && n_groups == n_rows);
+    ASSERT(x.n_blocks <= c->cfg.n_blocks && (pos + n_rows - 1) / KV_PAGE_TOKENS <= n_pages);
+    if (c->cfg.pool) {
+        pool_run(c->cfg.pool, add_rows, &x, c->cfg.n_heads);
+        return;
+    }
+    for (int32_t h = 0; h < c->cfg.n_heads; h++)
+        add_rows(&x, h, 0);
 }
 
 int calib_tiles_dev(void *calib, const struct model_tiles *tiles)
@@ -256,7 +335,7 @@ bool calib_on_device(const struct calib *c)
 /* First block of which level s leaves pages out. */
 static int32_t first_gated(const struct calib *c, int32_t s)
 {
-    return c->k[s] / PAGES_PER_BLOCK + 1;
+    return calib_first_gated(c->cfg.gate_rows, c->k[s]);
 }
 
 /* Whether all midpoints of a sample of n full blocks are numbers. */
@@ -334,7 +413,7 @@ int calib_thresholds(const struct calib *c, float *t, struct err_msg *why)
             for (int32_t i = 0; i < n_blocks; i++) {
                 int32_t from = i < filled ? i : filled - 1;
                 double mean = c->sums[at + (size_t)from] / c->n_samples[from];
-                t[at + (size_t)i] = from * PAGES_PER_BLOCK <= c->k[s] ? -INFINITY : (float)mean;
+                t[at + (size_t)i] = from < first_gated(c, s) ? -INFINITY : (float)mean;
             }
         }
     }

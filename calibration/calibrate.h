@@ -14,6 +14,13 @@
  * its own midpoint; the block's threshold is the mean of the two, since the kernel looks up
  * T[block] for both halves.
  *
+ * gate_rows 1: thresholds for generated rows, which decide alone (calib_rows). What rows inside a
+ * prompt see is no measure for them: those that answer look at many more pages. So a sample gives
+ * its last rows, of its answer where it has one, and they stand for rows of every block up to
+ * theirs: of block i with 2i + 1 of their pages, evenly spread from the first to the last one
+ * before their own. That takes page maxima to be alike at any distance, and spares a run for every
+ * length. The sample's threshold is the mean of the rows' midpoints; A = 2i + 1.
+ *
  * Source: BSFA (arXiv 2512.07011) section 4.2-4.3, and its calibrate.py for the -inf rule. */
 #ifndef CALIBRATION_CALIBRATE_H
 #define CALIBRATION_CALIBRATE_H
@@ -28,17 +35,28 @@ struct pool;
 struct calib;
 struct model_tiles;
 
-enum { CALIB_MAX_LEVELS = 64 };
+enum { CALIB_MAX_LEVELS = 64, CALIB_MAX_ROWS = 64 };
 
 struct calib_config {
     int32_t n_layers, n_heads;
     int32_t n_blocks;  /* of the longest sample: full 128-token blocks, at least 1 */
-    int32_t gate_rows; /* 128 or 64 */
+    int32_t gate_rows; /* 128, 64 or, on the CPU, 1 */
     const int32_t *k;  /* [n_levels], positive and increasing; copied */
     int32_t n_levels;
     struct pool *pool; /* works on heads in parallel; may be NULL */
     struct dev *dev;   /* a GPU: maxima stay there and go to calib_tiles_dev; else NULL */
 };
+
+/* Pages that a block's row groups choose from. */
+static inline int32_t calib_available(int32_t gate_rows, int32_t block)
+{
+    return 2 * block + (gate_rows == 1);
+}
+/* First block of which k pages leave a choice. */
+static inline int32_t calib_first_gated(int32_t gate_rows, int32_t k)
+{
+    return (k + 1 + (gate_rows != 1)) / 2;
+}
 
 MUST_CHECK int calib_create(struct calib **out, const struct calib_config *cfg,
                             struct err_msg *why);
@@ -46,11 +64,16 @@ void calib_destroy(struct calib *c); /* accepts NULL */
 
 /* Maxima of one layer and chunk of the current sample: a model_tile_fn with arg = struct calib *.
  * max [n_heads, n_groups, n_pages], group g covering positions pos + g * gate_rows on; pos is a
- * multiple of 128. A value that is not finite is remembered and fails calib_end_sample. */
+ * multiple of 128. A value that is not finite
+ * is remembered and fails calib_end_sample. */
 void calib_tiles(void *calib, int layer, int32_t pos, int32_t n_tokens, const float *max,
                  int32_t n_groups, int32_t n_pages);
-/* The same on the GPU of calib_config.dev: a model_tile_dev_fn with arg = struct calib *, which
- * only enqueues. */
+/* The maxima of one layer and of the sample's last n_rows rows, at most CALIB_MAX_ROWS, where
+ * gate_rows is 1: max [n_heads, n_rows, n_pages]. A model_tile_fn. */
+void calib_rows(void *calib, int layer, int32_t pos, int32_t n_rows, const float *max,
+                int32_t n_groups, int32_t n_pages);
+/* The same as calib_tiles on the GPU of calib_config.dev: a model_tile_dev_fn with arg = struct
+ * calib *, which only enqueues. */
 MUST_CHECK int calib_tiles_dev(void *calib, const struct model_tiles *tiles);
 bool calib_on_device(const struct calib *c);
 /* The current sample had n_tokens tokens, all of whose chunks and layers were fed. ERR_NUMERIC

@@ -19,16 +19,13 @@ struct line_reader {
     struct err_msg *why;
 };
 
-static int read_tokens(const struct line_reader *r, struct sample *s, const json_t *ids,
+/* Ids of an array behind those that s has already. */
+static int read_tokens(const struct line_reader *r, struct sample *s, const json_t *ids, size_t n,
                        const char *field)
 {
-    size_t n = json_array_size(ids);
-    if (n < 1 || n > INT32_MAX)
-        return err_set(r->why, ERR_FORMAT, "%s:%d: %s has %zu tokens", r->name, s->line, field, n);
-    if (r->max_len > 0 && n > (size_t)r->max_len)
-        n = (size_t)r->max_len;
-    s->tokens = mem_alloc(n * sizeof *s->tokens);
-    s->n_tokens = (int32_t)n;
+    int32_t *to;
+    s->tokens = mem_realloc(s->tokens, ((size_t)s->n_tokens + n) * sizeof *s->tokens);
+    to = s->tokens + s->n_tokens;
     for (size_t i = 0; i < n; i++) {
         const json_t *id = json_array_get(ids, i);
         if (!json_is_integer(id)) {
@@ -40,8 +37,33 @@ static int read_tokens(const struct line_reader *r, struct sample *s, const json
                            "%s:%d: %s[%zu] = %" JSON_INTEGER_FORMAT " is outside 0 to %d", r->name,
                            s->line, field, i, json_integer_value(id), r->vocab_size - 1);
         }
-        s->tokens[i] = (int32_t)json_integer_value(id);
+        to[i] = (int32_t)json_integer_value(id);
     }
+    return 0;
+}
+
+static int read_prompt(const struct line_reader *r, struct sample *s, const json_t *ids,
+                       const char *field)
+{
+    const size_t all = json_array_size(ids);
+    if (all < 1 || all > INT32_MAX)
+        return err_set(r->why, ERR_FORMAT, "%s:%d: %s has %zu tokens", r->name, s->line, field,
+                       all);
+    const bool cut = r->max_len > 0 && all > (size_t)r->max_len;
+    const size_t n = cut ? (size_t)r->max_len : all;
+    TRY(read_tokens(r, s, ids, n, field));
+    s->n_tokens = (int32_t)n;
+    return cut ? 1 : 0;
+}
+
+static int read_answer(const struct line_reader *r, struct sample *s, const json_t *ids)
+{
+    const size_t all = json_array_size(ids); /* 0 for what is no array */
+    const size_t n = all < SAMPLES_MAX_ANSWER ? all : SAMPLES_MAX_ANSWER;
+    if (n == 0)
+        return 0;
+    TRY(read_tokens(r, s, ids, n, "expected"));
+    s->n_answer = (int32_t)n;
     return 0;
 }
 
@@ -57,7 +79,8 @@ static int read_object(const struct line_reader *r, struct sample *s, const json
         return err_set(r->why, ERR_FORMAT, "%s:%d: task is not a string", r->name, s->line);
     if (task)
         (void)snprintf(s->task, sizeof s->task, "%s", json_string_value(task));
-    return read_tokens(r, s, ids, field);
+    const int cut = read_prompt(r, s, ids, field);
+    return cut ? cut : read_answer(r, s, json_object_get(obj, "expected"));
 }
 
 static int read_line(const struct line_reader *r, struct sample *s, const char *text, size_t len)
@@ -70,7 +93,7 @@ static int read_line(const struct line_reader *r, struct sample *s, const char *
     }
     int err = read_object(r, s, obj);
     json_decref(obj);
-    return err;
+    return err < 0 ? err : 0;
 }
 
 /* Lines until the end; *text is getline's buffer. */
@@ -138,7 +161,7 @@ int samples_check(const struct samples *s, const char *name, int32_t vocab_size,
 {
     for (int32_t i = 0; i < s->n; i++) {
         const struct sample *x = &s->items[i];
-        for (int32_t j = 0; j < x->n_tokens; j++) {
+        for (int32_t j = 0; j < x->n_tokens + x->n_answer; j++) {
             if (x->tokens[j] < 0 || x->tokens[j] >= vocab_size) {
                 return err_set(why, ERR_FORMAT, "%s:%d: token %d = %d is outside 0 to %d", name,
                                x->line, j, x->tokens[j], vocab_size - 1);
@@ -192,6 +215,28 @@ uint64_t samples_hash(const struct samples *s, const int32_t *chosen, int32_t n)
         h = hash_bytes(x->tokens, (size_t)x->n_tokens * sizeof *x->tokens, h);
     }
     return h;
+}
+
+uint64_t samples_hash_answers(const struct samples *s, const int32_t *chosen, int32_t n)
+{
+    uint64_t h = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const struct sample *x = &s->items[chosen[i]];
+        h = hash_pair(h, (uint64_t)x->n_answer);
+        h = hash_bytes(x->tokens + x->n_tokens, (size_t)x->n_answer * sizeof *x->tokens, h);
+    }
+    return h;
+}
+
+int32_t samples_longest_answered(const struct samples *s, const int32_t *chosen, int32_t n)
+{
+    int32_t longest = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const struct sample *x = &s->items[chosen[i]];
+        if (x->n_tokens + x->n_answer > longest)
+            longest = x->n_tokens + x->n_answer;
+    }
+    return longest;
 }
 
 int32_t samples_longest(const struct samples *s, const int32_t *chosen, int32_t n)

@@ -1,6 +1,7 @@
 /* Calibration and evaluation prompts: a file of JSON lines, each an object with a `prompt` (or
- * `tokens`) array of token ids and, if it likes, a `task` name. Other fields are ignored. Every
- * error names the file, the line and the field. */
+ * `tokens`) array of token ids and, if it likes, a `task` name and an `expected` array, the tokens
+ * of a good answer. Other fields are ignored. Every error names the file, the line and the field.
+ */
 #ifndef CALIBRATION_SAMPLES_H
 #define CALIBRATION_SAMPLES_H
 
@@ -9,11 +10,14 @@
 #include <stdint.h>
 #include <stdio.h>
 
+enum { SAMPLES_MAX_ANSWER = 64 }; /* what is longer is cut */
+
 struct sample {
     char task[32]; /* "" when the line has none; long names are cut */
     int32_t line;  /* in the file, from 1 */
     int32_t n_tokens;
-    int32_t *tokens;
+    int32_t n_answer; /* at most SAMPLES_MAX_ANSWER; 0: none, or of a prompt that was cut */
+    int32_t *tokens;  /* [n_tokens + n_answer]: the prompt, then the answer */
 };
 
 struct samples {
@@ -46,10 +50,12 @@ void samples_split(struct samples_split *out, const struct samples *s, const cha
                    int32_t limit, int32_t n_held_out);
 void samples_split_free(struct samples_split *s);
 
-/* Hash of the tokens of the chosen samples: a threshold file's `set`. */
+/* Hash of the prompts of the chosen samples: a threshold file's `set`. */
 uint64_t samples_hash(const struct samples *s, const int32_t *chosen, int32_t n);
-/* Tokens of the chosen samples: of the longest, and of all. */
+uint64_t samples_hash_answers(const struct samples *s, const int32_t *chosen, int32_t n);
+/* Tokens of the chosen samples: of the longest, of the longest with its answer, and of all. */
 int32_t samples_longest(const struct samples *s, const int32_t *chosen, int32_t n);
+int32_t samples_longest_answered(const struct samples *s, const int32_t *chosen, int32_t n);
 int64_t samples_tokens(const struct samples *s, const int32_t *chosen, int32_t n);
 
 #endif

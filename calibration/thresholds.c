@@ -31,6 +31,10 @@ struct thresholds {
     float *t;        /* [n_levels, n_layers, n_heads, n_blocks] */
     int32_t *k;      /* [n_levels] */
     int32_t *head_k; /* [n_levels, n_layers, n_heads]; NULL: k */
+    /* of generated rows; decode_t NULL: none */
+    struct attn_thresholds decode;
+    float *decode_t;
+    int32_t *decode_k;
     uint64_t hash;
 };
 
@@ -221,8 +225,13 @@ static const struct st_tensor *find_tensor(const struct reader *r, const char *n
     return t;
 }
 
+/* Names of a pair: thresholds and their k. */
+struct pair {
+    const char *t, *k;
+};
+
 static int check_shape(const struct reader *r, const struct st_tensor *t, const struct st_tensor *k,
-                       const struct thresholds_meta *m)
+                       struct pair names)
 {
     char shape[128];
     const int64_t *s = t->shape;
@@ -230,38 +239,49 @@ static int check_shape(const struct reader *r, const struct st_tensor *t, const 
     if (s[0] < 1 || s[0] > MAX_LEVELS || s[1] < 1 || s[1] > MAX_LAYERS || s[2] < 1 ||
         s[2] > MAX_HEADS || s[3] < 1 || s[3] > MAX_BLOCKS) {
         return err_set(r->why, ERR_FORMAT,
-                       "%s: tensor thresholds has shape %s, outside 1 to [%d, %d, %d, %d]", r->name,
-                       shape, MAX_LEVELS, MAX_LAYERS, MAX_HEADS, MAX_BLOCKS);
+                       "%s: tensor %s has shape %s, outside 1 to [%d, %d, %d, %d]", r->name,
+                       names.t, shape, MAX_LEVELS, MAX_LAYERS, MAX_HEADS, MAX_BLOCKS);
     }
     if (k->shape[0] != s[0]) {
-        return err_set(r->why, ERR_FORMAT,
-                       "%s: tensor k has %" PRId64 " levels, thresholds has shape %s", r->name,
-                       k->shape[0], shape);
-    }
-    if (s[3] != (m->n_max + (int64_t)KV_BLOCK_TOKENS - 1) / KV_BLOCK_TOKENS) {
-        return err_set(r->why, ERR_FORMAT,
-                       "%s: metadata n_max %d disagrees with %" PRId64 " blocks of %d tokens",
-                       r->name, m->n_max, s[3], KV_BLOCK_TOKENS);
+        return err_set(r->why, ERR_FORMAT, "%s: tensor %s has %" PRId64 " levels, %s has shape %s",
+                       r->name, names.k, k->shape[0], names.t, shape);
     }
     return 0;
 }
 
-static int check_k(const struct reader *r, const int32_t *k, int32_t n,
-                   const struct thresholds_meta *m)
+static int check_length(const struct reader *r, const struct attn_thresholds *v,
+                        const struct thresholds_meta *m)
 {
-    bool found = m->auto_k == 0;
-    for (int32_t i = 0; i < n; i++) {
-        if (k[i] < 1 || (i > 0 && k[i] <= k[i - 1])) {
-            return err_set(r->why, ERR_FORMAT, "%s: k[%d] = %d: not positive and increasing",
-                           r->name, i, k[i]);
-        }
-        found = found || k[i] == m->auto_k;
-    }
-    if (!found) {
-        return err_set(r->why, ERR_FORMAT, "%s: metadata auto_k is %d, which is not in k", r->name,
-                       m->auto_k);
+    if (v->n_blocks != (m->n_max + (int64_t)KV_BLOCK_TOKENS - 1) / KV_BLOCK_TOKENS) {
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: metadata n_max %d disagrees with %d blocks of %d tokens", r->name,
+                       m->n_max, v->n_blocks, KV_BLOCK_TOKENS);
     }
     return 0;
+}
+
+static int check_k(const struct reader *r, const int32_t *k, int32_t n, const char *name)
+{
+    for (int32_t i = 0; i < n; i++) {
+        if (k[i] < 1 || (i > 0 && k[i] <= k[i - 1])) {
+            return err_set(r->why, ERR_FORMAT, "%s: %s[%d] = %d: not positive and increasing",
+                           r->name, name, i, k[i]);
+        }
+    }
+    return 0;
+}
+
+static int check_auto_k(const struct reader *r, const struct thresholds *t)
+{
+    const int32_t auto_k = t->meta.auto_k;
+    for (int32_t i = 0; i < t->view.n_levels; i++) {
+        if (t->k[i] == auto_k)
+            return 0;
+    }
+    if (auto_k == 0)
+        return 0;
+    return err_set(r->why, ERR_FORMAT, "%s: metadata auto_k is %d, which is not in k", r->name,
+                   auto_k);
 }
 
 /* n whole numbers with a blank between them. */
@@ -304,14 +324,14 @@ static int read_head_k(const struct reader *r, struct thresholds *t)
     return 0;
 }
 
-static int check_values(const struct reader *r, const struct attn_thresholds *v)
+static int check_values(const struct reader *r, const struct attn_thresholds *v, const char *name)
 {
     size_t n = (size_t)v->n_levels * (size_t)v->level_stride;
     for (size_t i = 0; i < n; i++) {
         if (!isnan(v->t[i]))
             continue;
         return err_set(
-            r->why, ERR_FORMAT, "%s: thresholds[%zu, %zu, %zu, %zu] is NaN", r->name,
+            r->why, ERR_FORMAT, "%s: %s[%zu, %zu, %zu, %zu] is NaN", r->name, name,
             i / (size_t)v->level_stride, i % (size_t)v->level_stride / (size_t)v->layer_stride,
             i % (size_t)v->layer_stride / (size_t)v->head_stride, i % (size_t)v->head_stride);
     }
@@ -324,38 +344,76 @@ static uint64_t content_hash(const struct thresholds *t)
     const int32_t shape[] = {v->n_levels, v->n_layers, v->n_heads, v->n_blocks, t->meta.gate_rows};
     uint64_t h = hash_bytes(shape, sizeof shape, t->meta.model);
     h = hash_bytes(t->k, (size_t)v->n_levels * sizeof *t->k, h);
-    return hash_bytes(t->t, (size_t)v->n_levels * (size_t)v->level_stride * sizeof *t->t, h);
+    h = hash_bytes(t->t, (size_t)v->n_levels * (size_t)v->level_stride * sizeof *t->t, h);
+    v = &t->decode;
+    if (!v->t) /* the same as before there were any */
+        return h;
+    const int32_t decode[] = {v->n_levels, v->n_blocks};
+    h = hash_bytes(decode, sizeof decode, h);
+    h = hash_bytes(t->decode_k, (size_t)v->n_levels * sizeof *t->decode_k, h);
+    return hash_bytes(v->t, (size_t)v->n_levels * (size_t)v->level_stride * sizeof *v->t, h);
+}
+
+/* A tensor of thresholds and its k; *at and *k are released with the file, whatever comes back. */
+static int read_pair(const struct reader *r, struct pair names, struct attn_thresholds *view,
+                     float **at, int32_t **k)
+{
+    const struct st_tensor *t = find_tensor(r, names.t, ST_F32, 4);
+    const struct st_tensor *levels = t ? find_tensor(r, names.k, ST_I32, 1) : NULL;
+    if (!t || !levels)
+        return ERR_FORMAT;
+    TRY(check_shape(r, t, levels, names));
+    *at = mem_try_aligned(t->bytes, 1);
+    if (!*at)
+        return err_set(r->why, -ENOMEM, "%s: no memory for %zu bytes", r->name, t->bytes);
+    *k = mem_alloc(levels->bytes);
+    memcpy(*at, t->data, t->bytes);
+    memcpy(*k, levels->data, levels->bytes);
+    int64_t per_layer = t->shape[2] * t->shape[3];
+    *view = (struct attn_thresholds){.t = *at,
+                                     .n_levels = (int32_t)t->shape[0],
+                                     .n_layers = (int32_t)t->shape[1],
+                                     .n_heads = (int32_t)t->shape[2],
+                                     .n_blocks = (int32_t)t->shape[3],
+                                     .level_stride = t->shape[1] * per_layer,
+                                     .layer_stride = per_layer,
+                                     .head_stride = t->shape[3]};
+    TRY(check_k(r, *k, view->n_levels, names.k));
+    return check_values(r, view, names.t);
+}
+
+/* Thresholds of generated rows are optional: both tensors or neither. */
+static int read_decode(const struct reader *r, struct thresholds *out)
+{
+    const struct pair names = {"decode", "decode_k"};
+    const struct attn_thresholds *v = &out->decode;
+    if (!safetensors_find(r->st, names.t) && !safetensors_find(r->st, names.k))
+        return 0;
+    TRY(read_pair(r, names, &out->decode, &out->decode_t, &out->decode_k));
+    if (v->n_layers != out->view.n_layers || v->n_heads != out->view.n_heads) {
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: tensor decode is for %d layers of %d heads, thresholds for %d of %d",
+                       r->name, v->n_layers, v->n_heads, out->view.n_layers, out->view.n_heads);
+    }
+    out->meta.decode =
+        (struct thresholds_decode){out->decode_t, out->decode_k, v->n_levels, v->n_blocks};
+    return 0;
 }
 
 static int read_tensors(const struct reader *r, struct thresholds *out)
 {
-    const struct st_tensor *t = find_tensor(r, "thresholds", ST_F32, 4);
-    const struct st_tensor *k = t ? find_tensor(r, "k", ST_I32, 1) : NULL;
-    if (!t || !k)
-        return ERR_FORMAT;
-    if (safetensors_count(r->st) != 2) {
-        return err_set(r->why, ERR_FORMAT, "%s: %zu tensors, must be thresholds and k", r->name,
-                       safetensors_count(r->st));
+    const struct pair names = {"thresholds", "k"};
+    TRY(read_pair(r, names, &out->view, &out->t, &out->k));
+    TRY(read_decode(r, out));
+    if (safetensors_count(r->st) != (out->decode_t ? 4 : 2)) {
+        return err_set(
+            r->why, ERR_FORMAT,
+            "%s: %zu tensors, must be thresholds and k, or with them decode and decode_k", r->name,
+            safetensors_count(r->st));
     }
-    TRY(check_shape(r, t, k, &out->meta));
-    out->t = mem_try_aligned(t->bytes, 1);
-    if (!out->t)
-        return err_set(r->why, -ENOMEM, "%s: no memory for %zu bytes", r->name, t->bytes);
-    out->k = mem_alloc(k->bytes);
-    memcpy(out->t, t->data, t->bytes);
-    memcpy(out->k, k->data, k->bytes);
-    int64_t per_layer = t->shape[2] * t->shape[3];
-    out->view = (struct attn_thresholds){.t = out->t,
-                                         .n_levels = (int32_t)t->shape[0],
-                                         .n_layers = (int32_t)t->shape[1],
-                                         .n_heads = (int32_t)t->shape[2],
-                                         .n_blocks = (int32_t)t->shape[3],
-                                         .level_stride = t->shape[1] * per_layer,
-                                         .layer_stride = per_layer,
-                                         .head_stride = t->shape[3]};
-    TRY(check_k(r, out->k, out->view.n_levels, &out->meta));
+    TRY(check_length(r, &out->view, &out->meta));
+    TRY(check_auto_k(r, out));
     TRY(read_head_k(r, out));
-    TRY(check_values(r, &out->view));
     out->hash = content_hash(out);
     return 0;
 }
@@ -398,6 +456,8 @@ void thresholds_free(struct thresholds *t)
     mem_free(t->t);
     mem_free(t->k);
     mem_free(t->head_k);
+    mem_free(t->decode_t);
+    mem_free(t->decode_k);
     mem_free(t);
 }
 
@@ -409,6 +469,11 @@ const struct thresholds_meta *thresholds_meta(const struct thresholds *t)
 const struct attn_thresholds *thresholds_view(const struct thresholds *t)
 {
     return &t->view;
+}
+
+const struct attn_thresholds *thresholds_decode_view(const struct thresholds *t)
+{
+    return &t->decode;
 }
 
 const int32_t *thresholds_k(const struct thresholds *t, int32_t *n_levels)
@@ -532,6 +597,17 @@ double thresholds_level_density(const struct thresholds *t, int32_t level, int64
     if (!t->head_k)
         return thresholds_predicted_density(t->k[level], n_tokens, t->meta.gate_rows);
     return thresholds_heads_density(t->head_k + level * heads, heads, n_tokens, t->meta.gate_rows);
+}
+
+double thresholds_row_density(int32_t k, int64_t n_tokens)
+{
+    const int64_t available = n_tokens / KV_PAGE_TOKENS;
+    return (double)((k < available ? k : available) + 1) / (double)(available + 1);
+}
+
+double thresholds_decode_density(const struct thresholds *t, int32_t level, int64_t n_tokens)
+{
+    return thresholds_row_density(t->decode_k[level], n_tokens);
 }
 
 int32_t thresholds_k_for_density(double density, int64_t n_tokens, int32_t gate_rows)

@@ -5,7 +5,10 @@
  * tokens below which auto is dense), and source "imported" where another program's file was
  * converted (import.h): samples may then be 0, unknown. Optional, and ignored by readers that do
  * not know them: rel_128 and rel_64 (struct thresholds_rel, 14 numbers), auto_density, head_k (S *
- * L * H whole numbers, where each head keeps pages of its own: k then only names the level).
+ * L * H whole numbers, where each head keeps pages of its own: k then only names the level). Two
+ * more tensors, both or neither: `decode` f32 [S', L, H, NB'] and `decode_k` i32 [S'], the same for
+ * generated rows, which decide alone (policy.h), with levels and a length of their own. Programs
+ * from before those refuse a file that has them, by the number of its tensors.
  * T[s][l][h][i] gates query head h of layer l at absolute query block i (128 tokens); natural
  * scaled-logit units. Levels are stored by increasing k; NB is n_max in blocks. -inf (dense) and
  * +inf (diagonal only) are values, NaN is not. Every error names the file and the field. Source:
@@ -38,6 +41,14 @@ struct thresholds_rel {
  */
 double thresholds_rel_ln_lambda(const struct thresholds_rel *r, double density, int64_t n_tokens);
 
+/* Thresholds of generated rows: t [n_levels, n_layers, n_heads, n_blocks], k [n_levels] pages that
+ * a row keeps besides the one of its own token. */
+struct thresholds_decode {
+    const float *t; /* NULL: none */
+    const int32_t *k;
+    int32_t n_levels, n_blocks;
+};
+
 struct thresholds_meta {
     uint64_t model;    /* struct model_info.fingerprint */
     uint64_t set;      /* hash of the calibration samples */
@@ -54,6 +65,7 @@ struct thresholds_meta {
     /* [S, L, H] pages that each head keeps, none fewer than a level before; NULL: the level's k.
      * Borrowed: a loaded file's lives as long as it. */
     const int32_t *head_k;
+    struct thresholds_decode decode; /* likewise borrowed */
 };
 
 MUST_CHECK int thresholds_load(struct thresholds **out, const char *path, struct err_msg *why);
@@ -69,6 +81,8 @@ void thresholds_free(struct thresholds *t); /* accepts NULL */
 const struct thresholds_meta *thresholds_meta(const struct thresholds *t);
 /* The whole tensor as kernels see it; lives as long as t. */
 const struct attn_thresholds *thresholds_view(const struct thresholds *t);
+/* Those of generated rows; t == NULL: the file has none. */
+const struct attn_thresholds *thresholds_decode_view(const struct thresholds *t);
 const int32_t *thresholds_k(const struct thresholds *t, int32_t *n_levels);
 /* Index of the level with exactly this k, or ERR_INVALID with the list of those there are. */
 MUST_CHECK int thresholds_level(const struct thresholds *t, int32_t k, struct err_msg *why);
@@ -94,6 +108,11 @@ double thresholds_predicted_density(int32_t k, int64_t n_tokens, int32_t gate_ro
 double thresholds_heads_density(const int32_t *k, int64_t n, int64_t n_tokens, int32_t gate_rows);
 /* Of a level of the file, by what its heads keep; grows with the level. */
 double thresholds_level_density(const struct thresholds *t, int32_t level, int64_t n_tokens);
+/* Predicted density of a generated row at position n_tokens that keeps k of the A pages before its
+ * own: (min(k, A) + 1) / (A + 1). */
+double thresholds_row_density(int32_t k, int64_t n_tokens);
+/* Of a level of the file's decode thresholds; grows with the level. */
+double thresholds_decode_density(const struct thresholds *t, int32_t level, int64_t n_tokens);
 /* The smallest k whose predicted density reaches `density` (in (0, 1]) at n_tokens, at least 1. */
 int32_t thresholds_k_for_density(double density, int64_t n_tokens, int32_t gate_rows);
 

@@ -122,17 +122,36 @@ static json_t *make_meta(const struct thresholds_meta *m, const struct shape *s)
     return o;
 }
 
+/* The tensors, one after the other in this order. */
+static json_t *make_tensors(const struct shape *s, const struct thresholds_decode *d)
+{
+    const json_int_t per_block = (json_int_t)sizeof(float) * s->layers * s->heads;
+    const json_int_t t = per_block * s->levels * s->blocks;
+    const json_int_t k = t + (json_int_t)sizeof(int32_t) * s->levels;
+    const json_int_t decode = k + per_block * d->n_levels * d->n_blocks;
+    json_t *all =
+        json_pack("{s:{s:s,s:[i,i,i,i],s:[I,I]},s:{s:s,s:[i],s:[I,I]}}", "thresholds", "dtype",
+                  "F32", "shape", s->levels, s->layers, s->heads, s->blocks, "data_offsets",
+                  (json_int_t)0, t, "k", "dtype", "I32", "shape", s->levels, "data_offsets", t, k);
+    if (!all || !d->t)
+        return all;
+    json_t *more =
+        json_pack("{s:{s:s,s:[i,i,i,i],s:[I,I]},s:{s:s,s:[i],s:[I,I]}}", "decode", "dtype", "F32",
+                  "shape", d->n_levels, s->layers, s->heads, d->n_blocks, "data_offsets", k, decode,
+                  "decode_k", "dtype", "I32", "shape", d->n_levels, "data_offsets", decode,
+                  decode + (json_int_t)sizeof(int32_t) * d->n_levels);
+    (void)json_object_update(all, more);
+    json_decref(more);
+    return all;
+}
+
 /* The header as safetensors wants it: JSON padded with spaces so that the data is aligned. */
 static char *make_header(const struct thresholds_meta *meta, const struct shape *s, size_t *len)
 {
-    json_int_t t_bytes = (json_int_t)sizeof(float) * s->levels * s->layers * s->heads * s->blocks;
-    json_int_t k_bytes = (json_int_t)sizeof(int32_t) * s->levels;
-    json_t *root =
-        json_pack("{s:o,s:{s:s,s:[i,i,i,i],s:[I,I]},s:{s:s,s:[i],s:[I,I]}}", "__metadata__",
-                  make_meta(meta, s), "thresholds", "dtype", "F32", "shape", s->levels, s->layers,
-                  s->heads, s->blocks, "data_offsets", (json_int_t)0, t_bytes, "k", "dtype", "I32",
-                  "shape", s->levels, "data_offsets", t_bytes, t_bytes + k_bytes);
-    char *text = root ? json_dumps(root, JSON_COMPACT | JSON_SORT_KEYS) : NULL;
+    json_t *root = make_tensors(s, &meta->decode), *about = make_meta(meta, s);
+    char *text = NULL;
+    if (about && json_object_set_new(root, "__metadata__", about) == 0)
+        text = json_dumps(root, JSON_COMPACT | JSON_SORT_KEYS);
     json_decref(root);
     if (!text)
         return NULL;
@@ -193,6 +212,9 @@ int thresholds_save(const char *path, const struct thresholds_meta *meta, const 
 {
     const struct shape s = {n_levels, n_layers, n_heads, n_blocks};
     const size_t n = (size_t)n_levels * (size_t)n_layers * (size_t)n_heads * (size_t)n_blocks;
+    const struct thresholds_decode *d = &meta->decode;
+    const size_t n_decode =
+        (size_t)d->n_levels * (size_t)n_layers * (size_t)n_heads * (size_t)d->n_blocks;
     unsigned char prefix[8];
     size_t header_len = 0;
     char *header = make_header(meta, &s, &header_len);
@@ -203,8 +225,10 @@ int thresholds_save(const char *path, const struct thresholds_meta *meta, const 
     const struct file_part parts[] = {{prefix, sizeof prefix},
                                       {header, header_len},
                                       {t, n * sizeof *t},
-                                      {k, (size_t)n_levels * sizeof *k}};
-    int err = thresholds_write_file(path, parts, sizeof parts / sizeof *parts, why);
+                                      {k, (size_t)n_levels * sizeof *k},
+                                      {d->t, n_decode * sizeof *d->t},
+                                      {d->k, (size_t)d->n_levels * sizeof *d->k}};
+    int err = thresholds_write_file(path, parts, d->t ? 6 : 4, why);
     mem_free(header);
     return err;
 }

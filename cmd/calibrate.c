@@ -31,6 +31,13 @@ static int32_t choose_auto(const struct calibrate_work *w)
     return k;
 }
 
+static struct thresholds_decode decode_of(const struct calibrate_work *w)
+{
+    if (!w->decode_t)
+        return (struct thresholds_decode){.t = NULL};
+    return (struct thresholds_decode){w->decode_t, w->decode_k, w->n_decode, w->decode_blocks};
+}
+
 static struct thresholds_meta make_meta(const struct calibrate_work *w)
 {
     const struct model_info *info = &w->info;
@@ -38,6 +45,8 @@ static struct thresholds_meta make_meta(const struct calibrate_work *w)
         struct thresholds_meta meta = *thresholds_meta(w->file);
         meta.rel_128 = w->rel_128;
         meta.rel_64 = w->rel_64;
+        if (w->decode_t)
+            meta.decode = decode_of(w);
         meta.auto_density = w->o.auto_density > 0 ? w->o.auto_density : meta.auto_density;
         meta.auto_k = w->o.auto_k >= 0 ? (int32_t)w->o.auto_k : meta.auto_k;
         meta.auto_min = w->o.auto_min >= 0 ? (int32_t)w->o.auto_min : meta.auto_min;
@@ -56,7 +65,8 @@ static struct thresholds_meta make_meta(const struct calibrate_work *w)
                                    .rel_128 = w->rel_128,
                                    .rel_64 = w->rel_64,
                                    .auto_density = w->o.auto_density,
-                                   .head_k = w->o.budget ? w->head_k : NULL};
+                                   .head_k = w->o.budget ? w->head_k : NULL,
+                                   .decode = decode_of(w)};
     memcpy(meta.rope, info->rope, sizeof meta.rope);
     return meta;
 }
@@ -102,6 +112,8 @@ static int finish(const struct calibrate_work *w, int64_t start_us, struct err_m
                                  .lost = w->lost,
                                  .rel_levels = w->rel_levels,
                                  .n_rel_levels = w->n_rel_targets,
+                                 .decode = w->decode,
+                                 .n_decode = w->decode_t ? w->n_decode : 0,
                                  .n_held_out = w->held_out ? w->split.n_held_out : 0,
                                  .n_levels = w->n_levels,
                                  .n_layers = w->info.n_layers,
@@ -137,6 +149,7 @@ static int run(struct calibrate_work *w, int argc, char **argv, struct err_msg *
     if (w->o.rel > 0)
         TRY(calibrate_rel(w, why));
     TRY(calibrate_measure_rel(w, why));
+    TRY(calibrate_decode(w, why));
     return finish(w, start_us, why);
 }
 

@@ -63,6 +63,7 @@ static int run(struct calibrate_work *w, struct candidates *c, struct err_msg *w
         .policy = {.gate = BATCH_DENSE, .gate_rows = (uint8_t)cfg.gate_rows},
         .k = c->k,
         .n_levels = c->n,
+        .n_blocks = w->n_blocks,
         .t = c->t,
         .mass = c->mass};
     TRY(calibrate_pass_run(w, &pass, why));

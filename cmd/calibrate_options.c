@@ -57,7 +57,7 @@ static const struct conf_opt options[] = {
      {0},
      "FILE",
      "read this threshold file instead of calibrating: to measure it on the last --samples, to "
-     "--export it, or to write it to --out with what --rel finds"},
+     "--export it, or to write it to --out with what --rel or --decode-k finds"},
     {"export",
      CONF_TEXT,
      AT(export),
@@ -161,6 +161,17 @@ static const struct conf_opt options[] = {
      "levels by predicted density as with --density, but each head keeps as many pages as loses "
      "the "
      "least softmax mass over all of them; on the CPU only"},
+    {"decode-k",
+     CONF_TEXT,
+     AT(decode_k),
+     NULL,
+     0,
+     0,
+     {0},
+     "K,K,...",
+     "also calibrate the gate of generated tokens, each of which decides alone: levels by the "
+     "pages "
+     "that one keeps besides its own; on the CPU only (default: no such gate)"},
     {"gate-rows",
      CONF_ENUM,
      AT(gate_rows),
@@ -280,19 +291,20 @@ const struct conf_program calibrate_program = {
 /* What would go unheard where nothing is calibrated. */
 static int check_given(const struct calibrate_options *o, const char *source, struct err_msg *why)
 {
-    const char *other = o->k                                     ? "k"
-                        : o->density                             ? "density"
-                        : o->budget                              ? "budget"
-                        : o->aggregate != CALIBRATE_MEAN         ? "aggregate"
-                        : o->smooth                              ? "smooth"
-                        : o->second_pass                         ? "second-pass"
-                        : o->import && o->rel                    ? "rel"
-                        : o->import && o->thresholds             ? "thresholds"
-                        : o->import && o->samples                ? "samples"
-                        : o->import && o->task                   ? "task"
-                        : o->import && o->report                 ? "report"
-                        : o->thresholds && o->out && o->rel == 0 ? "out"
-                                                                 : NULL;
+    const char *other = o->k                                                 ? "k"
+                        : o->density                                         ? "density"
+                        : o->budget                                          ? "budget"
+                        : o->aggregate != CALIBRATE_MEAN                     ? "aggregate"
+                        : o->smooth                                          ? "smooth"
+                        : o->second_pass                                     ? "second-pass"
+                        : o->import && o->rel                                ? "rel"
+                        : o->import && o->decode_k                           ? "decode-k"
+                        : o->import && o->thresholds                         ? "thresholds"
+                        : o->import && o->samples                            ? "samples"
+                        : o->import && o->task                               ? "task"
+                        : o->import && o->report                             ? "report"
+                        : o->thresholds && o->out && !o->rel && !o->decode_k ? "out"
+                                                                             : NULL;
     if (other)
         return err_set(why, ERR_CONFIG, "--%s and --%s exclude each other", source, other);
     if (o->import && calibrate_gate_rows(o) != KV_BLOCK_TOKENS) {
@@ -308,10 +320,12 @@ int calibrate_options_check(const struct calibrate_options *o, struct err_msg *w
         return err_set(why, ERR_CONFIG, "--model is required (see --help)");
     if (o->import || o->thresholds)
         TRY(check_given(o, o->import ? "import" : "thresholds", why));
-    if (!o->samples && !o->import && (!o->thresholds || o->rel))
+    if (!o->samples && !o->import && (!o->thresholds || o->rel || o->decode_k))
         return err_set(why, ERR_CONFIG, "--samples is required (see --help)");
     if (o->budget && strncmp(o->device, "cuda", 4) == 0)
         return err_set(why, ERR_CONFIG, BUDGET_NEEDS_CPU);
+    if (o->decode_k && strncmp(o->device, "cuda", 4) == 0)
+        return err_set(why, ERR_CONFIG, DECODE_NEEDS_CPU);
     TRY(device_check(o->device, why));
     if (o->k && o->density)
         return err_set(why, ERR_CONFIG, "--k and --density exclude each other");
@@ -350,22 +364,20 @@ static int increasing(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
-                     int32_t k[CALIBRATE_MAX_LEVELS], int32_t *n, struct err_msg *why)
+/* One option's list of levels, which a prompt of n_tokens turns into pages where they are densities
+ * (n_tokens 0: pages). */
+static int parse_levels(const char *name, const char *text, int32_t n_tokens, int32_t gate_rows,
+                        int32_t k[CALIBRATE_MAX_LEVELS], int32_t *n, struct err_msg *why)
 {
-    const char *name = o->budget ? "budget" : o->density ? "density" : "k";
-    const char *densities = o->budget ? o->budget : o->density;
-    const char *text = densities ? densities : o->k ? o->k : "16,32,64";
     int32_t count = 0, unique = 0;
     while (*text) {
         double v;
         if (count == CALIBRATE_MAX_LEVELS)
             return err_set(why, ERR_CONFIG, "more than %d levels", CALIBRATE_MAX_LEVELS);
-        TRY(next_number(name, &text, densities ? 0.001 : 1, densities ? 1 : 1 << 24, &v, why));
-        if (!densities && v != (double)(int32_t)v)
-            return err_set(why, ERR_CONFIG, "--k: %g is not a whole number", v);
-        k[count++] =
-            densities ? thresholds_k_for_density(v, n_tokens, calibrate_gate_rows(o)) : (int32_t)v;
+        TRY(next_number(name, &text, n_tokens ? 0.001 : 1, n_tokens ? 1 : 1 << 24, &v, why));
+        if (!n_tokens && v != (double)(int32_t)v)
+            return err_set(why, ERR_CONFIG, "--%s: %g is not a whole number", name, v);
+        k[count++] = n_tokens ? thresholds_k_for_density(v, n_tokens, gate_rows) : (int32_t)v;
     }
     if (count == 0)
         return err_set(why, ERR_CONFIG, "--%s: the list is empty", name);
@@ -375,7 +387,24 @@ int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
             k[unique++] = k[i];
     }
     *n = unique;
-    return calibrate_check_auto(o, k, unique, why);
+    return 0;
+}
+
+int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
+                     int32_t k[CALIBRATE_MAX_LEVELS], int32_t *n, struct err_msg *why)
+{
+    const char *name = o->budget ? "budget" : o->density ? "density" : "k";
+    const char *densities = o->budget ? o->budget : o->density;
+    const char *text = densities ? densities : o->k ? o->k : "16,32,64";
+    TRY(parse_levels(name, text, densities ? n_tokens : 0, calibrate_gate_rows(o), k, n, why));
+    return calibrate_check_auto(o, k, *n, why);
+}
+
+int calibrate_decode_levels(const struct calibrate_options *o, int32_t k[CALIBRATE_MAX_LEVELS],
+                            int32_t *n, struct err_msg *why)
+{
+    *n = 0;
+    return o->decode_k ? parse_levels("decode-k", o->decode_k, 0, 0, k, n, why) : 0;
 }
 
 int calibrate_rel_targets(const struct calibrate_options *o, double targets[CALIBRATE_MAX_LEVELS],

@@ -9,11 +9,14 @@ enum { CALIBRATE_MAX_LEVELS = 64 };
 #define BUDGET_NEEDS_CPU                                                                           \
     "--budget: the softmax mass of pages is counted on the CPU only (--device cpu)"
 
+#define DECODE_NEEDS_CPU                                                                           \
+    "--decode-k: maxima of single rows are taken on the CPU only (--device cpu)"
+
 enum calibrate_aggregate { CALIBRATE_MEAN, CALIBRATE_QUANTILE }; /* choices of --aggregate */
 
 struct calibrate_options {
     char *model, *samples, *import, *thresholds, *task, *out, *export, *report, *k, *density,
-        *budget, *rel_density, *device;
+        *budget, *decode_k, *rel_density, *device;
     int aggregate; /* enum calibrate_aggregate */
     bool smooth, second_pass;
     int64_t rel;         /* samples for the REL gate's law; 0: none */
@@ -32,6 +35,10 @@ MUST_CHECK int calibrate_options_check(const struct calibrate_options *o, struct
  * n_tokens. */
 MUST_CHECK int calibrate_levels(const struct calibrate_options *o, int32_t n_tokens,
                                 int32_t k[CALIBRATE_MAX_LEVELS], int32_t *n, struct err_msg *why);
+/* The levels of --decode-k, increasing; none without it. */
+MUST_CHECK int calibrate_decode_levels(const struct calibrate_options *o,
+                                       int32_t k[CALIBRATE_MAX_LEVELS], int32_t *n,
+                                       struct err_msg *why);
 /* The densities of --rel-density. */
 MUST_CHECK int calibrate_rel_targets(const struct calibrate_options *o,
                                      double targets[CALIBRATE_MAX_LEVELS], int32_t *n,

@@ -66,14 +66,14 @@ static int open_parts(struct parts *x, struct calibrate_work *w, const struct ca
     const bool pooled = w->o.aggregate == CALIBRATE_QUANTILE;
     x->cfg = (struct calib_config){.n_layers = w->info.n_layers,
                                    .n_heads = w->info.n_heads,
-                                   .n_blocks = w->n_blocks,
-                                   .gate_rows = calibrate_gate_rows(&w->o),
+                                   .n_blocks = p->n_blocks,
+                                   .gate_rows = p->policy.gate_rows,
                                    .k = x->grid,
                                    .n_levels = p->n_levels,
                                    .pool = w->dev->pool,
                                    .dev = w->dev->ops == &dev_cpu ? NULL : w->dev};
     if (pooled)
-        x->cfg.n_levels = calib_pool_grid(x->grid, p->k, p->n_levels, w->n_blocks);
+        x->cfg.n_levels = calib_pool_grid(x->grid, p->k, p->n_levels, p->n_blocks);
     else
         memcpy(x->grid, p->k, (size_t)p->n_levels * sizeof *x->grid);
     TRY(calib_create(&x->calib, &x->cfg, why));
@@ -123,6 +123,12 @@ static int append_record(struct parts *x, const struct calibrate_pass *p, int32_
     return calib_state_append(x->state, x->record ? x->record : sample, n_tokens, why);
 }
 
+/* Tokens that a sample's record counts. */
+static int32_t length_of(const struct calibrate_pass *p, const struct sample *s)
+{
+    return p->policy.gate_rows == 1 ? calibrate_row_span(s).end : s->n_tokens;
+}
+
 /* Samples that an earlier run left; *n of them. */
 static int restore(struct parts *x, struct calibrate_work *w, const struct calibrate_pass *p,
                    int32_t *n, struct err_msg *why)
@@ -132,7 +138,7 @@ static int restore(struct parts *x, struct calibrate_work *w, const struct calib
         int found = next_record(x, p, &n_tokens, why);
         if (found <= 0)
             return found;
-        if (n_tokens != sample_at(w, *n)->n_tokens)
+        if (n_tokens != length_of(p, sample_at(w, *n)))
             return err_set(why, ERR_FORMAT, "%s.state: sample %d has %d tokens", w->o.out, *n,
                            n_tokens);
         TRY(calib_restore_sample(x->calib, n_tokens, why));
@@ -145,19 +151,28 @@ static int restore(struct parts *x, struct calibrate_work *w, const struct calib
     return 0;
 }
 
+static int run_one(struct parts *x, struct calibrate_work *w, const struct calibrate_pass *p,
+                   const struct sample *s, struct err_msg *why)
+{
+    const struct calibrate_row_span span = calibrate_row_span(s);
+    if (p->policy.gate_rows == 1)
+        return calib_run_rows(w->run, x->calib, s->tokens, span.end, span.n_rows, why);
+    if (p->mass)
+        return calib_run_mass(w->run, x->calib, p->mass, x->cfg.gate_rows, s->tokens, s->n_tokens,
+                              why);
+    return calib_run_sample(w->run, x->calib, p->policy, s->tokens, s->n_tokens, why);
+}
+
 static int run_sample(struct parts *x, struct calibrate_work *w, const struct calibrate_pass *p,
                       const struct sample *s, struct err_msg *why)
 {
     struct err_msg cause = {""};
-    int err = p->mass
-                  ? calib_run_mass(w->run, x->calib, p->mass, x->cfg.gate_rows, s->tokens,
-                                   s->n_tokens, &cause)
-                  : calib_run_sample(w->run, x->calib, p->policy, s->tokens, s->n_tokens, &cause);
+    int err = run_one(x, w, p, s, &cause);
     if (err < 0)
         return err_set(why, err, "%s:%d: %s", w->o.samples, s->line, err_why(&cause, err));
     if (x->pool)
-        TRY(calib_pool_add(x->pool, calib_sample(x->calib), s->n_tokens));
-    TRY(append_record(x, p, s->n_tokens, why));
+        TRY(calib_pool_add(x->pool, calib_sample(x->calib), length_of(p, s)));
+    TRY(append_record(x, p, length_of(p, s), why));
     return p->mass ? calib_mass_end_sample(p->mass, s->n_tokens, why) : 0;
 }
 
@@ -181,8 +196,8 @@ static void smooth(const struct calibrate_work *w, const struct calibrate_pass *
 {
     const int64_t rows = (int64_t)w->info.n_layers * w->info.n_heads;
     for (int32_t s = 0; s < p->n_levels; s++) {
-        const int32_t first = p->k[s] / (KV_BLOCK_TOKENS / KV_PAGE_TOKENS) + 1;
-        calib_smooth(p->t + s * rows * w->n_blocks, rows, w->n_blocks, first);
+        const int32_t first = calib_first_gated(p->policy.gate_rows, p->k[s]);
+        calib_smooth(p->t + s * rows * p->n_blocks, rows, p->n_blocks, first);
     }
 }
 
@@ -206,7 +221,7 @@ int calibrate_pass_run(struct calibrate_work *w, const struct calibrate_pass *p,
 void calibrate_forget_state(const struct calibrate_work *w)
 {
     char path[PATH_MAX];
-    for (int i = 0; w->o.out && i <= w->n_levels; i++) {
+    for (int i = 0; w->o.out && i <= CALIBRATE_PASS_DECODE; i++) {
         if (state_path(path, sizeof path, w->o.out, i, NULL) == 0)
             (void)remove(path);
     }

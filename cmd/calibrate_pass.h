@@ -5,13 +5,16 @@
 
 #include "cmd/calibrate_work.h"
 
+enum { CALIBRATE_PASS_DECODE = CALIBRATE_MAX_LEVELS + 1 }; /* number of the pass of single rows */
+
 struct calibrate_pass {
     const char *phase;          /* shown with the progress */
     int number;                 /* names the state file: 0 is OUT.state, others OUT.state.N */
-    struct batch_policy policy; /* of the runs */
+    struct batch_policy policy; /* of the runs; gate_rows is also that of the maxima. 1: of the rows
+                                   that calibrate_row_span names, one by one */
     uint64_t policy_hash;       /* 0: dense */
     const int32_t *k;           /* [n_levels] */
-    int32_t n_levels;
+    int32_t n_levels, n_blocks;
     float *t;                /* [n_levels, n_layers, n_heads, n_blocks], written */
     struct calib_mass *mass; /* fed too, where the runs are dense; may be NULL */
 };

@@ -1,6 +1,7 @@
 #include "cmd/calibrate_report.h"
 
 #include "core/clock.h"
+#include "kvcache/kv_view.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -164,6 +165,43 @@ static void show_rel(const struct calibrate_report *r, FILE *to)
     }
 }
 
+/* Of generated rows: at the ends of the held-out samples, else predicted at the calibrated length.
+ */
+static double decode_predicted(const struct calibrate_report *r, int32_t level)
+{
+    const struct calibrate_density *d = &r->decode[level];
+    const int64_t n_max = (int64_t)r->meta->decode.n_blocks * KV_BLOCK_TOKENS;
+    return d->n ? d->predicted : thresholds_row_density(d->k, n_max);
+}
+
+static void show_decode(const struct calibrate_report *r, FILE *to)
+{
+    for (int32_t i = 0; i < r->n_decode; i++) {
+        const struct calibrate_density *d = &r->decode[i];
+        (void)fprintf(to, "generated rows, k=%d: predicted %.3f", d->k, decode_predicted(r, i));
+        if (d->n)
+            (void)fprintf(to, ", measured %.3f +- %.3f [%.3f %.3f]", calibrate_density_mean(d),
+                          calibrate_density_std(d), d->min, d->max);
+        (void)fputc('\n', to);
+    }
+}
+
+static json_t *decode_json(const struct calibrate_report *r)
+{
+    json_t *levels = json_array();
+    for (int32_t i = 0; i < r->n_decode; i++) {
+        const struct calibrate_density *d = &r->decode[i];
+        json_t *o = json_pack("{s:i,s:f,s:i}", "k", d->k, "predicted", decode_predicted(r, i),
+                              "held_out", d->n);
+        if (o && d->n) {
+            (void)json_object_set_new(o, "measured", json_real(calibrate_density_mean(d)));
+            (void)json_object_set_new(o, "std", json_real(calibrate_density_std(d)));
+        }
+        (void)json_array_append_new(levels, o);
+    }
+    return levels;
+}
+
 void calibrate_report_text(const struct calibrate_report *r, FILE *to)
 {
     const struct thresholds_meta *m = r->meta;
@@ -185,6 +223,7 @@ void calibrate_report_text(const struct calibrate_report *r, FILE *to)
     }
     show_heads(r, to);
     show_rel(r, to);
+    show_decode(r, to);
     if (r->levels[0].n)
         warn_of_heads(r, to);
     if (r->n_resumed)
@@ -283,12 +322,12 @@ int calibrate_report_json(const struct calibrate_report *r, FILE *to)
     for (int32_t i = 0; i < r->n_held_out; i++)
         (void)json_array_append_new(held_out, held_out_json(&r->held_out[i], r->n_levels));
     json_t *o = json_pack(
-        "{s:s,s:s?,s:s,s:b,s:i,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:f,s:o,s:o,s:o}", "model",
+        "{s:s,s:s?,s:s,s:b,s:i,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:f,s:o,s:o,s:o,s:o}", "model",
         r->model, "out", r->out, "how", r->how, "imported", m->imported, "samples", m->n_samples,
         "resumed", r->n_resumed, "n_max", m->n_max, "gate_rows", m->gate_rows, "shape", r->n_levels,
         r->n_layers, r->n_heads, r->n_blocks, "auto_k", m->auto_k, "auto_min", m->auto_min,
         "auto_density", m->auto_density, "seconds", r->seconds, "levels", levels, "rel",
-        rel_json(r), "held_out", held_out);
+        rel_json(r), "decode", decode_json(r), "held_out", held_out);
     int failed = !o || json_dumpf(o, to, JSON_COMPACT | JSON_REAL_PRECISION(6)) < 0;
     json_decref(o);
     return failed || fputc('\n', to) == EOF ? -EIO : 0;

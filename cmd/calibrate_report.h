@@ -65,6 +65,8 @@ struct calibrate_report {
     int32_t n_held_out, n_levels, n_layers, n_heads, n_blocks;
     const struct calibrate_density *rel_levels; /* predicted: what was wanted */
     int32_t n_rel_levels;
+    const struct calibrate_density *decode; /* [n_decode] of generated rows */
+    int32_t n_decode;
     double seconds;
 };
 

@@ -18,6 +18,7 @@ void calibrate_work_free(struct calibrate_work *w)
     mem_free(w->heads);
     mem_free(w->head_k);
     mem_free(w->lost);
+    mem_free(w->decode_t);
     if (!w->file)
         mem_free(w->t);
     thresholds_free(w->file);
@@ -30,7 +31,8 @@ int calibrate_read(struct calibrate_work *w, struct err_msg *why)
     TRY(samples_load(&w->samples, o->samples, INT32_MAX, (int32_t)o->max_len, why));
     samples_split(&w->split, &w->samples, o->task, (int32_t)o->limit, (int32_t)o->holdout);
     TRY(calibrate_rel_targets(o, w->rel_targets, &w->n_rel_targets, why));
-    if (o->thresholds && o->rel == 0)
+    TRY(calibrate_decode_levels(o, w->decode_k, &w->n_decode, why));
+    if (o->thresholds && o->rel == 0 && !o->decode_k)
         return 0;
     if (w->split.n_calibrate == 0) {
         return err_set(why, ERR_CONFIG, "%s: none of %d samples is left to calibrate on%s%s",
@@ -38,27 +40,36 @@ int calibrate_read(struct calibrate_work *w, struct err_msg *why)
                        o->task ? o->task : "");
     }
     int32_t longest = samples_longest(&w->samples, w->split.calibrate, w->split.n_calibrate);
-    if (o->thresholds)
+    w->decode_blocks =
+        samples_longest_answered(&w->samples, w->split.calibrate, w->split.n_calibrate) /
+        KV_BLOCK_TOKENS;
+    if (o->thresholds && !o->decode_k)
         return 0;
     w->n_blocks = longest / KV_BLOCK_TOKENS;
     if (w->n_blocks == 0) {
         return err_set(why, ERR_CONFIG, "%s: the longest sample has %d tokens, fewer than %d",
                        o->samples, longest, KV_BLOCK_TOKENS);
     }
+    if (o->thresholds)
+        return 0;
     return calibrate_levels(o, w->n_blocks * KV_BLOCK_TOKENS, w->k, &w->n_levels, why);
 }
 
 int calibrate_open(struct calibrate_work *w, struct err_msg *why)
 {
     struct calibrate_options *o = &w->o;
-    const bool calibrates = !o->thresholds || o->rel > 0;
+    const bool calibrates = !o->thresholds || o->rel > 0 || o->decode_k;
+    int32_t (*const measure)(const struct samples *s, const int32_t *chosen, int32_t n) =
+        o->decode_k ? samples_longest_answered : samples_longest;
     int32_t longest =
-        calibrates ? samples_longest(&w->samples, w->split.calibrate, w->split.n_calibrate) : 1;
-    int32_t other = samples_longest(&w->samples, w->split.held_out, w->split.n_held_out);
+        calibrates ? measure(&w->samples, w->split.calibrate, w->split.n_calibrate) : 1;
+    int32_t other = measure(&w->samples, w->split.held_out, w->split.n_held_out);
     longest = other > longest ? other : longest;
     TRY(device_open(&w->dev, o->device, 0, (int)o->threads, why));
     if (o->budget && w->dev->ops != &dev_cpu)
         return err_set(why, ERR_CONFIG, BUDGET_NEEDS_CPU);
+    if (o->decode_k && w->dev->ops != &dev_cpu)
+        return err_set(why, ERR_CONFIG, DECODE_NEEDS_CPU);
     if (o->chunk == 0)
         o->chunk = w->dev->ops == &dev_cpu ? 512 : 8192;
     struct model_config cfg = {.dir = o->model,
@@ -126,6 +137,7 @@ static int second_pass(struct calibrate_work *w, size_t per_level, struct err_ms
             .policy_hash = hash_bytes(gate, per_level * sizeof *gate, 1),
             .k = &w->k[s],
             .n_levels = 1,
+            .n_blocks = w->n_blocks,
             .t = t + (size_t)s * per_level};
         err = calibrate_pass_run(w, &pass, why);
     }
@@ -148,6 +160,7 @@ int calibrate_runs(struct calibrate_work *w, struct err_msg *why)
         .policy = {.gate = BATCH_DENSE, .gate_rows = (uint8_t)calibrate_gate_rows(&w->o)},
         .k = w->k,
         .n_levels = w->n_levels,
+        .n_blocks = w->n_blocks,
         .t = w->t};
     TRY(calibrate_pass_run(w, &dense, why));
     calibrate_set_policy(w);

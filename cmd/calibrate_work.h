@@ -25,6 +25,9 @@ struct calibrate_work {
     int32_t k[CALIBRATE_MAX_LEVELS], n_levels, n_blocks;
     int32_t *head_k;             /* [n_levels, n_layers, n_heads] pages that a head keeps */
     struct calibrate_lost *lost; /* [n_levels]; NULL without --budget */
+    float *decode_t;             /* [n_decode, n_layers, n_heads, decode_blocks]; NULL: none */
+    int32_t decode_k[CALIBRATE_MAX_LEVELS], n_decode, decode_blocks;
+    struct calibrate_density decode[CALIBRATE_MAX_LEVELS]; /* of generated rows */
     struct calibrate_density levels[CALIBRATE_MAX_LEVELS];
     struct calibrate_held_out *held_out;      /* [split.n_held_out] */
     struct attn_counts *heads;                /* [n_levels, n_layers, n_heads] over those */
@@ -53,6 +56,14 @@ MUST_CHECK int calibrate_measure(struct calibrate_work *w, struct err_msg *why);
 /* calibrate_rel.c: the REL gate's law, and the densities it reaches on held-out samples. */
 MUST_CHECK int calibrate_rel(struct calibrate_work *w, struct err_msg *why);
 MUST_CHECK int calibrate_measure_rel(struct calibrate_work *w, struct err_msg *why);
+/* The last rows of a sample, which stand for generated ones: how many, and where they end. */
+struct calibrate_row_span {
+    int32_t n_rows, end;
+};
+struct calibrate_row_span calibrate_row_span(const struct sample *s);
+/* calibrate_decode.c: --decode-k, thresholds of generated rows, and what they keep at the ends of
+ * held-out samples. */
+MUST_CHECK int calibrate_decode(struct calibrate_work *w, struct err_msg *why);
 /* Instead of all these: levels and thresholds of the file that --import names. */
 MUST_CHECK int calibrate_import(struct calibrate_work *w, struct err_msg *why);
 /* Instead of runs: those of the file that --thresholds names, made for the open model; or, where

@@ -308,7 +308,7 @@ static int check_probe(const struct model *m, int32_t gate_rows, bool on_device)
 {
     if (m->shard.n_ranks > 1 || llama_ops_of(m->dev)->half != on_device)
         return ERR_UNSUPPORTED;
-    return gate_rows == 128 || gate_rows == 64 ? 0 : ERR_INVALID;
+    return gate_rows == 128 || gate_rows == 64 || (gate_rows == 1 && !on_device) ? 0 : ERR_INVALID;
 }
 
 /* A probe of the host; both fn NULL: off. */
@@ -319,12 +319,15 @@ static int set_probe(struct model *m, int32_t gate_rows, model_tile_fn fn, model
     const struct plan_limits *l = &m->plan.limits;
 
     TRY(check_probe(m, gate_rows, false));
+    if (mass_fn && gate_rows == 1)
+        return ERR_INVALID;
     drop_probe(m);
     *p = (struct probe){
         .arg = arg, .max.gate_rows = gate_rows, .n_heads = (size_t)m->config.n_heads};
     if (!fn && !mass_fn)
         return 0;
-    const size_t groups = (size_t)((l->max_tokens + gate_rows - 1) / gate_rows);
+    const size_t groups = gate_rows == 1 ? (size_t)MODEL_PROBE_ROWS
+                                         : (size_t)((l->max_tokens + gate_rows - 1) / gate_rows);
     const size_t n = p->n_heads * groups * (size_t)kv_pages_for(l->max_position);
     p->max.max = mem_try_aligned(n, sizeof *p->max.max);
     if (mass_fn)
@@ -387,6 +390,8 @@ static int aim_probe(struct model *m)
     p->seq = s;
     if (p->dev_fn)
         return s->pos % KV_BLOCK_TOKENS ? ERR_INVALID : 0;
+    if (p->max.gate_rows == 1 && s->n_rows > MODEL_PROBE_ROWS)
+        return ERR_INVALID;
     p->max.n_groups = (s->n_rows + p->max.gate_rows - 1) / p->max.gate_rows;
     p->max.n_pages = kv_pages_for((int64_t)s->pos + s->n_rows);
     return 0;

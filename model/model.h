@@ -78,7 +78,9 @@ void model_stop_followers(struct model *m);
 
 /* Reads page maxima during model_step: fn is called for every layer after its attention, with the
  * maxima of the one sequence of the batch (attention.h, struct attn_tile_max). fn == NULL turns it
- * off. For the calibrator. */
+ * off. gate_rows is 128, 64 or 1; then a step has at most MODEL_PROBE_ROWS rows. For the
+ * calibrator. */
+enum { MODEL_PROBE_ROWS = 64 };
 typedef void (*model_tile_fn)(void *arg, int layer, int32_t pos, int32_t n_tokens, const float *max,
                               int32_t n_groups, int32_t n_pages);
 MUST_CHECK int model_probe_tiles(struct model *m, int32_t gate_rows, model_tile_fn fn, void *arg);

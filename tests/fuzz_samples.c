@@ -26,6 +26,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         if (s.n < 1 || p.n_calibrate + p.n_held_out > s.n || p.n_calibrate > 2)
             abort();
         if (samples_longest(&s, p.calibrate, p.n_calibrate) > MAX_LEN ||
+            samples_longest_answered(&s, p.calibrate, p.n_calibrate) >
+                MAX_LEN + SAMPLES_MAX_ANSWER ||
             samples_check(&s, "input", VOCAB, NULL) < 0)
             abort();
         samples_split_free(&p);

@@ -15,6 +15,30 @@ static void demand(int condition)
         abort();
 }
 
+static void check_values(const struct attn_thresholds *v)
+{
+    size_t count = (size_t)v->n_levels * (size_t)v->level_stride;
+    for (size_t i = 0; i < count; i++)
+        demand(!isnan(v->t[i]));
+}
+
+/* Those of generated rows fit the others' layers and heads. */
+static void check_decode(const struct thresholds *t)
+{
+    const struct attn_thresholds *v = thresholds_view(t), *d = thresholds_decode_view(t);
+    const struct thresholds_decode *m = &thresholds_meta(t)->decode;
+    demand((d->t != NULL) == (m->t != NULL));
+    if (!d->t)
+        return;
+    demand(d->n_layers == v->n_layers && d->n_heads == v->n_heads);
+    demand(d->n_levels == m->n_levels && d->n_levels >= 1 && d->n_blocks >= 1);
+    for (int32_t i = 0; i < d->n_levels; i++) {
+        const double density = thresholds_decode_density(t, i, 1000);
+        demand(m->k[i] > (i ? m->k[i - 1] : 0) && density > 0 && density <= 1);
+    }
+    check_values(d);
+}
+
 /* What the rest of the engine relies on once a file is accepted. */
 static void check(const struct thresholds *t)
 {
@@ -38,9 +62,8 @@ static void check(const struct thresholds *t)
         demand(density > 0 && density <= 1 + 1e-9);
         demand(i == 0 || density >= thresholds_level_density(t, i - 1, m->n_max) - 1e-9);
     }
-    size_t count = (size_t)n * (size_t)v->level_stride;
-    for (size_t i = 0; i < count; i++)
-        demand(!isnan(v->t[i]));
+    check_values(v);
+    check_decode(t);
 }
 
 static void parse(const uint8_t *data, size_t size)

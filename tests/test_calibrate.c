@@ -5,6 +5,7 @@
 
 #include "calibration/calibrate.h"
 #include "calibration/samples.h"
+#include "core/dev.h"
 #include "core/pool.h"
 
 #include <stdbool.h>
@@ -171,6 +172,71 @@ static void means_64(void **state)
     means(64);
 }
 
+/* The last rows of a sample, and what they give block i of a level by the definition: the mean over
+ * rows of the midpoint among 2i + 1 of the row's pages. */
+static double expected_row(const float *max, int32_t pos, int32_t n_rows, int32_t head, int32_t k,
+                           int32_t block)
+{
+    double sum = 0;
+    for (int32_t r = 0; r < n_rows; r++) {
+        float v[PAGES];
+        const int32_t want = 2 * block + 1, n = (pos + r) / 64;
+        for (int32_t j = 0; j < want; j++) {
+            const double at = want == 1 ? n - 1 : j * (double)(n - 1) / (want - 1);
+            v[j] = max[(head * n_rows + r) * PAGES + (int32_t)floor(at + 0.5)];
+        }
+        qsort(v, (size_t)want, sizeof *v, descending);
+        sum += ((double)v[k - 1] + (double)v[k]) / 2;
+    }
+    return sum / n_rows;
+}
+
+/* Two samples; the second ends earlier. Pages from a row's own on are not to be read: NaN. */
+static void rows_of_the_end(void **state)
+{
+    (void)state;
+    static const int32_t ends[] = {11 * 128 + 7, 8 * 128 + 100};
+    enum { ROWS = 13 };
+    struct rng r = test_rng("rows", 6);
+    float max[2][LAYERS][HEADS * ROWS * PAGES], t[LEVELS * LAYERS * HEADS * NB];
+    struct pool *pool = NULL;
+    assert_ok(pool_create(&pool, 2));
+    for (int threads = 0; threads < 2; threads++) {
+        struct calib *c = create(1, threads ? pool : NULL);
+        for (int s = 0; s < 2; s++) {
+            const int32_t pos = ends[s] - ROWS;
+            for (int l = 0; l < LAYERS; l++) {
+                for (int32_t i = 0; i < HEADS * ROWS * PAGES; i++) {
+                    const int32_t own = (pos + i / PAGES % ROWS) / 64;
+                    max[s][l][i] = i % PAGES < own ? (float)(rng_normal(&r) * 4) : NAN;
+                }
+                calib_rows(c, l, pos, ROWS, max[s][l], ROWS, PAGES);
+            }
+            assert_ok(calib_end_sample(c, ends[s], NULL));
+        }
+        assert_int_equal(calib_filled_blocks(c), 11);
+        assert_ok(calib_thresholds(c, t, NULL));
+        for (int32_t i = 0; i < LEVELS * LAYERS * HEADS * NB; i++) {
+            const int32_t block = i % NB < 11 ? i % NB : 10, head = i / NB % HEADS;
+            const int32_t layer = i / NB / HEADS % LAYERS, k = levels[i / NB / HEADS / LAYERS];
+            double want = 0;
+            const int n = block < 8 ? 2 : 1;
+            if (2 * block + 1 <= k) {
+                assert_true(t[i] == -INFINITY);
+                continue;
+            }
+            for (int s = 0; s < n; s++)
+                want += expected_row(max[s][layer], ends[s] - ROWS, ROWS, head, k, block) / n;
+            assert_close((double)t[i], want, 0, 1e-6);
+        }
+        max[0][0][5] = INFINITY; /* head 0, row 0, page 5 */
+        calib_rows(c, 0, ends[0] - ROWS, ROWS, max[0][0], ROWS, PAGES);
+        assert_int_equal(calib_end_sample(c, ends[0], NULL), ERR_NUMERIC);
+        calib_destroy(c);
+    }
+    pool_destroy(pool);
+}
+
 /* On the sample itself the strict gate keeps exactly k pages of each block that has more. */
 static void keeps_k(void **state)
 {
@@ -223,6 +289,7 @@ static void refusals(void **state)
 {
     (void)state;
     static const int32_t bad[] = {4, 4}, zero[] = {0};
+    static struct dev device;
     static const struct {
         struct calib_config cfg;
         const char *says;
@@ -230,6 +297,7 @@ static void refusals(void **state)
         {{0, 1, 1, 128, levels, 1, NULL, NULL}, "0 layers"},
         {{1, 1, 0, 128, levels, 1, NULL, NULL}, "no sample has 128 tokens"},
         {{1, 1, 1, 32, levels, 1, NULL, NULL}, "gate_rows is 32"},
+        {{1, 1, 1, 1, levels, 1, NULL, &device}, "gate_rows is 1"},
         {{1, 1, 1, 128, levels, 0, NULL, NULL}, "0 levels"},
         {{1, 1, 1, 128, bad, 2, NULL, NULL}, "k[1] = 4"},
         {{1, 1, 1, 128, zero, 1, NULL, NULL}, "k[0] = 0"},
@@ -274,18 +342,32 @@ static void samples_good(void **state)
     struct err_msg why = {""};
     if (read_text(&s,
                   "{\"task\":\"a\",\"prompt\":[1,2,3],\"more\":{}}\n\n"
-                  "{\"tokens\":[9]}\r\n  {\"prompt\":[4,5,6,7]}",
+                  "{\"tokens\":[9],\"expected\":[1,2]}\r\n"
+                  "  {\"prompt\":[4,5,6,7],\"expected\":[8]}\n"
+                  "{\"prompt\":[1],\"expected\":\"text\"}",
                   10, 3, &why) < 0) {
         fail_msg("%s", why.text);
     }
-    assert_int_equal(s.n, 3);
+    assert_int_equal(s.n, 4);
     assert_string_equal(s.items[0].task, "a");
     assert_int_equal(s.items[0].n_tokens, 3);
     assert_int_equal(s.items[0].tokens[2], 3);
     assert_string_equal(s.items[1].task, "");
     assert_int_equal(s.items[1].tokens[0], 9);
     assert_int_equal(s.items[2].line, 4);
-    assert_int_equal(s.items[2].n_tokens, 3); /* cut */
+    assert_int_equal(s.items[2].n_tokens, 3); /* cut, and its answer with it */
+    assert_true(s.items[0].n_answer == 0 && s.items[1].n_answer == 2);
+    assert_true(s.items[2].n_answer == 0 && s.items[3].n_answer == 0);
+    assert_true(s.items[1].n_tokens == 1 && s.items[1].tokens[2] == 2);
+    const int32_t all[] = {0, 1, 2, 3};
+    const uint64_t prompts = samples_hash(&s, all, 4), answers = samples_hash_answers(&s, all, 4);
+    assert_int_equal(samples_longest(&s, all + 1, 1), 1);
+    assert_int_equal(samples_longest_answered(&s, all + 1, 1), 3);
+    assert_int_equal(samples_check(&s, "FILE", 10, NULL), 0);
+    s.items[1].tokens[2] = 10;
+    assert_int_equal(samples_check(&s, "FILE", 10, NULL), ERR_FORMAT);
+    assert_true(samples_hash(&s, all, 4) == prompts);
+    assert_true(samples_hash_answers(&s, all, 4) != answers);
     samples_free(&s);
 }
 
@@ -304,6 +386,8 @@ static void samples_bad(void **state)
         {"{\"prompt\":[-1]}", "FILE:1: prompt[0] = -1 is outside"},
         {"{\"prompt\":[99999999999]}", "FILE:1: prompt[0] = 99999999999 is outside"},
         {"{\"prompt\":[1],\"task\":7}", "FILE:1: task is not a string"},
+        {"{\"prompt\":[1],\"expected\":[2,10]}", "FILE:1: expected[1] = 10 is outside 0 to 9"},
+        {"{\"prompt\":[1],\"expected\":[[]]}", "FILE:1: expected[0] is not an integer"},
         {"{\"prompt\":[1],\"prompt\":[2]}", "FILE:1: column"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -352,11 +436,11 @@ static void samples_parts(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(selection),     cmocka_unit_test(means_128),
-        cmocka_unit_test(means_64),      cmocka_unit_test(keeps_k),
-        cmocka_unit_test(same_bits),     cmocka_unit_test(refusals),
-        cmocka_unit_test(samples_good),  cmocka_unit_test(samples_bad),
-        cmocka_unit_test(samples_parts),
+        cmocka_unit_test(selection),   cmocka_unit_test(means_128),
+        cmocka_unit_test(means_64),    cmocka_unit_test(rows_of_the_end),
+        cmocka_unit_test(keeps_k),     cmocka_unit_test(same_bits),
+        cmocka_unit_test(refusals),    cmocka_unit_test(samples_good),
+        cmocka_unit_test(samples_bad), cmocka_unit_test(samples_parts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

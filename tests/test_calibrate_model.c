@@ -108,17 +108,66 @@ static void keeps_k_in_layer_0(void **state)
     close_model(&f);
 }
 
+/* Thresholds of the text's last n_rows rows; released with mem_free. */
+static float *calibrate_rows(struct fixture *f, int32_t n_tokens, int32_t n_rows)
+{
+    const struct model_info *info = model_info(f->model);
+    struct err_msg why = {""};
+    struct calib *c = NULL;
+    struct calib_config cfg = {info->n_layers, info->n_heads, FULL,         1,
+                               levels,         LEVELS,        f->dev->pool, NULL};
+    float *t = mem_zalloc(f->n, sizeof *t);
+    assert_ok(calib_create(&c, &cfg, &why));
+    if (calib_run_rows(f->run, c, f->tokens, n_tokens, n_rows, &why) < 0)
+        fail_msg("%s", why.text);
+    assert_ok(calib_thresholds(c, t, &why));
+    calib_destroy(c);
+    return t;
+}
+
+/* A generated row at a block's end, under thresholds that were made of it, keeps k pages and its
+ * own. */
+static void a_row_keeps_k_in_layer_0(void **state)
+{
+    (void)state;
+    enum { AVAILABLE = 2 * (FULL - 1) + 1 };
+    struct fixture f;
+    struct attn_counts before[64];
+    struct batch_counts counts[LEVELS];
+    open_model(&f, 256);
+    const int32_t n_heads = model_info(f.model)->n_heads;
+    float *t = calibrate_rows(&f, FULL * 128, 1);
+    const struct attn_policy policy = {.decode = policy_of(&f, t).abs};
+    assert_ok(model_set_policy(f.model, &policy, NULL));
+    memcpy(before, model_head_counts(f.model), (size_t)n_heads * sizeof *before);
+    assert_ok(calib_run_generated(f.run, f.tokens, FULL * 128, 1, LEVELS, counts));
+    for (int32_t h = 0; h < n_heads; h++) {
+        const struct attn_counts *now = &model_head_counts(f.model)[h];
+        const uint64_t left = (now->reachable - before[h].reachable) - (now->kept - before[h].kept);
+        assert_int_equal(left, 2 * AVAILABLE - levels[0] - levels[1]);
+    }
+    for (int32_t level = 0; level < LEVELS; level++) {
+        const uint64_t heads = (uint64_t)(model_info(f.model)->n_layers * n_heads);
+        assert_int_equal(counts[level].reachable, (AVAILABLE + 1) * heads);
+        assert_true(counts[level].kept < counts[level].reachable);
+    }
+    assert_int_equal(calib_run_generated(f.run, f.tokens, FULL * 128, 257, LEVELS, counts),
+                     ERR_TOO_LONG);
+    mem_free(t);
+    close_model(&f);
+}
+
 static void same_bits_in_any_chunk(void **state)
 {
     (void)state;
-    static const int32_t chunks[] = {128, 640, 2048};
-    for (int32_t gate_rows = 64; gate_rows <= 128; gate_rows += 64) {
+    static const int32_t chunks[] = {128, 640, 2048}, rows[] = {128, 64, 1};
+    for (size_t k = 0; k < sizeof rows / sizeof *rows; k++) {
         float *t[3];
         size_t n = 0;
         for (int i = 0; i < 3; i++) {
             struct fixture f;
             open_model(&f, chunks[i]);
-            t[i] = calibrate(&f, gate_rows);
+            t[i] = rows[k] == 1 ? calibrate_rows(&f, N_TOKENS, 20) : calibrate(&f, rows[k]);
             n = f.n;
             close_model(&f);
         }
@@ -255,9 +304,9 @@ static void each_head_keeps_its_own_k(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(keeps_k_in_layer_0),        cmocka_unit_test(same_bits_in_any_chunk),
-        cmocka_unit_test(file_fits_model),           cmocka_unit_test(rel_counts_in_layer_0),
-        cmocka_unit_test(each_head_keeps_its_own_k),
+        cmocka_unit_test(keeps_k_in_layer_0),     cmocka_unit_test(a_row_keeps_k_in_layer_0),
+        cmocka_unit_test(same_bits_in_any_chunk), cmocka_unit_test(file_fits_model),
+        cmocka_unit_test(rel_counts_in_layer_0),  cmocka_unit_test(each_head_keeps_its_own_k),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -28,6 +28,25 @@ static const struct thresholds_meta meta0 = {
     .auto_density = 0.25,
     .head_k = head_ks};
 
+/* Of generated rows, with levels and blocks of their own. */
+enum { DS = 2, DNB = 7, N_DECODE = DS * L * H * DNB };
+static const int32_t decode_ks[DS] = {4, 64};
+
+static struct thresholds_meta with_decode(const float *t, const int32_t *k)
+{
+    struct thresholds_meta m = meta0;
+    m.decode = (struct thresholds_decode){t, k, DS, DNB};
+    return m;
+}
+
+static void fill_decode(float *t)
+{
+    struct rng r = {77};
+    for (int i = 0; i < N_DECODE; i++)
+        t[i] = (float)rng_normal(&r);
+    t[1] = -INFINITY;
+}
+
 static void values(float *t, uint64_t seed)
 {
     struct rng r = {seed};
@@ -154,6 +173,48 @@ static void hash_identity(void **state)
     assert_true(h != hash_of(&m, v, ks));
 }
 
+/* The decode pair comes back as it was, and is part of the hash; without it the hash is as ever. */
+static void decode_round_trip(void **state)
+{
+    (void)state;
+    float v[N_T], d[N_DECODE];
+    size_t len;
+    struct thresholds *t = NULL;
+    values(v, 1);
+    fill_decode(d);
+    struct thresholds_meta m = with_decode(d, decode_ks);
+    char *data = saved(&m, v, ks, &len);
+    assert_ok(thresholds_parse(&t, data, len, "t", NULL));
+    free(data);
+    const struct attn_thresholds *view = thresholds_decode_view(t);
+    assert_true(view->n_levels == DS && view->n_layers == L && view->n_heads == H &&
+                view->n_blocks == DNB && view->head_stride == DNB &&
+                view->layer_stride == (int64_t)H * DNB &&
+                view->level_stride == (int64_t)L * H * DNB);
+    assert_memory_equal(view->t, d, sizeof d);
+    assert_memory_equal(thresholds_view(t)->t, v, sizeof v);
+    const struct thresholds_decode *back = &thresholds_meta(t)->decode;
+    assert_true(back->n_levels == DS && back->n_blocks == DNB && back->t == view->t);
+    assert_memory_equal(back->k, decode_ks, sizeof decode_ks);
+    /* 640 tokens: 10 pages before a row's own */
+    assert_close(thresholds_decode_density(t, 0, 640), 5.0 / 11, 1e-12, 0);
+    assert_close(thresholds_decode_density(t, 1, 640), 1, 0, 0);
+    assert_close(thresholds_row_density(4, 63), 1, 0, 0);
+    thresholds_free(t);
+    const uint64_t none = hash_of(&meta0, v, ks), h = hash_of(&m, v, ks);
+    assert_true(h != none);
+    d[N_DECODE - 1] = nextafterf(d[N_DECODE - 1], 9);
+    assert_true(hash_of(&m, v, ks) != h);
+    fill_decode(d);
+    m.decode.k = (const int32_t[]){4, 65};
+    assert_true(hash_of(&m, v, ks) != h);
+    char *plain = saved(&meta0, v, ks, &len);
+    assert_ok(thresholds_parse(&t, plain, len, "t", NULL));
+    assert_null(thresholds_decode_view(t)->t);
+    thresholds_free(t);
+    free(plain);
+}
+
 static void expect_error(const char *data, size_t len, int err, const char *says)
 {
     struct thresholds *t = NULL;
@@ -174,8 +235,11 @@ static void truncated(void **state)
     (void)state;
     float v[N_T];
     size_t len;
+    float d[N_DECODE];
+    fill_decode(d);
+    const struct thresholds_meta m = with_decode(d, decode_ks);
     values(v, 1);
-    char *data = saved(&meta0, v, ks, &len);
+    char *data = saved(&m, v, ks, &len);
     for (size_t n = 0; n < len; n++)
         expect_error(data, n, ERR_FORMAT, "");
     data[len] = 0;
@@ -190,8 +254,11 @@ static void flipped(void **state)
     float v[N_T];
     size_t len;
     int refused = 0;
+    float d[N_DECODE];
+    fill_decode(d);
+    const struct thresholds_meta m = with_decode(d, decode_ks);
     values(v, 1);
-    char *data = saved(&meta0, v, ks, &len);
+    char *data = saved(&m, v, ks, &len);
     for (size_t i = 0; i < len; i++) {
         struct thresholds *t = NULL;
         char old = data[i];
@@ -204,13 +271,14 @@ static void flipped(void **state)
     free(data);
 }
 
-/* One text in the header replaced by another of any length. */
-static void replaced(const char *from, const char *to, int err, const char *says)
+/* One text in the header of a file with m replaced by another of any length. */
+static void replaced_in(const struct thresholds_meta *m, const char *from, const char *to, int err,
+                        const char *says)
 {
     float v[N_T];
     size_t len;
     values(v, 1);
-    char *data = saved(&meta0, v, ks, &len), *out = calloc(1, len + 4096);
+    char *data = saved(m, v, ks, &len), *out = calloc(1, len + 4096);
     assert_non_null(out);
     uint64_t header;
     memcpy(&header, data, 8);
@@ -225,6 +293,47 @@ static void replaced(const char *from, const char *to, int err, const char *says
     memcpy(out, &header, 8);
     expect_error(out, len + strlen(to) - strlen(from), err, says);
     free(out);
+    free(data);
+}
+
+static void replaced(const char *from, const char *to, int err, const char *says)
+{
+    replaced_in(&meta0, from, to, err, says);
+}
+
+static void bad_decode(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *from, *to, *says;
+    } cases[] = {
+        {"\"decode\":", "\"encode\":", "tensor decode is missing"},
+        {"\"decode_k\":", "\"decode_l\":", "tensor decode_k is missing"},
+        {"\"F32\",\"shape\":[2,2,4,7]", "\"I32\",\"shape\":[2,2,4,7]",
+         "tensor decode is I32, must be F32"},
+        {"[2,2,4,7]", "[2,2,28]", "decode has shape [2, 2, 28], must have 4 dimensions"},
+        {"[2,2,4,7]", "[4,2,2,7]", "decode_k has 2 levels, decode has shape [4, 2, 2, 7]"},
+        {"[2,2,4,7]", "[2,4,2,7]", "decode is for 4 layers of 2 heads, thresholds for 2 of 4"},
+        {"[2,2,4,7]", "[2,2,4,8]", "type and shape need"},
+        {"[2,2,4,7]", "[2,2,0,7]", "type and shape need 0"},
+        {"\"k\":", "\"extra\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},\"k\":",
+         "5 tensors, must be"},
+    };
+    float v[N_T], d[N_DECODE];
+    size_t len;
+    fill_decode(d);
+    struct thresholds_meta m = with_decode(d, decode_ks);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        replaced_in(&m, cases[i].from, cases[i].to, ERR_FORMAT, cases[i].says);
+    values(v, 1);
+    m.decode.k = (const int32_t[]){64, 4};
+    char *data = saved(&m, v, ks, &len);
+    expect_error(data, len, ERR_FORMAT, "decode_k[1] = 4: not positive and increasing");
+    free(data);
+    m = with_decode(d, decode_ks);
+    d[((1 * L + 1) * H + 2) * DNB + 3] = NAN;
+    data = saved(&m, v, ks, &len);
+    expect_error(data, len, ERR_FORMAT, "decode[1, 1, 2, 3] is NaN");
     free(data);
 }
 
@@ -504,7 +613,8 @@ int main(void)
         cmocka_unit_test(hostile_headers),   cmocka_unit_test(files),
         cmocka_unit_test(identity),          cmocka_unit_test(rel_density),
         cmocka_unit_test(density_published), cmocka_unit_test(density_brute),
-        cmocka_unit_test(density_of_heads),
+        cmocka_unit_test(density_of_heads),  cmocka_unit_test(decode_round_trip),
+        cmocka_unit_test(bad_decode),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -30,7 +30,7 @@ def read_safetensors(path):
         n, = struct.unpack("<Q", f.read(8))
         header, data = json.loads(f.read(n)), f.read()
     out = {}
-    for name in ("thresholds", "k"):
+    for name in set(header) - {"__metadata__"}:
         begin, end = header[name]["data_offsets"]
         kind = {"F32": "f", "I32": "i"}[header[name]["dtype"]]
         out[name] = header[name]["shape"], struct.unpack("<%d%s" % ((end - begin) // 4, kind), data[begin:end])
@@ -164,18 +164,49 @@ class Calibrate(unittest.TestCase):
         self.refused("/none: No such file", *file[:3], "/none")
         self.refused("/none/t: cannot write", *file, "--out", "/none/t")
 
+    def test_decode(self):
+        """Thresholds of generated rows: in the file and the report, and kept by --thresholds, which can also add them."""
+        out, added = os.path.join(self.dir, "t"), os.path.join(self.dir, "added")
+        args = ("--max-len", "400", "--limit", "2", "--holdout", "1", "--decode-k", "2,1")
+        report = json.loads(self.run_ok("--k", "3", *args, "--out", out, "--json"))
+        self.assertEqual([x["k"] for x in report["decode"]], [1, 2])
+        for x in report["decode"]:
+            self.assertEqual(x["held_out"], 1)
+            self.assertTrue(0 < x["predicted"] < 1 and 0 < x["measured"] <= 1)
+        meta, tensors = read_safetensors(out)
+        self.assertEqual(meta["version"], "1")
+        self.assertEqual(tensors["decode_k"], ([2], (1, 2)))
+        shape, values = tensors["decode"]
+        self.assertEqual(shape, [2, 6, 6, 3])
+        for level, k in enumerate((1, 2)):
+            for at in range(36 * 3):
+                self.assertEqual(values[level * 108 + at] == -INF, 2 * (at % 3) + 1 <= k)
+        r = calibrate("--model", NEEDLE, "--thresholds", os.path.join(NEEDLE, "thresholds.safetensors"), "--samples", SAMPLES,
+                      *args[:6], "--decode-k", "2", "--out", added)
+        self.assertEqual((r.returncode, r.stderr), (0, ""))
+        self.assertIn("generated rows, k=2: predicted", r.stdout)
+        shipped, more = (read_safetensors(p)[1] for p in (os.path.join(NEEDLE, "thresholds.safetensors"), added))
+        self.assertEqual({k: more[k] for k in ("thresholds", "k")}, {k: shipped[k] for k in ("thresholds", "k")})
+        self.assertEqual(more["decode"][1][:108], values[108:])  # the same rows as before
+        self.refused("--decode-k: 'x'", "--model", NEEDLE, "--samples", SAMPLES, "--decode-k", "x")
+        self.refused("--decode-k: 1.5 is not a whole number", "--model", NEEDLE, "--samples", SAMPLES, "--decode-k", "1.5")
+        self.refused("on the CPU only (--device cpu)", "--model", NEEDLE, "--samples", SAMPLES, "--decode-k", "2", "--device", "cuda")
+        self.refused("--import and --decode-k exclude", "--model", NEEDLE, "--import", os.path.join(PT, "needle.pt"), "--decode-k", "2")
+
     def test_resumes(self):
         """Killed in the middle, a run goes on where it was and writes the same bytes, under every rule."""
-        for n, rule in enumerate((("--smooth", "--aggregate", "quantile"), ("--second-pass",), ("--budget", "0.6"))):
-            args = ["--model", NEEDLE, "--samples", SAMPLES, "--max-len", "900", "--limit", "8", "--holdout", "0", "--chunk", "128",
-                    *(() if "--budget" in rule else ("--k", "3,6")), *rule]
+        for n, rule in enumerate((("--smooth", "--aggregate", "quantile", "--decode-k", "1"), ("--second-pass",), ("--budget", "0.6"))):
+            decode = "--decode-k" in rule  # killed in its pass, which comes last
+            args = ["--model", NEEDLE, "--samples", SAMPLES, "--max-len", "500" if decode else "900", "--limit", "8", "--holdout", "0",
+                    "--chunk", "128", *(() if "--budget" in rule else ("--k", "3,6")), *rule]
             whole, cut = (os.path.join(self.dir, "%s%d" % (name, n)) for name in ("whole", "cut"))
             r = calibrate(*args, "--out", whole)
             self.assertEqual(r.returncode, 0, r.stderr)
             self.assertFalse(os.path.exists(whole + ".state"))
             cmd = [os.path.join(BIN, "sluice-calibrate"), "--threads", "2", *args, "--out", cut]
             p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL)
-            while p.poll() is None and not (os.path.exists(cut + ".state") and os.path.getsize(cut + ".state") > 12000):
+            state, size = (cut + ".state.65", 1500) if decode else (cut + ".state", 12000)
+            while p.poll() is None and not (os.path.exists(state) and os.path.getsize(state) > size):
                 time.sleep(0.002)
             p.kill()
             self.assertEqual(p.wait(), -9, "it ended before it was killed")
