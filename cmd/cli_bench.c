@@ -50,7 +50,8 @@ static const struct conf_opt options[] = {
     CLI_REAL(O, temperature, "temperature", "0", "0 is greedy"),
     CLI_BOOL(O, ignore_eos, "ignore-eos", "true", "generate output-len tokens, whatever comes"),
     CLI_TEXT(O, sparse, "sparse", "auto", "MODE",
-             "attention of the prompts: dense, k=K, rel=LAMBDA, abs~D, rel~D, or auto"),
+             "attention of the prompts: dense, k=K, rel=LAMBDA, abs~D, rel~D, or auto; +decode~D "
+             "after one: of generated tokens"),
     CLI_INT(O, gate_rows, "gate-rows", "0", 0, 128, "under rel: 64, 128, or 0 for the default"),
     CLI_TEXT(O, tenant, "tenant", NULL, "NAME", "whom the requests count for"),
     CLI_TEXT(O, goodput, "goodput", NULL, "SLOS",

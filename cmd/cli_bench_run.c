@@ -85,6 +85,9 @@ static void on_done(struct bench *b, int32_t i, const struct sluice_event *e)
     s->cached = e->u.done.cached_tokens;
     s->reachable = e->u.done.reachable;
     s->kept = e->u.done.kept;
+    s->decode_reachable = e->u.done.decode_reachable;
+    s->decode_kept = e->u.done.decode_kept;
+    s->decode_s = (double)e->u.done.decode_us * 1e-6;
     s->preemptions = e->u.done.preemptions;
     bool ok = reason == SLUICE_STOP || reason == SLUICE_LENGTH || reason == SLUICE_CAPACITY;
     end_request(b, i, ok, ok ? "" : sluice_reason_name((int)reason));

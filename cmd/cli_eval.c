@@ -41,8 +41,8 @@ static const struct conf_opt options[] = {
     CLI_TEXT(O, policy, "policy", "dense,auto", "LIST",
              "attention policies: dense, auto, abs:K, rel:LN (logarithm of lambda), rel=LAMBDA, "
              "abs~D, rel~D (a density); "
-             "/64 or /128 after one sets its gate rows, @ADDR asks another daemon; dense is always "
-             "first"),
+             "/64 or /128 after one sets its gate rows, +decode~D after that the density of "
+             "generated tokens, @ADDR asks another daemon; dense is always first"),
     CLI_INT(O, concurrency, "concurrency", "8", 1, 1024, "users, each with one open request"),
     CLI_INT(O, round, "round", "0", 0, 1e6,
             "prompts that a policy answers before the next one's turn; 0 is four a user"),

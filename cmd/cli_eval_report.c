@@ -37,7 +37,7 @@ static int groups_of(struct group out[MAX_GROUPS], const struct eval_plan *p)
 
 /* Values of a row's prompts, each [capacity]. */
 struct columns {
-    double *score, *exact, *density, *ttft, *paired, *base;
+    double *score, *exact, *density, *ttft, *paired, *base, *decode, *token;
     int32_t n, n_pairs;
 };
 
@@ -55,6 +55,8 @@ static void gather(struct columns *c, struct eval_row *row, const struct eval *e
         c->score[c->n] = a->score;
         c->exact[c->n] = a->exact;
         c->density[c->n] = a->density;
+        c->decode[c->n] = a->decode_density;
+        c->token[c->n] = a->token_s * 1e3;
         c->ttft[c->n++] = a->ttft_s * 1e3;
         row->cached += a->cached;
         if (i < first->n_asked && b->ok) {
@@ -83,9 +85,17 @@ static double deviation(const double *x, int32_t n)
 void eval_row(struct eval_row *out, const struct eval *e, int length, uint32_t tasks, int policy)
 {
     size_t cap = (size_t)e->plan.n_samples * RULER_N_TASKS;
-    double *all = mem_zalloc(6 * cap, sizeof *all);
-    struct columns c = {all, all + cap, all + 2 * cap, all + 3 * cap, all + 4 * cap, all + 5 * cap,
-                        0,   0};
+    double *all = mem_zalloc(8 * cap, sizeof *all);
+    struct columns c = {all,
+                        all + cap,
+                        all + 2 * cap,
+                        all + 3 * cap,
+                        all + 4 * cap,
+                        all + 5 * cap,
+                        all + 6 * cap,
+                        all + 7 * cap,
+                        0,
+                        0};
     int64_t attention_us = 0, asked = 0;
     *out = (struct eval_row){0};
     for (int t = 0; t < RULER_N_TASKS; t++) {
@@ -102,6 +112,8 @@ void eval_row(struct eval_row *out, const struct eval *e, int length, uint32_t t
     out->change = interval_difference(c.paired, c.base, c.n_pairs);
     out->density = mean(c.density, c.n);
     out->density_std = deviation(c.density, c.n);
+    out->decode_density = mean(c.decode, c.n);
+    out->token_ms = mean(c.token, c.n);
     out->ttft_ms = mean(c.ttft, c.n);
     out->ttft_median_ms = report_percentile(c.ttft, c.n, 50.0);
     out->attention_ms = asked ? (double)attention_us / 1e3 / (double)asked : 0.0;
@@ -127,7 +139,7 @@ static void print_row(const char *name, int width, const struct eval_row *r,
         (void)fprintf(to, " %22s", "");
     else
         (void)fprintf(to, " %+6.3f [%+6.3f %+6.3f]", r->change.mean, r->change.low, r->change.high);
-    (void)fprintf(to, " %7.3f %9.1f", r->density, r->ttft_ms);
+    (void)fprintf(to, " %7.3f %7.3f %9.1f", r->density, r->decode_density, r->ttft_ms);
     print_ratio(to, first->ttft_ms, r->ttft_ms);
     (void)fprintf(to, " %9.1f", r->attention_ms);
     print_ratio(to, first->attention_ms, r->attention_ms);
@@ -148,9 +160,9 @@ void eval_print(const struct eval *e, FILE *to)
                   "seed %llu; 95%% intervals\n",
                   p->n_samples, p->n_users, (unsigned long long)p->seed);
     for (int l = 0; l < p->n_lengths; l++) {
-        (void)fprintf(to, "\n%d tokens\n  %-*s %5s %6s %13s %6s %22s %7s %9s %7s %9s\n",
+        (void)fprintf(to, "\n%d tokens\n  %-*s %5s %6s %13s %6s %22s %7s %7s %9s %7s %9s\n",
                       p->lengths[l], width, "", "n", "score", "interval", "exact",
-                      "- dense       interval", "density", "TTFT ms", "", "attn ms");
+                      "- dense       interval", "density", "decode", "TTFT ms", "", "attn ms");
         for (int g = 0; g < n; g++) {
             struct eval_row first, row;
             (void)fprintf(to, "%s\n", groups[g].name);
@@ -189,7 +201,7 @@ static json_t *row_json(const struct eval *e, int length, const struct group *g,
     eval_row(&r, e, length, g->tasks, policy);
     return json_pack(
         "{s:i, s:s, s:b, s:s, s:i, s:i, s:f, s:[ff], s:f, s:[ff], s:f, s:[ff], s:f, s:f, s:f, s:f, "
-        "s:f, s:I, s:f}",
+        "s:f, s:I, s:f, s:f, s:f, s:f}",
         "length", e->plan.lengths[length], "task", g->name, "group",
         (int)((g->tasks & (g->tasks - 1)) != 0), "policy", e->plan.policies[policy].name, "n", r.n,
         "failed", r.failed, "score", r.score.mean, "score_interval", r.score.low, r.score.high,
@@ -197,7 +209,9 @@ static json_t *row_json(const struct eval *e, int length, const struct group *g,
         "change_interval", r.change.low, r.change.high, "density", r.density, "density_std",
         r.density_std, "ttft_ms", r.ttft_ms, "ttft_median_ms", r.ttft_median_ms, "attention_ms",
         r.attention_ms, "cached_tokens", (json_int_t)r.cached, "density_asked",
-        e->plan.policies[policy].request.density);
+        e->plan.policies[policy].request.density, "decode_density", r.decode_density,
+        "decode_density_asked", e->plan.policies[policy].request.decode_density, "token_ms",
+        r.token_ms);
 }
 
 int eval_write_json(const struct eval *e, const char *path, struct err_msg *why)

@@ -13,7 +13,8 @@ struct eval_row {
     int32_t n, failed;
     struct interval score, exact;
     struct interval change; /* of the score, against the first policy on the same prompts */
-    double density, density_std;
+    double density, density_std, decode_density;
+    double token_ms; /* from one token to the next */
     double ttft_ms, ttft_median_ms;
     double attention_ms; /* a prompt, decode included */
     int64_t cached;

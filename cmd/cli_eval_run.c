@@ -167,10 +167,10 @@ static void write_answer(struct runner *r, const struct turn *t, int32_t i, int3
     (void)fprintf(p->out,
                   "{\"task\":\"%s\",\"length\":%d,\"index\":%d,\"seed\":%" PRIu64
                   ",\"policy\":\"%s\",\"ok\":%s,\"score\":%.6g,\"exact\":%s,\"density\":%.6g,"
-                  "\"ttft_ms\":%.6g,\"cached_tokens\":%d,\"answer\":[",
+                  "\"decode_density\":%.6g,\"ttft_ms\":%.6g,\"cached_tokens\":%d,\"answer\":[",
                   ruler_task_name(q->task), q->length, index, seed, p->policies[policy].name,
                   a->ok ? "true" : "false", a->score, a->exact ? "true" : "false", a->density,
-                  a->ttft_s * 1e3, a->cached);
+                  a->decode_density, a->ttft_s * 1e3, a->cached);
     for (int32_t k = 0; k < t->n_answers[i]; k++)
         (void)fprintf(p->out, "%s%d", k ? "," : "", t->answers[i][k]);
     (void)fputs("]}\n", p->out);
@@ -185,10 +185,15 @@ static void judge(struct runner *r, const struct turn *t, int32_t i, int policy,
                               .ttft_s = s->ttft_s,
                               .cached = s->cached,
                               .density = 1.0,
+                              .decode_density = 1.0,
                               .score = score_ruler(&key, t->answers[i], t->n_answers[i]),
                               .exact = score_exact(&key, t->answers[i], t->n_answers[i])};
     if (s->reachable)
         a->density = (double)s->kept / (double)s->reachable;
+    if (s->decode_reachable)
+        a->decode_density = (double)s->decode_kept / (double)s->decode_reachable;
+    if (s->output_len > 1)
+        a->token_s = s->decode_s / (s->output_len - 1);
     if (!s->ok && r->n_shown[policy]++ < MAX_FAILURES_SHOWN)
         (void)cli_fail(0, "eval: %s: %s at %d: %s", r->e->plan.policies[policy].name,
                        ruler_task_name(t->prompts[i].task), t->prompts[i].length, s->error);

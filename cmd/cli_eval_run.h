@@ -38,7 +38,8 @@ struct eval_plan {
 
 struct eval_answer {
     bool ok, exact;
-    double score, density, ttft_s;
+    double score, density, decode_density, ttft_s;
+    double token_s; /* from one token to the next; 0 where there are less than two */
     int32_t cached; /* prompt tokens that were not computed */
 };
 

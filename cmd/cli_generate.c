@@ -47,7 +47,7 @@ static const struct conf_opt options[] = {
               "log probabilities of the chosen token and of the N most likely"),
     CLI_TEXT(O, sparse, "sparse", "auto", "MODE",
              "attention of the prompt: dense, k=K (calibrated thresholds), rel=LAMBDA, abs~D or "
-             "rel~D (a density), or auto"),
+             "rel~D (a density), or auto; +decode~D after one: of generated tokens"),
     CLI_INT(O, gate_rows, "gate-rows", "0", 0, 128,
             "rows that decide together under rel: 64, 128, or 0 for the daemon's choice"),
     CLI_INT32(O, priority, "priority", "0", "lower is served first"),

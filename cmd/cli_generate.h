@@ -21,6 +21,7 @@ struct generate_result {
     int32_t prompt_tokens, cached_tokens, preemptions;
     int64_t queue_us, prefill_us, ttft_us, decode_us; /* as the daemon measured */
     uint64_t reachable, visited, kept;                /* page decisions */
+    uint64_t decode_reachable, decode_kept;           /* of generated tokens */
     int64_t start_us, end_us; /* the client's own clock, set by the caller */
 };
 
@@ -28,7 +29,8 @@ struct generate_result {
 void generate_result_add(struct generate_result *r, const struct sluice_event *e);
 /* A failure that the client itself found. */
 void generate_result_fail(struct generate_result *r, enum sluice_code code, const char *message);
-/* One object: tokens, logprobs, finish_reason, usage, timing_ms, density; or error. */
+/* One object: tokens, logprobs, finish_reason, usage, timing_ms, density, decode_density; or error.
+ */
 MUST_CHECK int generate_result_json(const struct generate_result *r, FILE *to);
 void generate_result_text(const struct generate_result *r, FILE *to);
 void generate_result_deinit(struct generate_result *r);

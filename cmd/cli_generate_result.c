@@ -32,6 +32,8 @@ static void add_done(struct generate_result *r, const struct sluice_event *e)
     r->reachable = e->u.done.reachable;
     r->visited = e->u.done.visited;
     r->kept = e->u.done.kept;
+    r->decode_reachable = e->u.done.decode_reachable;
+    r->decode_kept = e->u.done.decode_kept;
 }
 
 void generate_result_fail(struct generate_result *r, enum sluice_code code, const char *message)
@@ -103,10 +105,11 @@ static json_t *json_done(const struct generate_result *r)
                   (double)r->decode_us / 1e3, "client", (double)(r->end_us - r->start_us) / 1e3);
     json_t *pages = json_pack("{s:I, s:I, s:I}", "reachable", (json_int_t)r->reachable, "visited",
                               (json_int_t)r->visited, "kept", (json_int_t)r->kept);
-    return json_pack("{s:o, s:o, s:s, s:o, s:o, s:o, s:f, s:o}", "tokens", tokens, "logprobs",
+    return json_pack("{s:o, s:o, s:s, s:o, s:o, s:o, s:f, s:o, s:f}", "tokens", tokens, "logprobs",
                      json_logprobs(r), "finish_reason", sluice_reason_name((int)r->reason),
                      "stop_token", stop, "usage", usage, "timing_ms", timing, "density",
-                     ratio(r->kept, r->reachable), "pages", pages);
+                     ratio(r->kept, r->reachable), "pages", pages, "decode_density",
+                     ratio(r->decode_kept, r->decode_reachable));
 }
 
 int generate_result_json(const struct generate_result *r, FILE *to)
@@ -125,10 +128,13 @@ void generate_result_text(const struct generate_result *r, FILE *to)
     }
     (void)fprintf(to,
                   "%s after %d tokens; prompt %d tokens, %d from the cache; first token %.1f ms, "
-                  "then %.1f ms; density %.3f\n",
+                  "then %.1f ms; density %.3f",
                   sluice_reason_name((int)r->reason), r->n_tokens, r->prompt_tokens,
                   r->cached_tokens, (double)r->ttft_us / 1e3, (double)r->decode_us / 1e3,
                   ratio(r->kept, r->reachable));
+    if (r->decode_kept < r->decode_reachable)
+        (void)fprintf(to, ", of generated tokens %.3f", ratio(r->decode_kept, r->decode_reachable));
+    (void)fputc('\n', to);
 }
 
 void generate_result_deinit(struct generate_result *r)

@@ -139,7 +139,21 @@ static bool parse_real(const char *text, double *out)
     return end != text && *end == '\0' && !isnan(*out);
 }
 
-int cli_parse_sparse(struct sluice_request *r, const char *text, struct err_msg *why)
+/* The part from "+" on, which may be missing: sets decode_density. */
+static int parse_decode(struct sluice_request *r, const char *text, struct err_msg *why)
+{
+    double v;
+    r->decode_density = 0;
+    if (!text)
+        return 0;
+    if (strncmp(text, "+decode~", 8) != 0 || !parse_real(text + 8, &v) || !(v > 0) || v > 1)
+        return err_set(why, ERR_INVALID, "'%.60s' is not +decode~D (density, above 0, at most 1)",
+                       text);
+    r->decode_density = v;
+    return 0;
+}
+
+static int parse_mode(struct sluice_request *r, const char *text, struct err_msg *why)
 {
     double v;
     r->k = 0;
@@ -172,6 +186,24 @@ int cli_parse_sparse(struct sluice_request *r, const char *text, struct err_msg 
     return 0;
 }
 
+/* Cuts what is from the "+" on off word, and reads it. */
+static int cut_decode(struct sluice_request *r, char *word, struct err_msg *why)
+{
+    char *plus = strstr(word, "+decode");
+    TRY(parse_decode(r, plus, why));
+    if (plus)
+        *plus = '\0';
+    return 0;
+}
+
+int cli_parse_sparse(struct sluice_request *r, const char *text, struct err_msg *why)
+{
+    char word[64];
+    (void)snprintf(word, sizeof word, "%s", text);
+    TRY(cut_decode(r, word, why));
+    return parse_mode(r, word, why);
+}
+
 int cli_parse_policy(struct sluice_request *r, const char **address, const char *text,
                      struct err_msg *why)
 {
@@ -181,6 +213,7 @@ int cli_parse_policy(struct sluice_request *r, const char **address, const char 
     if (at && !at[1])
         return err_set(why, ERR_INVALID, "'%.100s' names no daemon after @", text);
     (void)snprintf(word, sizeof word, "%.*s", at ? (int)(at - text) : (int)strlen(text), text);
+    TRY(cut_decode(r, word, why));
     char *rows = strchr(word, '/');
     r->gate_rows = 0;
     if (rows) {
@@ -189,7 +222,7 @@ int cli_parse_policy(struct sluice_request *r, const char **address, const char 
         r->gate_rows = rows[1] == '6' ? 64 : 128;
         *rows = '\0';
     }
-    return cli_parse_sparse(r, word, why);
+    return parse_mode(r, word, why);
 }
 
 int cli_parse_lengths(int32_t *out, int max, const char *text, struct err_msg *why)

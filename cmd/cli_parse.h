@@ -23,11 +23,11 @@ MUST_CHECK int cli_parse_tokens(struct cli_tokens *out, const char *text, int64_
                                 struct err_msg *why);
 /* At most max ids, "1,2,3"; "" or NULL is none. Returns their number. */
 MUST_CHECK int cli_parse_ids(int32_t *out, int max, const char *text, struct err_msg *why);
-/* dense | k=K or abs:K | rel=LAMBDA or rel:LN, its logarithm | abs~D or rel~D, a density | auto:
- * sets sparse, k, ln_lambda, density. */
+/* dense | k=K or abs:K | rel=LAMBDA or rel:LN, its logarithm | abs~D or rel~D, a density | auto,
+ * each with "+decode~D" behind it or not: sets sparse, k, ln_lambda, density, decode_density. */
 MUST_CHECK int cli_parse_sparse(struct sluice_request *r, const char *text, struct err_msg *why);
-/* The same with "/ROWS" for gate_rows and "@ADDRESS" for a daemon of its own, both optional:
- * rel:-0.001/64@unix:/tmp/other.sock. *address points into text, or is NULL. */
+/* The same with "/ROWS" for gate_rows and "@ADDRESS" for a daemon of its own, all optional, in this
+ * order: rel:-0.001/64+decode~0.25@unix:/tmp/other.sock. *address points into text, or is NULL. */
 MUST_CHECK int cli_parse_policy(struct sluice_request *r, const char **address, const char *text,
                                 struct err_msg *why);
 /* At most max whole numbers above 0 between commas, "8192,16k" (times 1024); returns their number.

@@ -130,10 +130,19 @@ static double level_density(const void *thresholds, int32_t level, int64_t n_tok
     return thresholds_level_density(thresholds, level, n_tokens);
 }
 
+static double decode_density(const void *thresholds, int32_t level, int64_t n_tokens)
+{
+    return thresholds_decode_density(thresholds, level, n_tokens);
+}
+
 static void fill_policy(const struct daemon *d, struct engine_policy *p)
 {
     const struct thresholds *t = d->model.policy.thresholds;
-    *p = (struct engine_policy){.fingerprint = d->model.policy.fingerprint};
+    *p = (struct engine_policy){.fingerprint = d->model.policy.fingerprint,
+                                .no_decode = d->model.policy.no_decode,
+                                .n_decode_levels = d->model.policy.attn.decode.n_levels,
+                                .decode_density = d->opt.decode_density,
+                                .decode_predicted = decode_density};
     if (!t)
         return;
     p->k = thresholds_k(t, &p->n_levels);

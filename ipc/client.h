@@ -127,6 +127,7 @@ struct sluice_request {
     double ln_lambda;          /* SLUICE_REL, <= 0 */
     int32_t gate_rows;         /* 64, 128; 0: the daemon's */
     double density;            /* SLUICE_ABS and SLUICE_REL: in place of k and ln_lambda, above 0 */
+    double decode_density;     /* share of pages a generated token keeps; 1: all; 0: the daemon's */
 };
 
 struct sluice_logprob {
@@ -165,7 +166,8 @@ struct sluice_event {
             int32_t stop_token; /* -1: none */
             int32_t prompt_tokens, cached_tokens, completion_tokens, preemptions;
             int64_t queue_us, prefill_us, ttft_us, decode_us;
-            uint64_t reachable, visited, kept; /* of the prompt: density = kept / reachable */
+            uint64_t reachable, visited, kept;      /* of the prompt: density = kept / reachable */
+            uint64_t decode_reachable, decode_kept; /* the same of generated tokens */
         } done;
         struct {
             int code; /* enum sluice_code */

@@ -49,6 +49,8 @@ static void done_event(const struct ipc_done *m, struct sluice_event *e)
     e->u.done.reachable = m->reachable;
     e->u.done.visited = m->visited;
     e->u.done.kept = m->kept;
+    e->u.done.decode_reachable = m->decode_reachable;
+    e->u.done.decode_kept = m->decode_kept;
 }
 
 static void error_event(const struct ipc_error *m, struct sluice_event *e)

@@ -146,6 +146,8 @@ struct ipc_sparse {
     double ln_lambda;  /* REL: required, < 0, or density */
     int32_t gate_rows; /* 64, 128 or 0: as calibrated (ABS), 128 (REL) */
     double density;    /* ABS, REL: share of the prompt's pages to keep, by calibration; 0: not */
+    double decode_density; /* any mode: share of its pages that a generated token keeps, by
+                              calibration; 1: all; 0: the engine's default */
 };
 
 struct ipc_submit {
@@ -217,7 +219,8 @@ struct ipc_done {
     int32_t stop_token; /* -1: none */
     int32_t prompt_tokens, cached_tokens, completion_tokens, preemptions;
     int64_t queue_us, prefill_us, ttft_us, decode_us;
-    uint64_t reachable, visited, kept; /* of prompt rows; density = kept / reachable */
+    uint64_t reachable, visited, kept;      /* of prompt rows; density = kept / reachable */
+    uint64_t decode_reachable, decode_kept; /* of generated rows */
 };
 
 struct ipc_error {

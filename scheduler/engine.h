@@ -36,7 +36,12 @@ struct engine_policy {
     const void *thresholds; /* borrowed */
     double (*ln_lambda)(const void *rel, double density, int64_t n_tokens);
     const void *rel_128, *rel_64; /* borrowed; NULL: not calibrated */
-    uint64_t fingerprint;         /* of threshold file and visit sets */
+    /* Gates of generated tokens: the predicted density of a level, growing with it. */
+    int32_t n_decode_levels;
+    const char *no_decode; /* why there are none, for who asks; set where n_decode_levels is 0 */
+    double decode_density; /* of requests that name none; 0 or 1: dense */
+    double (*decode_predicted)(const void *thresholds, int32_t level, int64_t n_tokens);
+    uint64_t fingerprint; /* of threshold file and visit sets */
 };
 
 struct engine_config {

@@ -85,6 +85,8 @@ void engine_on_stats(void *ctx, uint64_t conn, uint64_t tag)
         INT("pages_reachable", s.counts.reachable),
         INT("pages_visited", s.counts.visited),
         INT("pages_kept", s.counts.kept),
+        INT("decode_pages_reachable", s.decode_counts.reachable),
+        INT("decode_pages_kept", s.decode_counts.kept),
         INT("kv_pages_total", kv.n_pages),
         INT("kv_pages_free", kv.free_pages),
         INT("kv_pages_used", kv.used_pages),

@@ -119,7 +119,29 @@ static int choose_policy(const struct engine_policy *p, const struct ipc_submit 
     return 0;
 }
 
-/* K/V of layers above the first depend on the policy: it is part of the prefix cache's key. */
+/* The smallest level of generated tokens that is predicted to reach the density at the prompt's
+ * end; where none does they are dense, since nobody asked for less. */
+static int choose_decode(const struct engine_policy *p, const struct ipc_submit *m,
+                         struct batch_policy *out, struct err_msg *why)
+{
+    const double asked = m->sparse.decode_density;
+    const double density = asked > 0 ? asked : p->decode_density;
+    if (!(density > 0) || !(density < 1))
+        return 0;
+    if (p->n_decode_levels == 0)
+        return err_set(why, ERR_INVALID, "sparse.decode_density: %s", p->no_decode);
+    for (int32_t i = 0; i < p->n_decode_levels; i++) {
+        if (p->decode_predicted(p->thresholds, i, m->n_tokens) >= density) {
+            out->decode_gate = BATCH_ABS;
+            out->decode_level = (int16_t)i;
+            break;
+        }
+    }
+    return 0;
+}
+
+/* K/V of layers above the first depend on the policy: it is part of the prefix cache's key. That of
+ * generated tokens is not: prompts do not depend on it, and those tokens' pages are not shared. */
 static uint64_t policy_fingerprint(const struct engine_policy *p, const struct batch_policy *b)
 {
     const uint64_t fields[] = {b->gate, b->gate_rows, (uint64_t)b->level,
@@ -171,6 +193,7 @@ static int submit(struct engine *e, struct engine_req *r, const struct ipc_submi
     if (e->state == ENGINE_DEAD)
         return ERR_ENGINE_DEAD;
     TRY(choose_policy(&e->cfg.policy, m, &p.policy, why));
+    TRY(choose_decode(&e->cfg.policy, m, &p.policy, why));
     p.policy_fingerprint = policy_fingerprint(&e->cfg.policy, &p.policy);
     fill_sampling(&p.sampling, m, m->has_seed ? m->seed : hash_pair(e->seeds, e->seeds + 1));
     e->seeds++;
@@ -360,6 +383,8 @@ static void send_done(struct engine *e, struct engine_req *r, const struct reque
         .reachable = req->counts.reachable,
         .visited = req->counts.visited,
         .kept = req->counts.kept,
+        .decode_reachable = req->decode_counts.reachable,
+        .decode_kept = req->decode_counts.kept,
     };
     memcpy(m.id, r->id, sizeof m.id);
     ipc_send_done(e->server, r->owner->conn, &m);

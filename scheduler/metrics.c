@@ -210,6 +210,11 @@ static void write_counters(const struct writer *w, const struct metrics_view *v)
            (double)s->counts.visited);
     scalar(w, "sluice_sparse_blocks_kept_total", "counter", "Of those, used.",
            (double)s->counts.kept);
+    scalar(w, "sluice_decode_blocks_total", "counter",
+           "The same of generated tokens: pages reachable, over layers and heads.",
+           (double)s->decode_counts.reachable);
+    scalar(w, "sluice_decode_blocks_kept_total", "counter", "Of those, used.",
+           (double)s->decode_counts.kept);
 }
 
 void metrics_write(const struct metrics_view *v, FILE *to)

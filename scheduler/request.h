@@ -36,8 +36,8 @@ struct req_params {
     int32_t max_tokens;
     struct batch_sampling sampling;
     struct batch_policy policy;
-    uint64_t policy_fingerprint;   /* of policy, visit sets and threshold file; 0 is dense over all
-                                      pages */
+    uint64_t policy_fingerprint;   /* of what decides K/V of prompts: their gate, visit sets and
+                                      threshold file; 0 is dense over all pages */
     int32_t priority;              /* lower first */
     char tenant[REQ_TENANT_BYTES]; /* "" is a tenant too */
     uint8_t salt[REQ_SALT_BYTES];
@@ -63,8 +63,9 @@ struct request {
 
     struct batch_sampling sampling;
     struct batch_policy policy;
-    struct batch_counts counts; /* of prompt steps */
-    uint64_t seed;              /* of its prefix hash chain */
+    struct batch_counts counts;        /* of prompt steps */
+    struct batch_counts decode_counts; /* of steps over generated tokens */
+    uint64_t seed;                     /* of its prefix hash chain */
     int32_t priority;
     char tenant[REQ_TENANT_BYTES];
     void *user;

@@ -124,10 +124,13 @@ static inline bool sched_decodes(const struct request *r)
     return r->n_computed >= r->n_prompt && r->n_tokens - r->n_computed == 1;
 }
 
-/* Tokens of r whose pages may come from or go to the prefix index. */
+/* Tokens of r whose pages may come from or go to the prefix index. K/V of generated tokens under a
+ * gate of their own are nobody else's: a request of the same prompt policy may have another such
+ * gate, and its chain is the same. */
 static inline int32_t sched_shareable(const struct sched *s, const struct request *r)
 {
-    return s->cfg.share_generated ? r->n_tokens : r->n_prompt;
+    const bool all = s->cfg.share_generated && r->policy.decode_gate == BATCH_DENSE;
+    return all ? r->n_tokens : r->n_prompt;
 }
 
 /* The order in which running requests are kept: priority, then those preempted often, then arrival.

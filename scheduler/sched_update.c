@@ -81,12 +81,12 @@ static void append_token(struct sched *s, struct sched_req *r, const struct batc
         sched_finish(s, r, r->at_limit, 0);
 }
 
-/* Density speaks of the prompt: generated rows are dense, one group a row, and would drown it. */
-static void count_pages(struct batch_counts *to, const struct batch_seq *q,
-                        const struct batch_counts *c)
+/* Density speaks of the prompt: generated rows, one group a row, would drown it, and count apart.
+ * No chunk has rows of both. */
+static void count_pages(struct batch_counts *prompt, struct batch_counts *generated,
+                        const struct batch_seq *q, const struct batch_counts *c)
 {
-    if (q->start >= q->prompt_len)
-        return;
+    struct batch_counts *to = q->start >= q->prompt_len ? generated : prompt;
     to->reachable += c->reachable;
     to->visited += c->visited;
     to->kept += c->kept;
@@ -127,8 +127,8 @@ void sched_update(struct sched *s, int status, const struct batch_result *result
         struct sched_req *r = s->planned[i];
         r->pub.in_flight = 0;
         if (status >= 0) {
-            count_pages(&r->pub.counts, &s->seqs[i], &result->counts[i]);
-            count_pages(&s->stats.counts, &s->seqs[i], &result->counts[i]);
+            count_pages(&r->pub.counts, &r->pub.decode_counts, &s->seqs[i], &result->counts[i]);
+            count_pages(&s->stats.counts, &s->stats.decode_counts, &s->seqs[i], &result->counts[i]);
             apply(s, r, &s->seqs[i], &result->tokens[i], now_us);
         } else if (r->pub.state == REQ_FINISHED) {
             release(s, r);

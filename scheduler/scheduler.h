@@ -70,7 +70,7 @@ struct sched_stats {
     uint64_t n_submitted, n_preempted, n_steps;
     uint64_t finished[REQ_FINISH_SHUTDOWN + 1];
     uint64_t prompt_tokens, cached_tokens, generated_tokens;
-    struct batch_counts counts;
+    struct batch_counts counts, decode_counts; /* of prompts; of generated tokens */
 };
 
 /* kv must outlive the scheduler. */

@@ -117,6 +117,18 @@ static void sparse_modes(void **state)
         assert_true(cli_parse_sparse(&r, tildes[i], NULL) < 0);
     assert_ok(cli_parse_sparse(&r, "dense", NULL));
     assert_true(r.density == 0);
+    assert_true(r.decode_density == 0);
+    assert_ok(cli_parse_sparse(&r, "rel~0.2+decode~0.5", NULL));
+    assert_true(r.sparse == SLUICE_REL && r.density == 0.2 && r.decode_density == 0.5);
+    assert_ok(cli_parse_sparse(&r, "dense", NULL));
+    assert_true(r.decode_density == 0);
+    static const char *const tails[] = {"dense+decode",     "dense+decode~0",    "dense+decode~1.1",
+                                        "dense+decode~nan", "dense+decode~0.5x", "k=3+decode:0.5"};
+    for (size_t i = 0; i < sizeof tails / sizeof tails[0]; i++) {
+        struct err_msg why = {""};
+        assert_true(cli_parse_sparse(&r, tails[i], &why) < 0);
+        assert_non_null(strstr(why.text, "+decode~D"));
+    }
     static const char *const bad[] = {"",       "dens",     "k=",       "k=0",     "k=-1",
                                       "k=1.5",  "k=1e99",   "rel=0",    "rel=2",   "rel=nan",
                                       "rel=-1", "rel=0.5x", "abs:",     "abs:0",   "abs:1.5",
@@ -138,6 +150,10 @@ static void policies(void **state)
     assert_int_equal(r.sparse, SLUICE_REL);
     assert_int_equal(r.gate_rows, 64);
     assert_string_equal(address, "tcp:[::1]:7");
+    assert_true(r.decode_density == 0);
+    assert_ok(cli_parse_policy(&r, &address, "rel:-0.5/64+decode~0.25@tcp:[::1]:8", NULL));
+    assert_true(r.sparse == SLUICE_REL && r.gate_rows == 64 && r.decode_density == 0.25);
+    assert_string_equal(address, "tcp:[::1]:8");
     assert_ok(cli_parse_policy(&r, &address, "abs:8/128", NULL));
     assert_int_equal(r.gate_rows, 128);
     assert_null(address);
@@ -635,6 +651,8 @@ static void generate_json(void **state)
     e.u.done.ttft_us = 1500;
     e.u.done.reachable = 8;
     e.u.done.kept = 2;
+    e.u.done.decode_reachable = 10;
+    e.u.done.decode_kept = 1;
     generate_result_add(&r, &e);
 
     char *text = NULL;
@@ -644,18 +662,18 @@ static void generate_json(void **state)
     (void)fclose(f);
     assert_true(len > 0 && strchr(text, '\n') == text + len - 1); /* one line */
     json_t *j = json_loads(text, 0, NULL);
-    double logprob, top, density, ttft, client;
+    double logprob, top, density, decode, ttft, client;
     const char *reason;
     int tokens[2], top_id, stop, prompt, completion;
     assert_int_equal(json_unpack(j,
                                  "{s:[ii], s:[{s:i, s:F, s:[[iF],[iF]]}, {}], s:s, s:i, s:{s:i, "
-                                 "s:i}, s:{s:F, s:F}, s:F}",
+                                 "s:i}, s:{s:F, s:F}, s:F, s:F}",
                                  "tokens", &tokens[0], &tokens[1], "logprobs", "token", &top_id,
                                  "logprob", &logprob, "top", &top_id, &top, &top_id, &top,
                                  "finish_reason", &reason, "stop_token", &stop, "usage",
                                  "prompt_tokens", &prompt, "completion_tokens", &completion,
-                                 "timing_ms", "ttft", &ttft, "client", &client, "density",
-                                 &density),
+                                 "timing_ms", "ttft", &ttft, "client", &client, "density", &density,
+                                 "decode_density", &decode),
                      0);
     assert_int_equal(tokens[1], 6);
     assert_int_equal(top_id, 9);
@@ -666,6 +684,7 @@ static void generate_json(void **state)
     assert_close(ttft, 1.5, 1e-12, 0);
     assert_close(client, 2.5, 1e-12, 0);
     assert_close(density, 0.25, 1e-12, 0);
+    assert_close(decode, 0.1, 1e-12, 0);
     json_decref(j);
     free(text);
     generate_result_deinit(&r);

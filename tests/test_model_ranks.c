@@ -11,7 +11,7 @@
 #include <stdio.h>
 #include <unistd.h>
 
-enum { MAX_RANKS = 4, MAX_VOCAB = 512, MAX_POSITION = 512 };
+enum { MAX_RANKS = 4, MAX_VOCAB = 512, MAX_POSITION = 512, MAX_THRESHOLDS = 64 };
 
 /* What rank 0 saw of one step. */
 struct seen {
@@ -29,6 +29,7 @@ struct rank_life {
     uint64_t fingerprint;
     int32_t vocab;
     int64_t comm_us, total_us;
+    float decode[MAX_THRESHOLDS]; /* the policy's, which the model borrows */
     struct seen steps[SCRIPT_STEPS];
 };
 
@@ -45,6 +46,27 @@ static void see(struct seen *seen, const struct model_case *c, const struct rank
     }
 }
 
+/* Random thresholds for generated rows, of all heads: each rank takes its own. */
+static int set_decode(struct model *m, float *t, struct err_msg *why)
+{
+    const struct model_info *info = model_info(m);
+    const int32_t n = info->n_layers * info->n_heads;
+    struct rng r = {9};
+    if (n > MAX_THRESHOLDS)
+        return ERR_INVALID;
+    for (int32_t i = 0; i < n; i++)
+        t[i] = (float)(rng_normal(&r) * 2);
+    const struct attn_policy policy = {.decode = {.t = t,
+                                                  .n_levels = 1,
+                                                  .n_layers = info->n_layers,
+                                                  .n_heads = info->n_heads,
+                                                  .n_blocks = 1,
+                                                  .level_stride = n,
+                                                  .layer_stride = info->n_heads,
+                                                  .head_stride = 1}};
+    return model_set_policy(m, &policy, why);
+}
+
 static int run_steps(struct model_case *c, struct rank_life *life)
 {
     struct rank_script s;
@@ -54,6 +76,8 @@ static int run_steps(struct model_case *c, struct rank_life *life)
     rank_script_init(&s, life->vocab);
     for (int32_t step = 0; step < SCRIPT_STEPS; step++) {
         rank_script_step(&s, step);
+        for (int32_t i = 0; i < s.n_seqs; i++)
+            s.seqs[i].policy.decode_gate = s.seqs[i].id % 2 ? BATCH_ABS : BATCH_DENSE;
         TRY(case_step(c, s.seqs, s.n_seqs));
         see(&life->steps[step], c, &s);
         rank_script_grow(&s, c->tokens);
@@ -85,6 +109,7 @@ static int open_rank(struct rank_life *life, struct model_case *c, struct comm *
                                      .max_tokens = SCRIPT_MAX_TOKENS,
                                      .max_position = MAX_POSITION};
     TRY(model_open(&c->model, &cfg, why));
+    TRY(set_decode(c->model, life->decode, why));
     return model_take_pages(c->model, SCRIPT_PAGES, why);
 }
 

@@ -35,6 +35,7 @@ struct job {
     uint64_t id;
     int32_t n_prompt, max_tokens, n_out, priority;
     int user;
+    bool decode_gated;
     bool gated, used, disturbed; /* disturbed: cancelled, expired or failed by the outside */
     int64_t born_step;
     uint64_t chain[MAX_TOTAL]; /* the reference */
@@ -90,7 +91,7 @@ static void extend_reference(const struct world *w, struct job *j, const struct 
 {
     for (; j->n_chain < r->n_tokens; j->n_chain++) {
         uint64_t before = j->n_chain ? j->chain[j->n_chain - 1] : chain_start(j);
-        bool generated = j->n_chain >= j->n_prompt && !w->cfg.share_generated;
+        bool generated = j->n_chain >= j->n_prompt && (j->decode_gated || !w->cfg.share_generated);
         j->chain[j->n_chain] = mix(before, r->tokens[j->n_chain], generated);
     }
 }
@@ -293,12 +294,14 @@ static void submit(struct world *w, int32_t n)
                       .user = rng_range(r, 0, N_USERS - 1),
                       .priority = rng_range(r, 0, w->n_priorities - 1),
                       .gated = rng_range(r, 0, 5) == 0,
+                      .decode_gated = rng_range(r, 0, 3) == 0,
                       .born_step = w->steps};
     fill_prompt(w, j, prompt);
     struct req_params p = {.prompt = prompt,
                            .n_prompt = n,
                            .max_tokens = j->max_tokens,
-                           .policy = {.gate = j->gated ? BATCH_ABS : BATCH_DENSE},
+                           .policy = {.gate = j->gated ? BATCH_ABS : BATCH_DENSE,
+                                      .decode_gate = j->decode_gated ? BATCH_ABS : BATCH_DENSE},
                            .policy_fingerprint = j->gated,
                            .priority = j->priority,
                            .salt = {(uint8_t)(j->user % 2)},
@@ -435,7 +438,7 @@ static void execute_seq(struct world *w, const struct batch *b, int32_t i)
         uint64_t *writer = &w->writer[q->pages[pos / KV_PAGE_TOKENS]];
         assert_true(*writer >> 16 != b->step_id || *writer == mark); /* one writer a page */
         *writer = mark;
-        bool generated = pos >= q->prompt_len && !w->cfg.share_generated;
+        bool generated = pos >= q->prompt_len && (q->policy.decode_gate || !w->cfg.share_generated);
         chain = mix(chain, q->tokens[pos], generated);
         *cell(w, q, pos) = chain;
         if (j)

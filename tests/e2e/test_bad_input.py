@@ -88,6 +88,9 @@ class BadInput(unittest.TestCase):
         self.expect_field("sparse.density", sparse={0: 3, 4: 0.5})
         self.expect_field("sparse.density", sparse={0: 3, 4: 1.5})
         self.expect_field("sparse.density", sparse={0: 3, 2: -1.0, 4: 0.5})
+        self.expect_field("sparse.decode_density", sparse={5: 0.5})  # no threshold file
+        self.expect_field("sparse.decode_density", sparse={0: 1, 5: 1.5})
+        self.expect_field("sparse.decode_density", sparse={0: 1, 5: -0.5})
 
     def test_ids(self):
         self.expect_field("id", **{"id": "i" * 129})
@@ -230,6 +233,9 @@ class BadStart(unittest.TestCase):
                 f.write(data)
             self.refuse(word, options=("--thresholds", path))
         self.refuse("t.safetensorsx", "No such file", options=("--thresholds", path + "x"))
+        self.refuse("--decode-density", "no threshold file", options=("--device", "cpu", "--decode-density", "0.5"))
+        self.refuse("--decode-density", "none for generated tokens", options=(
+            "--device", "cpu", "--decode-density", "0.5", "--thresholds", os.path.join(NEEDLE, "thresholds.safetensors")))
 
     def test_thresholds_of_another_model(self):
         weights = bytearray(open(os.path.join(NEEDLE, "model.safetensors"), "rb").read())

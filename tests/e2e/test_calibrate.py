@@ -167,7 +167,7 @@ class Calibrate(unittest.TestCase):
     def test_decode(self):
         """Thresholds of generated rows: in the file and the report, and kept by --thresholds, which can also add them."""
         out, added = os.path.join(self.dir, "t"), os.path.join(self.dir, "added")
-        args = ("--max-len", "400", "--limit", "2", "--holdout", "1", "--decode-k", "2,1")
+        args = ("--max-len", "400", "--limit", "2", "--holdout", "1", "--device", "cpu", "--decode-k", "2,1")
         report = json.loads(self.run_ok("--k", "3", *args, "--out", out, "--json"))
         self.assertEqual([x["k"] for x in report["decode"]], [1, 2])
         for x in report["decode"]:
@@ -182,7 +182,7 @@ class Calibrate(unittest.TestCase):
             for at in range(36 * 3):
                 self.assertEqual(values[level * 108 + at] == -INF, 2 * (at % 3) + 1 <= k)
         r = calibrate("--model", NEEDLE, "--thresholds", os.path.join(NEEDLE, "thresholds.safetensors"), "--samples", SAMPLES,
-                      *args[:6], "--decode-k", "2", "--out", added)
+                      *args[:8], "--decode-k", "2", "--out", added)
         self.assertEqual((r.returncode, r.stderr), (0, ""))
         self.assertIn("generated rows, k=2: predicted", r.stdout)
         shipped, more = (read_safetensors(p)[1] for p in (os.path.join(NEEDLE, "thresholds.safetensors"), added))
@@ -195,7 +195,7 @@ class Calibrate(unittest.TestCase):
 
     def test_resumes(self):
         """Killed in the middle, a run goes on where it was and writes the same bytes, under every rule."""
-        for n, rule in enumerate((("--smooth", "--aggregate", "quantile", "--decode-k", "1"), ("--second-pass",), ("--budget", "0.6"))):
+        for n, rule in enumerate((("--smooth", "--aggregate", "quantile", "--device", "cpu", "--decode-k", "1"), ("--second-pass",), ("--budget", "0.6"))):
             decode = "--decode-k" in rule  # killed in its pass, which comes last
             args = ["--model", NEEDLE, "--samples", SAMPLES, "--max-len", "500" if decode else "900", "--limit", "8", "--holdout", "0",
                     "--chunk", "128", *(() if "--budget" in rule else ("--k", "3,6")), *rule]

@@ -98,6 +98,42 @@ class Answers(unittest.TestCase):
                 c.close()
         self.assertEqual(kept[0], kept[1])  # the first level: it is said to keep everything
 
+    def test_gated_decode(self):
+        """Generated tokens have a gate of their own, counted apart; prompts are shared with requests that have none."""
+        with open(os.path.join(NEEDLE, "thresholds.safetensors"), "rb") as f:
+            n, = struct.unpack("<Q", f.read(8))
+            header, data = json.loads(f.read(n)), f.read()
+        _, layers, heads, _ = header["thresholds"]["shape"]
+        rows = layers * heads
+        more = struct.pack("<%df2i" % (2 * rows), *[float("inf")] * rows, *[float("-inf")] * rows, 1, 8)
+        end = len(data) + 8 * rows
+        header["decode"] = {"dtype": "F32", "shape": [2, layers, heads, 1], "data_offsets": [len(data), end]}
+        header["decode_k"] = {"dtype": "I32", "shape": [2], "data_offsets": [end, end + 8]}
+        text = json.dumps(header).encode()
+        prompt, dense, asks = prompts(4000)[2][0], {0: 1}, (0.01, 0.1, 1.0, 0)
+        pages, own = [(len(prompt) + i) // 64 + 1 for i in range(7)], 7  # 8 tokens; the last is not fed back
+        with tempfile.TemporaryDirectory() as d:
+            with open(os.path.join(d, "t"), "wb") as f:
+                f.write(struct.pack("<Q", len(text)) + text + data + more)
+            with Daemon("--thresholds", os.path.join(d, "t"), "--max-model-len", "8192", "--decode-density", "0.01",
+                        "--device", "cpu") as daemon:
+                c = Client(daemon.path)
+                got = [c.generate("g%s" % x, prompt, sparse={**dense, 5: x}, max_tokens=8, ignore_eos=True) for x in asks]
+                r = subprocess.run([os.path.join(BIN, "sluice"), "generate", "--connect", "unix:" + daemon.path, "--tokens",
+                                    ",".join(map(str, prompt)), "--max-tokens", "8", "--temperature", "0", "--ignore-eos",
+                                    "--sparse", "dense+decode~0.01", "--json"], capture_output=True, text=True, timeout=60)
+                c.close()
+        for ask, (out, done) in zip(asks, got):
+            # k=1 keeps its own page, k=8 (0.1 of 61 pages) and 1 all; the daemon's default is 0.01
+            self.assertEqual((done[14], done[15]), (rows * sum(pages), rows * (sum(pages) if ask in (0.1, 1.0) else own)), ask)
+            self.assertEqual(done[13], done[11])  # the prompt is dense
+        self.assertEqual(got[1][0], got[2][0])
+        self.assertEqual(got[0][0], got[3][0])
+        self.assertNotEqual(got[0][0], got[1][0])
+        self.assertTrue(all(done[4] >= len(prompt) - 192 for _, done in got[1:]))
+        self.assertEqual(json.loads(r.stdout)["tokens"], got[0][0])
+        self.assertAlmostEqual(json.loads(r.stdout)["decode_density"], own / sum(pages), 6)
+
     def test_imported_thresholds(self):
         """A file of the reference implementation, converted, serves: right answers from fewer pages."""
         with tempfile.TemporaryDirectory() as d:
