@@ -220,9 +220,14 @@ static void test_gates(void **state)
         assert_ok(model_set_policy(p.cpu.model, &with, NULL));
         assert_ok(model_set_policy(p.gpu.model, &with, NULL));
         for (int16_t level = 0; level < 2; level++)
-            gated_step(&p, (struct batch_policy){BATCH_ABS, 128, level, 0}, bound_of(m));
-        gated_step(&p, (struct batch_policy){BATCH_ABS, 64, 1, 0}, bound_of(m));
-        gated_step(&p, (struct batch_policy){BATCH_REL, 128, 0, -INFINITY}, bound_of(m));
+            gated_step(&p,
+                       (struct batch_policy){.gate = BATCH_ABS, .gate_rows = 128, .level = level},
+                       bound_of(m));
+        gated_step(&p, (struct batch_policy){.gate = BATCH_ABS, .gate_rows = 64, .level = 1},
+                   bound_of(m));
+        gated_step(
+            &p, (struct batch_policy){.gate = BATCH_REL, .gate_rows = 128, .ln_lambda = -INFINITY},
+            bound_of(m));
         run_prompts(&p, bound_of(m)); /* captured anew under this policy */
     }
     const struct attn_counts *gpu = model_head_counts(p.gpu.model);
