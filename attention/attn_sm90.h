@@ -42,9 +42,11 @@ struct sm90_counts {
     unsigned long long reachable, visited, kept;
 };
 
-/* Boxes: of q 128 rows of half a head (64 elements), of k and v a whole page of a KV head. */
+/* Boxes: of q 128 rows of half a head (64 elements), of k and v a whole page of a KV head; k_pair is
+ * k with the halves of eight rows beside each other, so that neighbouring pages make one operand of
+ * 128 rows. */
 struct sm90_maps {
-    CUtensorMap q, k, v;
+    CUtensorMap q, k, v, k_pair;
 };
 
 struct sm90_args {
