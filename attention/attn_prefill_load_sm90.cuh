@@ -133,7 +133,7 @@ __device__ __forceinline__ int entry_tile(const struct tile_info *t, const struc
 }
 
 /* Fills a slot of a ring with a page, or with nothing. One lane. */
-template <int D, int GATE, bool K>
+template <int D, int GATE>
 __device__ __forceinline__ void load_page(uint32_t smem, const CUtensorMap *map, uint32_t dst,
                                           uint32_t full, uint32_t slot, int tile)
 {
@@ -145,10 +145,7 @@ __device__ __forceinline__ void load_page(uint32_t smem, const CUtensorMap *map,
     if (GATE != SM90_GATE_NONE)
         st_shared_s32(smem + L::k_tile + 4 * slot, tile);
     mbar_arrive_expect_tx(full, L::page_bytes);
-    if (K)
-        tma_load_5d(dst, map, full, 0, 0, 0, 0, tile, L2_EVICT_LAST);
-    else
-        tma_load_4d(dst, map, full, 0, 0, 0, tile, L2_EVICT_LAST);
+    tma_load_4d(dst, map, full, 0, 0, 0, tile, L2_EVICT_LAST);
 }
 
 /* The entries of all tiles into a ring of N slots: pages at SLOTS, barriers at FULL and EMPTY. */
@@ -180,8 +177,8 @@ __device__ __forceinline__ void produce_pages(uint32_t smem, unsigned char *smem
             const uint32_t slot = r.slot();
             if (lane == 0) {
                 mbar_wait(smem + EMPTY + 8 * slot, r.parity() ^ 1);
-                load_page<D, GATE, SLOTS == L::k>(smem, map, smem + SLOTS + slot * L::page_bytes,
-                                                  smem + FULL + 8 * slot, slot, page);
+                load_page<D, GATE>(smem, map, smem + SLOTS + slot * L::page_bytes,
+                                   smem + FULL + 8 * slot, slot, page);
             }
             r.next();
         }
@@ -199,8 +196,7 @@ __device__ __forceinline__ void produce(uint32_t smem, unsigned char *smem_ptr,
     if (threadIdx.x < GROUPS)
         produce_tiles<D, GATE>(smem, smem_ptr, maps, a);
     else if (warp == 1)
-        produce_pages<D, GATE, L::k_slots, L::k, L::k_full, L::k_empty>(smem, smem_ptr,
-                                                                        &maps.k_pair, a);
+        produce_pages<D, GATE, L::k_slots, L::k, L::k_full, L::k_empty>(smem, smem_ptr, &maps.k, a);
     else if (warp == 2 && GATE == SM90_GATE_NONE)
         produce_pages<D, GATE, L::v_slots, L::v, L::v_full, L::v_empty>(smem, smem_ptr, &maps.v, a);
 }

@@ -10,33 +10,15 @@
 template <int D, int DT>
 __device__ __forceinline__ void issue_qk(float (&s)[32], uint64_t q_desc, uint32_t k_addr)
 {
-    const uint64_t k_desc = desc_k_major(k_addr, D / 64 * 1024);
+    const uint64_t k_desc = desc_k_major(k_addr);
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
         const uint64_t q_step = (uint64_t)((i / 4) * BLOCK_M * 128 + (i % 4) * 32) >> 4;
-        const uint64_t k_step = (uint64_t)((i / 4) * 1024 + (i % 4) * 32) >> 4;
+        const uint64_t k_step = (uint64_t)((i / 4) * PAGE * 128 + (i % 4) * 32) >> 4;
         if (i == 0)
             wgmma_qk<DT, true>(s, q_desc, k_desc);
         else
             wgmma_qk<DT, false>(s, q_desc + q_step, k_desc + k_step);
-    }
-    wgmma_commit();
-}
-
-/* The same for two pages that lie one behind the other. */
-template <int D, int DT>
-__device__ __forceinline__ void issue_qk(float (&s0)[32], float (&s1)[32], uint64_t q_desc,
-                                         uint32_t k_addr)
-{
-    const uint64_t k_desc = desc_k_major(k_addr, D / 64 * 1024);
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        const uint64_t q_step = (uint64_t)((i / 4) * BLOCK_M * 128 + (i % 4) * 32) >> 4;
-        const uint64_t k_step = (uint64_t)((i / 4) * 1024 + (i % 4) * 32) >> 4;
-        if (i == 0)
-            wgmma_qk<DT, true>(s0, s1, q_desc, k_desc);
-        else
-            wgmma_qk<DT, false>(s0, s1, q_desc + q_step, k_desc + k_step);
     }
     wgmma_commit();
 }
@@ -65,47 +47,39 @@ __device__ __forceinline__ void release_k(struct consumer<D, GATE> &c)
     c.k.next();
 }
 
-/* Gives V pages back: the next of the ring, or those of `mask` among the group's own slots. */
 template <int D, int GATE>
-__device__ __forceinline__ void release_v(struct consumer<D, GATE> &c, int mask = 1)
+__device__ __forceinline__ void release_v(struct consumer<D, GATE> &c)
 {
-    if (GATE != SM90_GATE_NONE) {
-        c.v.at ^= mask;
-        return;
+    if (GATE == SM90_GATE_NONE) {
+        if (elect_one())
+            mbar_arrive(c.smem + smem_layout<D, GATE>::v_empty + 8 * c.v.slot());
     }
-    if (elect_one())
-        mbar_arrive(c.smem + smem_layout<D, GATE>::v_empty + 8 * c.v.slot());
     c.v.next();
 }
 
 /* Waits for the K page at hand; returns its address. */
 template <int D, int GATE>
-__device__ __forceinline__ uint32_t wait_k(const struct consumer<D, GATE> &c, int page = 0)
+__device__ __forceinline__ uint32_t wait_k(const struct consumer<D, GATE> &c)
 {
     using L = smem_layout<D, GATE>;
-    const uint32_t slot = c.k.slot() + page; /* page 1: behind an even slot */
+    const uint32_t slot = c.k.slot();
     mbar_wait(c.smem + L::k_full + 8 * slot, c.k.parity());
     return c.smem + L::k + slot * L::page_bytes;
 }
 
-/* The group's own slot for V of the first or second page of two. */
 template <int D, int GATE>
-__device__ __forceinline__ uint32_t own_v_slot(const struct consumer<D, GATE> &c, int page)
+__device__ __forceinline__ uint32_t v_slot(const struct consumer<D, GATE> &c)
 {
-    return (uint32_t)(opaque(c.group) * smem_layout<D, GATE>::own_v_slots + page);
+    return (GATE == SM90_GATE_NONE ? 0u : (uint32_t)(c.group * smem_layout<D, GATE>::own_v_slots)) +
+           c.v.slot();
 }
 
-/* Waits for V of the page at hand, or of the one behind it; returns its address. */
 template <int D, int GATE>
-__device__ __forceinline__ uint32_t wait_v(const struct consumer<D, GATE> &c, int page = 0)
+__device__ __forceinline__ uint32_t wait_v(const struct consumer<D, GATE> &c)
 {
     using L = smem_layout<D, GATE>;
-    struct ring<L::v_slots> r = c.v;
-    if (page)
-        r.next();
-    const uint32_t slot = GATE == SM90_GATE_NONE ? r.slot() : own_v_slot(c, page);
-    mbar_wait(c.smem + L::v_full + 8 * slot,
-              GATE == SM90_GATE_NONE ? r.parity() : c.v.at >> page & 1);
+    const uint32_t slot = v_slot(c);
+    mbar_wait(c.smem + L::v_full + 8 * slot, c.v.parity());
     return c.smem + L::v + slot * L::page_bytes;
 }
 
@@ -126,14 +100,13 @@ __device__ __forceinline__ void pass(struct consumer<D, GATE> &c, int n)
 /* One thread asks for the V page of the K page at hand. Its slot is free: all warps of the group
  * have passed a barrier since they last read it. */
 template <int D, int GATE>
-__device__ __forceinline__ void request_v(const struct consumer<D, GATE> &c, const CUtensorMap *map,
-                                          int page = 0)
+__device__ __forceinline__ void request_v(const struct consumer<D, GATE> &c, const CUtensorMap *map)
 {
     using L = smem_layout<D, GATE>;
     if (c.thread() != 0)
         return;
-    const uint32_t slot = own_v_slot(c, page), full = c.smem + L::v_full + 8 * slot;
-    const int tile = ld_shared_s32(c.smem + L::k_tile + 4 * (c.k.slot() + page));
+    const uint32_t slot = v_slot(c), full = c.smem + L::v_full + 8 * slot;
+    const int tile = ld_shared_s32(c.smem + L::k_tile + 4 * c.k.slot());
     mbar_arrive_expect_tx(full, L::page_bytes);
     tma_load_4d(c.smem + L::v + slot * L::page_bytes, map, full, 0, 0, 0, tile, L2_EVICT_LAST);
 }
@@ -291,125 +264,6 @@ __device__ __forceinline__ void split_page(struct consumer<D, GATE> &c, const CU
         both_pv<D, DT>(p0, s1, st[1], o0, o1, v, a);
     }
     release_v(c);
-}
-
-/* ---- two pages at once ---- */
-
-/* Whether x0, and whether x1, holds for any thread of the group: bits 0 and 1. */
-template <int D, int GATE>
-__device__ __forceinline__ int vote_pair(const struct consumer<D, GATE> &c, bool x0, bool x1)
-{
-    const int ones = (all_of(x0) ? 1 : 0) | (all_of(x1) ? 0xff00 : 0); /* of four warps: 4, 32 */
-    const int n = bar_count(BAR_EARLY + c.group, GROUP_WARPS * 32, ones >> (c.thread() & 31) & 1);
-    return (n & 7 ? 1 : 0) | (n & 0x38 ? 2 : 0);
-}
-
-/* What one half does with two pages whose scores are there: decides, and issues PV of what it keeps
- * page by page, so that bits are those of pages one at a time. V of `asked` pages has been asked
- * for. Returns what it keeps: bits 0 and 1. */
-template <int D, int DT, int GATE, int HALF>
-__device__ __forceinline__ int pair_half(struct consumer<D, GATE> &c, const CUtensorMap *map,
-                                         const struct sm90_args &a, struct row_state &st,
-                                         float (&o)[D / 2], const float (&s0)[32],
-                                         const float (&s1)[32], uint32_t (&p)[16], int asked)
-{
-    float pm0[2], pm1[2], alpha[2];
-    bool keep0 = true, keep1 = true;
-    page_max(pm0, s0);
-    page_max(pm1, s1);
-    if (GATE != SM90_GATE_NONE) {
-        const int keep = vote_pair(c, wants(c, st, pm0, HALF), wants(c, st, pm1, HALF));
-        keep0 = keep & 1;
-        keep1 = keep & 2;
-    }
-    if (GATE == SM90_GATE_NONE || all_of(keep0)) {
-        if (GATE != SM90_GATE_NONE && !(asked & 1))
-            request_v(c, map, 0);
-        raise_maxima<GATE>(st, alpha, pm0, a);
-        scale_rows(o, alpha);
-        if (GATE == SM90_GATE_REL) {
-            if (all_of(keep1)) /* against maxima that may have moved */
-                keep1 = vote(c, BAR_LATE, wants(c, st, pm1, HALF));
-        }
-    }
-    if (GATE != SM90_GATE_NONE && keep1 && !(asked & 2))
-        request_v(c, map, 1);
-    if (HALF == 1) {
-        release_k(c);
-        release_k(c);
-    }
-    if (GATE != SM90_GATE_NONE) {
-        if (all_of(!keep0 && !keep1))
-            return 0;
-        if (all_of(!keep1)) {
-            half_pv<D, DT>(s0, st, o, wait_v(c, 0), a);
-            return 1;
-        }
-        if (all_of(!keep0)) {
-            raise_maxima<GATE>(st, alpha, pm1, a);
-            scale_rows(o, alpha);
-            half_pv<D, DT>(s1, st, o, wait_v(c, 1), a);
-            return 2;
-        }
-    }
-    uint32_t first[16];
-    page_exp<DT>(first, s0, st, a.scale_log2);
-    issue_pv<D, DT>(o, first, wait_v(c, 0));
-    raise_maxima<GATE>(st, alpha, pm1, a);
-    page_exp<DT>(p, s1, st, a.scale_log2);
-    wgmma_wait<0>();
-    wgmma_pin(o);
-    wgmma_pin(first);
-    scale_rows(o, alpha);
-    issue_pv<D, DT>(o, p, wait_v(c, 1));
-    if (GATE != SM90_GATE_NONE) {
-        wgmma_wait<0>();
-        wgmma_pin(o);
-        wgmma_pin(p);
-    }
-    return 3;
-}
-
-/* Two pages before the diagonal, in neighbouring slots: QK of 128 keys at a time, which reads Q
- * half as often; one half after the other, while the other group's products run. */
-template <int D, int DT, int GATE>
-__device__ __forceinline__ void pair_pages(struct consumer<D, GATE> &c, const CUtensorMap *map,
-                                           const struct sm90_args &a, struct row_state (&st)[2],
-                                           float (&o0)[D / 2], float (&o1)[D / 2])
-{
-    using L = smem_layout<D, GATE>;
-    float s0[32], s1[32];
-    uint32_t p[16];
-    const uint64_t q = desc_k_major(c.smem + L::q + c.group * L::q_bytes);
-    const uint32_t k = wait_k(c);
-    wait_k(c, 1);
-    wgmma_fence();
-    issue_qk<D, DT>(s0, s1, q, k);
-    wgmma_wait<0>();
-    wgmma_pin(s0);
-    wgmma_pin(s1);
-    const int keep0 = pair_half<D, DT, GATE, 0>(c, map, a, st[0], o0, s0, s1, p, 0);
-    wgmma_fence();
-    issue_qk<D, DT>(s0, s1, q + (HALF_M * 128 >> 4), k);
-    wgmma_wait<0>();
-    wgmma_pin(s0);
-    wgmma_pin(s1);
-    if (GATE == SM90_GATE_NONE) {
-        wgmma_pin(o0);
-        wgmma_pin(p);
-    }
-    const int keep1 = pair_half<D, DT, GATE, 1>(c, map, a, st[1], o1, s0, s1, p, keep0);
-    if (GATE == SM90_GATE_NONE) {
-        wgmma_wait<0>();
-        wgmma_pin(o1);
-        wgmma_pin(p);
-        release_v(c);
-        release_v(c);
-        return;
-    }
-    const int any = keep0 | keep1;
-    count_kept(c, ITEM_FIELD(c, rows64) ? __popc(keep0) + __popc(keep1) : __popc(any));
-    release_v(c, any);
 }
 
 /* One half of a diagonal page; `mask`: its own diagonal. V must be asked for unless `asked`. */

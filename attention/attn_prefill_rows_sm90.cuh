@@ -25,7 +25,7 @@ struct consumer {
      * the thread of the group. */
     int bits;
     struct ring<L::k_slots> k;
-    struct ring<L::v_slots> v; /* with a gate: the parities of the group's own slots */
+    struct ring<GATE == SM90_GATE_NONE ? L::v_slots : L::own_v_slots> v;
     __device__ __forceinline__ int thread(void) const
     {
         return bits >> 8;

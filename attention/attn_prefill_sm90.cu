@@ -57,7 +57,6 @@ __device__ __forceinline__ void attend(struct consumer<D, GATE> &c, const CUtens
                                        float (&o0)[D / 2], float (&o1)[D / 2])
 {
     constexpr int watched = GATE == SM90_GATE_ABS_MAX;
-    constexpr bool pairs = GATE == SM90_GATE_NONE || (ROWS == HALF_M && !watched);
     int at = 0; /* pages before the diagonal so far, if that is asked for */
 #pragma unroll 1
     for (int i = 0; all_of(i < ITEM_FIELD(c, n_segments)); i++) {
@@ -73,10 +72,7 @@ __device__ __forceinline__ void attend(struct consumer<D, GATE> &c, const CUtens
         i |= n << 3; /* one register for both */
 #pragma unroll 1
         for (; all_of(i > 7); i -= 8) {
-            if (pairs && all_of(i > 15 && !(c.k.slot() & 1))) {
-                pair_pages<D, DT, GATE>(c, map, a, st, o0, o1);
-                i -= 8;
-            } else if (ROWS == HALF_M) {
+            if (ROWS == HALF_M) {
                 split_page<D, DT, GATE>(c, map, a, st, o0, o1, at);
             } else {
                 const bool kept = plain_page<D, DT, GATE>(c, map, a, st, o0, o1, at);
@@ -184,7 +180,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const uint32_t smem = smem_addr(smem_ptr);
     if (threadIdx.x == 0) {
         tma_prefetch_map(&maps.q);
-        tma_prefetch_map(&maps.k_pair);
+        tma_prefetch_map(&maps.k);
         tma_prefetch_map(&maps.v);
         init_barriers<D, GATE>(smem);
     }

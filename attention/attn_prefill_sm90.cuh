@@ -59,7 +59,6 @@ struct tile_info {
 template <int D, int GATE>
 struct smem_layout {
     static constexpr int halves = D / 64;
-    static constexpr int k_octet = 1024 * halves; /* eight rows of a page of K */
     static constexpr int q_half_bytes = BLOCK_M * 128;
     static constexpr int q_bytes = BLOCK_M * D * 2;
     static constexpr int page_bytes = PAGE * D * 2;

@@ -42,11 +42,9 @@ struct sm90_counts {
     unsigned long long reachable, visited, kept;
 };
 
-/* Boxes: of q 128 rows of half a head (64 elements), of k and v a whole page of a KV head; k_pair is
- * k with the halves of eight rows beside each other, so that neighbouring pages make one operand of
- * 128 rows. */
+/* Boxes: of q 128 rows of half a head (64 elements), of k and v a whole page of a KV head. */
 struct sm90_maps {
-    CUtensorMap q, k, v, k_pair;
+    CUtensorMap q, k, v;
 };
 
 struct sm90_args {

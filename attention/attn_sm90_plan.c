@@ -6,7 +6,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
-enum { PAGE = 64, BLOCK = 128, HALF = 64, OCTET = 8, TAIL_PART = 4 };
+enum { PAGE = 64, BLOCK = 128, HALF = 64, TAIL_PART = 4 };
 
 typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
                               const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
@@ -15,13 +15,13 @@ typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, vo
 
 struct box {
     cuuint32_t rank;
-    cuuint64_t dim[5], stride[4]; /* strides in bytes, of dimensions 1.. */
-    cuuint32_t box[5];
+    cuuint64_t dim[4], stride[3]; /* strides in bytes, of dimensions 1.. */
+    cuuint32_t box[4];
 };
 
 static int encode(encode_fn fn, CUtensorMap *map, int dtype, const void *base, const struct box *b)
 {
-    const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
+    const cuuint32_t ones[4] = {1, 1, 1, 1};
     CUresult r = fn(map, dtype ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                     b->rank, (void *)(uintptr_t)base, b->dim, b->stride, b->box, ones,
                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
@@ -42,21 +42,15 @@ int sm90_maps_make(struct sm90_maps *maps, const struct sm90_shape *shape, const
     const cuuint64_t halves = (cuuint64_t)shape->head_dim / HALF;
     const cuuint64_t row_bytes = (cuuint64_t)shape->head_dim * 2;
     const struct box bq = {3,
-                           {HALF, (cuuint64_t)shape->n_heads * halves, (cuuint64_t)q_rows},
-                           {HALF * 2, (cuuint64_t)q_stride * 2},
-                           {HALF, 1, BLOCK}};
-    const cuuint64_t tiles = (cuuint64_t)n_pages * (cuuint64_t)shape->n_kv_heads;
-    const struct box bp = {5,
-                           {HALF, OCTET, halves, PAGE / OCTET, tiles},
-                           {row_bytes, HALF * 2, OCTET * row_bytes, PAGE * row_bytes},
-                           {HALF, OCTET, (cuuint32_t)halves, PAGE / OCTET, 1}};
-    const struct box bk = {4,
-                           {HALF, PAGE, halves, tiles},
-                           {row_bytes, HALF * 2, PAGE * row_bytes},
-                           {HALF, PAGE, (cuuint32_t)halves, 1}};
+                           {HALF, (cuuint64_t)shape->n_heads * halves, (cuuint64_t)q_rows, 0},
+                           {HALF * 2, (cuuint64_t)q_stride * 2, 0},
+                           {HALF, 1, BLOCK, 0}};
+    const struct box bk = {
+        4,
+        {HALF, PAGE, halves, (cuuint64_t)n_pages * (cuuint64_t)shape->n_kv_heads},
+        {row_bytes, HALF * 2, PAGE * row_bytes},
+        {HALF, PAGE, (cuuint32_t)halves, 1}};
     if (encode(fn, &maps->q, shape->dtype, q, &bq) || encode(fn, &maps->k, shape->dtype, k, &bk))
-        return -1;
-    if (encode(fn, &maps->k_pair, shape->dtype, k, &bp))
         return -1;
     return encode(fn, &maps->v, shape->dtype, v, &bk);
 }

@@ -89,15 +89,6 @@ __device__ __forceinline__ void tma_load_4d(uint32_t dst, const CUtensorMap *map
                  : "memory");
 }
 
-__device__ __forceinline__ void tma_load_5d(uint32_t dst, const CUtensorMap *map, uint32_t bar,
-                                            int c0, int c1, int c2, int c3, int c4, uint64_t hint)
-{
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
-                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(hint)
-                 : "memory");
-}
-
 /* Generic-proxy accesses of shared memory before this are ordered before later async-proxy ones. */
 __device__ __forceinline__ void fence_proxy_async(void)
 {
@@ -121,18 +112,6 @@ __device__ __forceinline__ bool bar_any(int id, int threads, bool x)
                  : "r"((uint32_t)x), "r"(id), "r"(threads)
                  : "memory");
     return any != 0;
-}
-
-/* A barrier of `threads` that also tells for how many of them x holds. */
-__device__ __forceinline__ int bar_count(int id, int threads, bool x)
-{
-    int n;
-    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n"
-                 "bar.red.popc.u32 %0, %2, %3, p;\n}"
-                 : "=r"(n)
-                 : "r"((uint32_t)x), "r"(id), "r"(threads)
-                 : "memory");
-    return n;
 }
 
 /* ---- registers ---- */
@@ -269,26 +248,6 @@ __device__ __forceinline__ void wgmma_qk(float (&d)[32], uint64_t a, uint64_t b)
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " WGMMA_TEXT_32     \
                  "%32, %33, " add ", 1, 1, 0, 0;\n"                                                \
                  : WGMMA_OP_32(c, d)                                                               \
-                 : "l"(a), "l"(b))
-    if (DT == DT_BF16 && FIRST)
-        WGMMA_QK("bf16", "0", "=f");
-    else if (DT == DT_BF16)
-        WGMMA_QK("bf16", "1", "+f");
-    else if (FIRST)
-        WGMMA_QK("f16", "0", "=f");
-    else
-        WGMMA_QK("f16", "1", "+f");
-#undef WGMMA_QK
-}
-
-/* D[64, 128] (+)= A[64, 16] B[128, 16]^T, columns in two parts of 64. */
-template <int DT, bool FIRST>
-__device__ __forceinline__ void wgmma_qk(float (&d0)[32], float (&d1)[32], uint64_t a, uint64_t b)
-{
-#define WGMMA_QK(type, add, c)                                                                     \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " WGMMA_TEXT_64    \
-                 "%64, %65, " add ", 1, 1, 0, 0;\n"                                                \
-                 : WGMMA_OP_32(c, d0), WGMMA_OP_32(c, d1)                                          \
                  : "l"(a), "l"(b))
     if (DT == DT_BF16 && FIRST)
         WGMMA_QK("bf16", "0", "=f");

@@ -18,11 +18,11 @@
 
 /* ---- descriptors ---- */
 
-/* K-major operand: groups of 8 rows lie octet_bytes apart. */
-__device__ __forceinline__ uint64_t desc_k_major(uint32_t addr, uint32_t octet_bytes = 1024)
+/* K-major operand: groups of 8 rows lie 1024 bytes apart. */
+__device__ __forceinline__ uint64_t desc_k_major(uint32_t addr)
 {
-    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)1 << 16 |
-           (uint64_t)(octet_bytes >> 4) << 32 | (uint64_t)1 << 62;
+    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 |
+           (uint64_t)1 << 62;
 }
 
 /* MN-major operand: the halves of 64 columns lie half_bytes apart, groups of 8 rows 1024. */
