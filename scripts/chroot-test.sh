@@ -3,8 +3,9 @@
 # of this repository's HEAD, and one command run in the clone.
 #   sudo scripts/chroot-test.sh DIR 'make test'
 #   SUITE=bookworm MIRROR=URL  choose another release or mirror; the default mirror is this machine's
-#   COMPONENTS=main SCRIPT=sid  of the mirror; debootstrap's script, for a release that it does not know
-# Ubuntu 24.04, from a Debian: SUITE=noble SCRIPT=gutsy COMPONENTS=main,universe MIRROR=URL
+#   OPTIONS='...' SCRIPT=sid  more options for debootstrap; its script, for a release that it does not know
+# Ubuntu 24.04, from a Debian (without --no-check-gpg where Ubuntu's keyring is installed):
+#   SUITE=noble SCRIPT=gutsy OPTIONS='--components=main,universe --no-check-gpg' MIRROR=URL scripts/chroot-test.sh DIR 'make test'
 # DIR must not exist; it stays for inspection, unmounted. Needs root, debootstrap and git.
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -60,8 +61,9 @@ lap() {
     echo "== chroot-test: $1 ($((SECONDS - begin)) s)"
 }
 
-debootstrap --variant=minbase --components="${COMPONENTS:-main}" "$suite" "$dir" "$mirror" \
-    ${SCRIPT:+"/usr/share/debootstrap/scripts/$SCRIPT"} >/dev/null
+read -ra options <<<"${OPTIONS:-}"
+made=$(debootstrap --variant=minbase "${options[@]}" "$suite" "$dir" "$mirror" \
+    ${SCRIPT:+"/usr/share/debootstrap/scripts/$SCRIPT"}) || { tail -n 3 <<<"$made" >&2; exit 1; }
 copy_apt_settings
 mount_in proc proc
 mkdir -p "$dir/dev/shm" # the other device nodes are debootstrap's
