@@ -169,9 +169,8 @@ static const struct conf_opt options[] = {
      0,
      {0},
      "K,K,...",
-     "also calibrate the gate of generated tokens, each of which decides alone: levels by the "
-     "pages "
-     "that one keeps besides its own; on the CPU only (default: no such gate)"},
+     "also calibrate the gate of generated tokens, each deciding alone: levels by the pages that "
+     "one keeps besides its own; on the CPU only (default: no such gate)"},
     {"gate-rows",
      CONF_ENUM,
      AT(gate_rows),

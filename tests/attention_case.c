@@ -79,6 +79,21 @@ void case_open(struct attn_case *t, const struct case_config *c, struct rng *rng
     case_reset(t);
 }
 
+void case_open_one(struct attn_case *t, struct rng *rng, int32_t len, int32_t prompt_end,
+                   int32_t head_dim, int32_t group)
+{
+    struct case_config c = {.n_heads = 2 * group,
+                            .n_kv_heads = 2,
+                            .head_dim = head_dim,
+                            .dtype = DTYPE_F32,
+                            .n_seqs = 1,
+                            .len = {len},
+                            .prompt_end = {prompt_end},
+                            .sharpness = 1,
+                            .n_threads = 2};
+    case_open(t, &c, rng);
+}
+
 void case_close(struct attn_case *t)
 {
     for (int32_t i = 0; i < t->c.n_seqs; i++) {
@@ -478,4 +493,22 @@ void case_drop(struct case_bits *bits)
         mem_free(bits->out[i]);
         mem_free(bits->lse[i]);
     }
+}
+
+void case_each_table(struct attn_case *t, void (*check)(struct attn_case *))
+{
+    const struct attn_tile_ops *tables[ATTN_TILE_TABLES + 1];
+    attn_tile_list(tables);
+    for (int i = 0; tables[i]; i++) {
+        t->tile = tables[i];
+        check(t);
+    }
+}
+
+void case_expect_invalid(const struct attn_case *t, const struct attn_problem *p, const char *field)
+{
+    struct err_msg why = {{0}};
+    assert_int_equal(attn_validate(p, &t->kv, &t->policy, &why), ERR_INVALID);
+    if (!strstr(why.text, field))
+        fail_msg("'%s' does not name %s", why.text, field);
 }

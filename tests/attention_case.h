@@ -58,6 +58,9 @@ struct case_chunk {
 };
 
 void case_open(struct attn_case *t, const struct case_config *c, struct rng *rng);
+/* One sequence of 2 KV heads, each with `group` query heads; f32. */
+void case_open_one(struct attn_case *t, struct rng *rng, int32_t len, int32_t prompt_end,
+                   int32_t head_dim, int32_t group);
 void case_close(struct attn_case *t);
 /* A new cache: pages dealt anew, nothing written, counts and outputs cleared. */
 void case_reset(struct attn_case *t);
@@ -72,6 +75,11 @@ void case_visits(struct attn_case *t);
 int case_run(struct attn_case *t, const struct case_chunk *chunks, int32_t n);
 /* The whole of every sequence, in one batch. */
 void case_run_whole(struct attn_case *t);
+/* The check with each table of tile functions that this processor has. */
+void case_each_table(struct attn_case *t, void (*check)(struct attn_case *));
+/* attn_validate refuses the problem and names the field. */
+void case_expect_invalid(const struct attn_case *t, const struct attn_problem *p,
+                         const char *field);
 /* Runs whole sequences on every table of tile functions and compares outputs, LSE and counts
  * (unless a decision is a tie) with the oracle: |ours - f64| <= 2 |naive f32 - f64| + atol, in the
  * maximum norm. */

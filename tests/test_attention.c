@@ -7,17 +7,6 @@
 
 static const double ATOL = 2e-6;
 
-/* Runs check(t) once per table. */
-static void each_table(struct attn_case *t, void (*check)(struct attn_case *))
-{
-    const struct attn_tile_ops *tables[ATTN_TILE_TABLES + 1];
-    attn_tile_list(tables);
-    for (int i = 0; tables[i]; i++) {
-        t->tile = tables[i];
-        check(t);
-    }
-}
-
 static struct attn_choice random_choice(struct rng *r, int32_t n_levels, bool gated)
 {
     struct attn_choice c = {.gate = (uint8_t)rng_range(r, gated, ATTN_GATE_REL),
@@ -78,22 +67,6 @@ static void random_shapes_match_the_oracle(void **state)
     assert_true(kept > 100 && skipped > 100); /* the gates had something to decide */
 }
 
-/* One sequence of len tokens; n_heads = group * 2. */
-static void open_one(struct attn_case *t, struct rng *r, int32_t len, int32_t head_dim,
-                     int32_t group)
-{
-    struct case_config c = {.n_heads = 2 * group,
-                            .n_kv_heads = 2,
-                            .head_dim = head_dim,
-                            .dtype = DTYPE_F32,
-                            .n_seqs = 1,
-                            .len = {len},
-                            .prompt_end = {len},
-                            .sharpness = 1,
-                            .n_threads = 2};
-    case_open(t, &c, r);
-}
-
 static void every_gqa_ratio_and_head_dim(void **state)
 {
     static const int32_t groups[] = {1, 2, 3, 4, 5, 7, 8, 16};
@@ -102,7 +75,7 @@ static void every_gqa_ratio_and_head_dim(void **state)
     (void)state;
     for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) {
         struct attn_case t;
-        open_one(&t, &r, 150, dims[i % 4], groups[i]);
+        case_open_one(&t, &r, 150, 150, dims[i % 4], groups[i]);
         t.seqs[0].prompt_end = i % 2 ? 150 : 140;
         case_check_oracle(&t, ATOL);
         case_close(&t);
@@ -116,7 +89,7 @@ static void ragged_lengths(void **state)
     (void)state;
     for (size_t i = 0; i < sizeof lens / sizeof *lens; i++) {
         struct attn_case t;
-        open_one(&t, &r, lens[i], 64, 2);
+        case_open_one(&t, &r, lens[i], lens[i], 64, 2);
         t.seqs[0].choice =
             (struct attn_choice){.gate = ATTN_GATE_REL, .gate_rows = 64, .ln_lambda = -1};
         case_check_oracle(&t, ATOL);
@@ -129,7 +102,7 @@ static void extreme_scores(void **state)
     struct rng r = test_rng("extreme", 9);
     struct attn_case t;
     (void)state;
-    open_one(&t, &r, 300, 64, 2);
+    case_open_one(&t, &r, 300, 300, 64, 2);
     for (size_t i = 0; i < 300u * 4 * 64; i++)
         t.seqs[0].q[i] *= 5000.0f; /* scores of about 1e4 */
     /* one rounding of a score of 1e4 is 5e-4: which of two equal errors is larger is chance */
@@ -149,10 +122,10 @@ static void equal_scores(void **state)
     struct rng r = test_rng("equal", 10);
     struct attn_case t;
     (void)state;
-    open_one(&t, &r, 300, 64, 2);
+    case_open_one(&t, &r, 300, 300, 64, 2);
     memset(t.seqs[0].q, 0, 300u * 4 * 64 * sizeof(float));
     case_check_oracle(&t, ATOL);
-    each_table(&t, check_equal_scores);
+    case_each_table(&t, check_equal_scores);
     case_close(&t);
 }
 
@@ -197,8 +170,8 @@ static void open_gates_equal_dense_bit_for_bit(void **state)
     (void)state;
     for (int i = 0; i < 3; i++) {
         struct attn_case t;
-        open_one(&t, &r, 230 + 60 * i, i == 1 ? 80 : 64, 1 + i);
-        each_table(&t, check_open_gates);
+        case_open_one(&t, &r, 230 + 60 * i, 230 + 60 * i, i == 1 ? 80 : 64, 1 + i);
+        case_each_table(&t, check_open_gates);
         case_close(&t);
     }
 }
@@ -230,9 +203,9 @@ static void a_closed_gate_leaves_the_diagonal(void **state)
     struct rng r = test_rng("closed gate", 12);
     struct attn_case t;
     (void)state;
-    open_one(&t, &r, 430, 64, 2);
+    case_open_one(&t, &r, 430, 430, 64, 2);
     case_visits(&t);
-    each_table(&t, check_closed_gate);
+    case_each_table(&t, check_closed_gate);
     case_check_oracle(&t, ATOL); /* the gate is still closed */
     case_close(&t);
 }
@@ -281,12 +254,12 @@ static void tile_max_holds_page_maxima(void **state)
     static const int32_t rows[] = {128, 64, 1};
     for (int i = 0; i < 3; i++) {
         struct attn_case t;
-        open_one(&t, &r, 300, 64, 2);
+        case_open_one(&t, &r, 300, 300, 64, 2);
         struct attn_tile_max out = {.gate_rows = rows[i], .n_pages = 5};
         out.n_groups = (300 + out.gate_rows - 1) / out.gate_rows;
         out.max = mem_alloc((size_t)(4 * out.n_groups * 5) * sizeof(float));
         t.tile_max = &out;
-        each_table(&t, check_tile_max);
+        case_each_table(&t, check_tile_max);
         mem_free(out.max);
         case_close(&t);
     }
@@ -352,13 +325,13 @@ static void mass_is_the_pages_share(void **state)
     (void)state;
     for (int i = 0; i < 2; i++) {
         struct attn_case t;
-        open_one(&t, &r, 300, 64, 2);
+        case_open_one(&t, &r, 300, 300, 64, 2);
         struct attn_tile_max out = {.gate_rows = i ? 64 : 128, .n_pages = 5};
         out.n_groups = (300 + out.gate_rows - 1) / out.gate_rows;
         out.max = mem_alloc((size_t)(4 * out.n_groups * 5) * sizeof(float));
         out.mass = mem_alloc((size_t)(4 * out.n_groups * 5) * sizeof(float));
         t.tile_max = &out;
-        each_table(&t, check_page_mass);
+        case_each_table(&t, check_page_mass);
         mem_free(out.max);
         mem_free(out.mass);
         case_close(&t);
@@ -374,7 +347,7 @@ static void the_gate_compares_what_tile_max_reports(void **state)
     float max[4 * 2 * 4];
     struct attn_tile_max out = {.max = max, .n_groups = 2, .n_pages = 4, .gate_rows = 128};
     (void)state;
-    open_one(&t, &r, 256, 64, 2);
+    case_open_one(&t, &r, 256, 256, 64, 2);
     t.tile_max = &out;
     case_run_whole(&t);
     t.tile_max = NULL;
@@ -433,10 +406,10 @@ static void nan_stays_where_it_may_be_seen(void **state)
     struct rng r = test_rng("nan", 15);
     struct attn_case t;
     (void)state;
-    open_one(&t, &r, 300, 64, 2);
-    each_table(&t, check_nan);
+    case_open_one(&t, &r, 300, 300, 64, 2);
+    case_each_table(&t, check_nan);
     t.seqs[0].prompt_end = 130; /* most rows are generated ones */
-    each_table(&t, check_nan);
+    case_each_table(&t, check_nan);
     case_close(&t);
 }
 
@@ -456,16 +429,16 @@ static void nan_keeps_a_page(void **state)
     struct rng r = test_rng("nan keeps", 16);
     struct attn_case t;
     (void)state;
-    open_one(&t, &r, 300, 64, 2);
+    case_open_one(&t, &r, 300, 300, 64, 2);
     t.seqs[0].k[(size_t)10 * 2 * 64 + 5] = NAN;
     fill_thresholds(&t, INFINITY);
     t.seqs[0].choice = abs_choice(128);
-    each_table(&t, check_nan_keeps);
+    case_each_table(&t, check_nan_keeps);
     t.seqs[0].choice.gate_rows = 64;
-    each_table(&t, check_nan_keeps);
+    case_each_table(&t, check_nan_keeps);
     t.seqs[0].choice =
         (struct attn_choice){.gate = ATTN_GATE_REL, .gate_rows = 128, .ln_lambda = 0};
-    each_table(&t, check_nan_keeps);
+    case_each_table(&t, check_nan_keeps);
     case_close(&t);
 }
 
@@ -474,12 +447,9 @@ static void nan_keeps_a_page(void **state)
 static void expect_invalid(struct attn_problem p, struct attn_seq s, const struct attn_case *t,
                            const char *field)
 {
-    struct err_msg why = {{0}};
     if (p.seqs)
         p.seqs = &s;
-    assert_int_equal(attn_validate(&p, &t->kv, &t->policy, &why), ERR_INVALID);
-    if (!strstr(why.text, field))
-        fail_msg("'%s' does not name %s", why.text, field);
+    case_expect_invalid(t, &p, field);
 }
 
 static void bad_problems_are_named(void **state)
@@ -489,7 +459,7 @@ static void bad_problems_are_named(void **state)
     int32_t pages[3] = {0, 1, 99};
     float q, out;
     (void)state;
-    open_one(&t, &r, 150, 64, 2);
+    case_open_one(&t, &r, 150, 150, 64, 2);
     struct attn_seq s = {.n_rows = 128, .prompt_end = 150, .pages = t.seqs[0].pages};
     struct attn_problem p = {.layer = 0,
                              .n_heads = 4,
@@ -567,7 +537,7 @@ static void rel_counts_are_the_gates_decisions(void **state)
     const struct attn_rel_counts out = {edges, EDGES, &bins[0][0][0]};
     struct attn_counts head_counts[HEADS];
     (void)state;
-    open_one(&t, &r, TOKENS, 64, 2);
+    case_open_one(&t, &r, TOKENS, TOKENS, 64, 2);
     case_run_whole(&t);
     case_save(&t, &dense);
     t.rel_counts = &out;

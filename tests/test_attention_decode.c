@@ -7,16 +7,6 @@
 
 static const double ATOL = 2e-6;
 
-static void each_table(struct attn_case *t, void (*check)(struct attn_case *))
-{
-    const struct attn_tile_ops *tables[ATTN_TILE_TABLES + 1];
-    attn_tile_list(tables);
-    for (int i = 0; tables[i]; i++) {
-        t->tile = tables[i];
-        check(t);
-    }
-}
-
 static const struct attn_choice decode_gated = {.decode_gate = ATTN_GATE_ABS};
 
 /* Prompts that end anywhere and many generated rows; dense, gated and both in one batch. */
@@ -61,21 +51,6 @@ static void random_shapes_match_the_oracle(void **state)
     assert_true(skipped > 100 && kept > 100);
 }
 
-/* One sequence of 4 heads, 2 KV heads, whose rows are generated from prompt_end on. */
-static void open_one(struct attn_case *t, struct rng *r, int32_t len, int32_t prompt_end)
-{
-    struct case_config c = {.n_heads = 4,
-                            .n_kv_heads = 2,
-                            .head_dim = 64,
-                            .dtype = DTYPE_F32,
-                            .n_seqs = 1,
-                            .len = {len},
-                            .prompt_end = {prompt_end},
-                            .sharpness = 1,
-                            .n_threads = 2};
-    case_open(t, &c, r);
-}
-
 enum { N_BLOCKS = 3 };
 
 static void fill(struct attn_case *t, float value)
@@ -104,9 +79,9 @@ static void an_open_gate_equals_dense_bit_for_bit(void **state)
     struct rng r = test_rng("decode open", 41);
     struct attn_case t;
     (void)state;
-    open_one(&t, &r, 400, 130);
+    case_open_one(&t, &r, 400, 130, 64, 2);
     fill(&t, -INFINITY);
-    each_table(&t, check_open);
+    case_each_table(&t, check_open);
     case_close(&t);
 }
 
@@ -136,11 +111,11 @@ static void a_closed_gate_leaves_the_rows_own_page(void **state)
     struct rng r = test_rng("decode closed", 42);
     struct attn_case t;
     (void)state;
-    open_one(&t, &r, 400, 64);
+    case_open_one(&t, &r, 400, 64, 64, 2);
     fill(&t, INFINITY);
     for (size_t i = 0; i < (size_t)KV_PAGE_TOKENS * 2 * 64; i++)
         t.seqs[0].v[i] = NAN;
-    each_table(&t, check_closed);
+    case_each_table(&t, check_closed);
     /* 64 prompt rows see 1 page together, each of 336 generated rows its own; 4 heads */
     assert_int_equal(t.seqs[0].counts.kept, 4 * (1 + 336));
     case_close(&t);
@@ -156,7 +131,7 @@ static void the_rows_own_maximum_decides(void **state)
     float max[4 * GROUPS * PAGES];
     struct attn_tile_max out = {.max = max, .n_groups = GROUPS, .n_pages = PAGES, .gate_rows = 64};
     (void)state;
-    open_one(&t, &r, 257, 257);
+    case_open_one(&t, &r, 257, 257, 64, 2);
     t.tile_max = &out;
     case_run_whole(&t); /* group 4 is row 256 alone */
     t.tile_max = NULL;
@@ -193,11 +168,11 @@ static void nan_keeps_a_page(void **state)
     struct rng r = test_rng("decode nan", 44);
     struct attn_case t;
     (void)state;
-    open_one(&t, &r, 300, 20);
+    case_open_one(&t, &r, 300, 20, 64, 2);
     t.seqs[0].k[(size_t)10 * 2 * 64 + 5] = NAN;
     fill(&t, INFINITY);
     t.seqs[0].choice = decode_gated;
-    each_table(&t, check_nan);
+    case_each_table(&t, check_nan);
     case_close(&t);
 }
 
@@ -207,7 +182,7 @@ static void a_nan_query_keeps_pages_of_its_head(void **state)
     struct rng r = test_rng("decode nan q", 45);
     struct attn_case t;
     (void)state;
-    open_one(&t, &r, 260, 259);
+    case_open_one(&t, &r, 260, 259, 64, 2);
     t.seqs[0].q[((size_t)259 * 4 + 1) * 64] = NAN;
     fill(&t, INFINITY);
     t.seqs[0].choice = decode_gated;
@@ -219,7 +194,6 @@ static void a_nan_query_keeps_pages_of_its_head(void **state)
 
 static void expect_invalid(struct attn_case *t, struct attn_choice c, const char *field)
 {
-    struct err_msg why = {{0}};
     struct attn_seq s = {.n_rows = 1, .pages = t->seqs[0].pages, .choice = c};
     float q, out;
     struct attn_problem p = {.n_heads = 4,
@@ -231,9 +205,7 @@ static void expect_invalid(struct attn_case *t, struct attn_choice c, const char
                              .seqs = &s,
                              .n_seqs = 1,
                              .workspace = t->workspace};
-    assert_int_equal(attn_validate(&p, &t->kv, &t->policy, &why), ERR_INVALID);
-    if (!strstr(why.text, field))
-        fail_msg("'%s' does not name %s", why.text, field);
+    case_expect_invalid(t, &p, field);
 }
 
 static void bad_choices_are_named(void **state)
@@ -241,7 +213,7 @@ static void bad_choices_are_named(void **state)
     struct rng r = test_rng("decode bad", 46);
     struct attn_case t;
     (void)state;
-    open_one(&t, &r, 100, 50);
+    case_open_one(&t, &r, 100, 50, 64, 2);
     expect_invalid(&t, decode_gated, "decode_level"); /* no thresholds */
     fill(&t, 0);
     expect_invalid(&t, (struct attn_choice){.decode_gate = ATTN_GATE_REL}, "decode_gate");

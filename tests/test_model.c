@@ -478,6 +478,23 @@ static void test_tiles(void **state)
     model_case_close(&c);
 }
 
+/* Two levels of thresholds for 2 layers of 4 heads: -inf, +inf. */
+static struct attn_thresholds open_and_closed(float t[2][2 * 4])
+{
+    for (int i = 0; i < 8; i++) {
+        t[0][i] = -INFINITY;
+        t[1][i] = INFINITY;
+    }
+    return (struct attn_thresholds){.t = t[0],
+                                    .n_levels = 2,
+                                    .n_layers = 2,
+                                    .n_heads = 4,
+                                    .n_blocks = 1,
+                                    .level_stride = 8,
+                                    .layer_stride = 4,
+                                    .head_stride = 1};
+}
+
 /* Thresholds of +inf leave the diagonal, of -inf everything; counters say so. */
 static void test_policy(void **state)
 {
@@ -489,18 +506,7 @@ static void test_policy(void **state)
     (void)state;
     for (int i = 0; i < 256; i++)
         tokens[i] = i % 60;
-    for (int i = 0; i < 8; i++) {
-        t[0][i] = -INFINITY;
-        t[1][i] = INFINITY;
-    }
-    const struct attn_policy policy = {.abs = {.t = t[0],
-                                               .n_levels = 2,
-                                               .n_layers = 2,
-                                               .n_heads = 4,
-                                               .n_blocks = 1,
-                                               .level_stride = 8,
-                                               .layer_stride = 4,
-                                               .head_stride = 1}};
+    const struct attn_policy policy = {.abs = open_and_closed(t)};
     open_case(&c, GQA_DIR);
     assert_ok(model_set_policy(c.model, &policy, NULL));
     struct batch_seq s = case_seq(tokens, 0, 256, 256, pages, 4);
@@ -531,18 +537,7 @@ static void test_decode_policy(void **state)
     (void)state;
     for (int i = 0; i < 256; i++)
         tokens[i] = i % 60;
-    for (int i = 0; i < 8; i++) {
-        t[0][i] = -INFINITY;
-        t[1][i] = INFINITY;
-    }
-    const struct attn_policy policy = {.decode = {.t = t[0],
-                                                  .n_levels = 2,
-                                                  .n_layers = 2,
-                                                  .n_heads = 4,
-                                                  .n_blocks = 1,
-                                                  .level_stride = 8,
-                                                  .layer_stride = 4,
-                                                  .head_stride = 1}};
+    const struct attn_policy policy = {.decode = open_and_closed(t)};
     open_case(&c, GQA_DIR);
     assert_ok(model_set_policy(c.model, &policy, NULL));
     struct batch_seq s = case_seq(tokens, 0, 256, 254, pages, 4);
