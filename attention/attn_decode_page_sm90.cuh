@@ -200,7 +200,28 @@ __device__ __forceinline__ void see_maxima(const struct dec_warp<D> &w, struct d
     }
 }
 
-/* Masks and gates a page: the same answer in all lanes. pm: this lane's maxima of its two rows. */
+__device__ __forceinline__ float quad_max_nan(float x)
+{
+    x = max_nan(x, __shfl_xor_sync(DEC_ALL, x, 1));
+    return max_nan(x, __shfl_xor_sync(DEC_ALL, x, 2));
+}
+
+/* A page that others of the piece keep is none to these rows: probabilities of 0, no maximum. */
+__device__ __forceinline__ void drop_rows(float (&s)[8][4], float (&pm)[2], const bool (&drops)[2])
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (!drops[i])
+            continue;
+        pm[i] = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+            s[n][2 * i] = s[n][2 * i + 1] = -INFINITY;
+    }
+}
+
+/* Masks and gates a page: whether it is kept, the same answer in all lanes. pm: maxima of the
+ * lane's two rows, under ABS of the whole row, else of this lane's part. */
 template <int D, int GATE>
 __device__ __forceinline__ bool gate_page(float (&pm)[2], float (&s)[8][4], struct dec_rows &r,
                                           const struct dec_state<D> &st, const struct dec_args &a,
@@ -211,36 +232,37 @@ __device__ __forceinline__ bool gate_page(float (&pm)[2], float (&s)[8][4], stru
     const bool hidden = (r.limit[0] >= 0 && !visits[0]) || (r.limit[1] >= 0 && !visits[1]);
     if (own || (a.visit && __any_sync(DEC_ALL, hidden)))
         mask_page(s, r, page, visits, lane);
-    bool vote = own;
+    bool votes[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         pm[i] = max_nan(s[0][2 * i], s[0][2 * i + 1]);
 #pragma unroll
         for (int n = 1; n < 8; n++)
             pm[i] = max_nan(pm[i], max_nan(s[n][2 * i], s[n][2 * i + 1]));
+        if (GATE == SM90_GATE_ABS)
+            pm[i] = quad_max_nan(pm[i]);
         float bound = r.gate[i];
         if (GATE == SM90_GATE_REL)
             bound = __fadd_rn(__fmul_rn(max_nan(st.m[i], st.top[i]), a.scale), bound);
-        vote |= visits[i] && !(__fmul_rn(pm[i], a.scale) < bound);
+        const bool always = GATE == SM90_GATE_ABS ? page * DEC_PAGE + DEC_PAGE > r.limit[i] : own;
+        votes[i] = visits[i] && (always || !(__fmul_rn(pm[i], a.scale) < bound));
     }
-    const bool keep = GATE == SM90_GATE_NONE || __any_sync(DEC_ALL, vote);
+    const bool keep = GATE == SM90_GATE_NONE || __any_sync(DEC_ALL, votes[0] || votes[1]);
+    bool drops[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
+        drops[i] = GATE == SM90_GATE_ABS && visits[i] && !votes[i];
         r.seen[i] += visits[i];
-        r.kept[i] += visits[i] && keep;
+        r.kept[i] += visits[i] && keep && !drops[i];
     }
+    if (GATE == SM90_GATE_ABS && keep && __any_sync(DEC_ALL, drops[0] || drops[1]))
+        drop_rows(s, pm, drops);
     return keep;
-}
-
-__device__ __forceinline__ float quad_max_nan(float x)
-{
-    x = max_nan(x, __shfl_xor_sync(DEC_ALL, x, 1));
-    return max_nan(x, __shfl_xor_sync(DEC_ALL, x, 2));
 }
 
 /* Moves the maxima, rescales, and leaves the page's probabilities in st.p. Explicit roundings: all
  * variants must give equal bits. */
-template <int D, int DT>
+template <int D, int DT, int GATE>
 __device__ __forceinline__ void softmax_page(struct dec_state<D> &st, const float (&s)[8][4],
                                              float (&pm)[2], float scale_log2)
 {
@@ -248,7 +270,7 @@ __device__ __forceinline__ void softmax_page(struct dec_state<D> &st, const floa
     bool moved = false;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        m[i] = max_nan(st.m[i], quad_max_nan(pm[i]));
+        m[i] = max_nan(st.m[i], GATE == SM90_GATE_ABS ? pm[i] : quad_max_nan(pm[i]));
         moved |= !(m[i] == st.m[i]);
     }
     if (__any_sync(DEC_ALL, moved)) {

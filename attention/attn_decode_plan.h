@@ -47,7 +47,8 @@ struct dec_seq {
     int32_t pos;
     float ln_lambda;      /* REL: <= 0, -inf is dense */
     const int32_t *pages; /* device, covering pos + n_rows tokens */
-    const float *t;       /* ABS: device [n_heads], natural scaled-logit units; NULL: dense */
+    const float *t;       /* ABS: device [n_layers, n_heads, t_blocks], natural scaled-logit units;
+                             NULL: dense */
 };
 
 /* Walk position i of a task is page last - i for i < n_run, then sink - 1 - (i - n_run). 64 bytes,

@@ -53,7 +53,7 @@ __device__ __forceinline__ void do_page(struct dec_warp<D> &w, struct dec_state<
     if (L::slots == 1 && !w.has_v)
         load_v(w, maps, tile);
     w.has_v = false;
-    softmax_page<D, DT>(st, s, pm, a.scale * DEC_LOG2E);
+    softmax_page<D, DT, GATE>(st, s, pm, a.scale * DEC_LOG2E);
     st.keys = min((int)DEC_PAGE, r.last_pos + 1 - page * DEC_PAGE);
 }
 

@@ -221,7 +221,8 @@ __device__ __forceinline__ struct dec_rows rows_make(const struct dec_args &a,
         if (GATE == SM90_GATE_REL)
             r.gate[i] = a.seqs[p.seq].ln_lambda;
         if (GATE == SM90_GATE_ABS && valid && a.seqs[p.seq].t)
-            r.gate[i] = a.seqs[p.seq].t[r.head[i]];
+            r.gate[i] = a.seqs[p.seq].t[a.t_layer + r.head[i] * a.t_blocks +
+                                        min((p.pos + token) / 128, a.t_blocks - 1)];
         r.seen[i] = r.kept[i] = 0;
     }
     return r;

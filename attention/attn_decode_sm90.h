@@ -8,19 +8,19 @@
  *
  * The row of a token at position t sees keys 0..t. Visit is that of attention.h with block t / 128.
  *
- * A gate decides for the rows of a piece together (16 packed rows at most); among them, a row that
- * visits the page votes to keep it iff its largest scaled score there is
- *   ABS  >= T[head]
- *   REL  >= its running maximum + ln_lambda
- * Every piece has running maxima of its own. Its DEC_WARPS warps each walk every DEC_WARPS-th of
- * its pages, newest first; a warp knows the maxima over the pages it has kept and over those the
- * others had kept two of their pages ago. So the first page of every warp is kept. NaN keeps; pages
- * from the one that holds the piece's oldest token on are always kept; V of a skipped page is not
- * read. T = -inf and lambda = 0 are the dense kernel bit for bit.
+ * A gate skips pages that a row visits, by the row's largest scaled score there:
+ *   ABS  each row decides alone. It keeps the page that holds its own token, and those where the
+ *        score >= T[head, min(t / 128, t_blocks - 1)]. V is read where any row of the piece (16
+ *        packed rows at most) keeps the page; to the others its probabilities are 0.
+ *   REL  the rows of a piece decide together. They keep pages from the one that holds the piece's
+ *        oldest token on, and those where in any row the score >= its running maximum + ln_lambda.
+ * NaN keeps; V of a skipped page is not read. T = -inf and lambda = 0 are the dense kernel bit for
+ * bit. Under REL every piece has running maxima of its own: its DEC_WARPS warps each walk every
+ * DEC_WARPS-th of its pages, newest first; a warp knows the maxima over the pages it has kept and
+ * over those the others had kept two of their pages ago. So the first page of every warp is kept.
  *
  * Counters are added to, in (page, row) units, a row being one query head of one token: reachable,
- * all pages of positions 0..t; visited, those its head visits; kept, visited ones whose piece kept
- * them.
+ * all pages of positions 0..t; visited, those its head visits; kept, those kept for the row.
  *
  * A NaN stays in its sequence. Inside it, a NaN in V of a page reaches every row of a piece that
  * keeps the page and whose own keys include it or precede it in that page; K only rows that see it.
@@ -63,6 +63,8 @@ struct dec_args {
      * precedes is a kernel then, and the plan and all keys and values before the sequences'
      * positions are of kernels that have ended before that one begins. */
     bool early;
+    int32_t t_blocks; /* ABS: >= 1 */
+    int64_t t_layer;  /* ABS: where the layer's thresholds begin in a sequence's t */
 };
 
 /* n_shares for a device. */

@@ -103,7 +103,8 @@ static inline void dec_args_make(struct dec_world *w)
                                 .n_shares = s->n_shares,
                                 .scale = 1.0f / sqrtf((float)s->head_dim),
                                 .workspace = workspace,
-                                .arrived = arrived};
+                                .arrived = arrived,
+                                .t_blocks = 1};
 }
 
 static inline void dec_make(struct dec_world *w, int heads, int kv, int d, int dtype, int n_seqs,

@@ -177,14 +177,20 @@ static bool visits(int head, int pos, int page)
 struct walk {
     const struct dec_piece *p;
     int n, gate;
-    const float *t, *max; /* max: page maxima [n_rows, n_heads, n_pages] of the sequence */
+    const float *t, *max; /* [n_heads, t_blocks]; page maxima [n_rows, n_heads, n_pages] */
     float m[DEC_WARPS][DEC_ROWS], shown[3][DEC_WARPS][DEC_ROWS];
 };
 
-static float bound_of(const struct walk *k, int warp, int r, int head, int step)
+static float threshold(const float *t, int head, int pos)
+{
+    const int n = w.args.t_blocks, block = pos / 128;
+    return t[head * n + (block < n ? block : n - 1)];
+}
+
+static float bound_of(const struct walk *k, int warp, int r, int head, int pos, int step)
 {
     if (k->gate == SM90_GATE_ABS)
-        return k->t[head];
+        return w.seqs[k->p->seq].t ? threshold(k->t, head, pos) : -INFINITY;
     float m = k->m[warp][r];
     for (int i = 0; i < DEC_WARPS && step >= 2; i++)
         m = fmaxf(m, k->shown[(step - 2) % 3][i][r]);
@@ -198,20 +204,26 @@ static void decide_page(struct keeps *keep, struct walk *k, int warp, int i, int
     const struct dec_seq *s = &w.seqs[p->seq];
     const int group = dec_group(&w.shape), first = p->tile * DEC_ROWS;
     const int page = i < p->n_run ? p->last - i : p->sink - 1 - (i - p->n_run);
-    bool want = k->gate == SM90_GATE_NONE || page * 64 + 64 > s->pos + first / group;
+    const bool alone = k->gate == SM90_GATE_ABS;
+    bool want = k->gate == SM90_GATE_NONE || (!alone && page * 64 + 64 > s->pos + first / group);
     size_t at[DEC_ROWS];
-    bool sees[DEC_ROWS];
+    bool sees[DEC_ROWS], keeps[DEC_ROWS];
     for (int r = 0; r < k->n; r++) {
         const int token = (first + r) / group, head = p->kv_head * group + (first + r) % group;
         at[r] = (size_t)((token * w.shape.n_heads + head) * w.n_pages[p->seq] + page);
-        sees[r] = visits(head, s->pos + token, page);
-        want |= sees[r] && !(k->max[at[r]] < bound_of(k, warp, r, head, step));
+        const int pos = s->pos + token;
+        sees[r] = visits(head, pos, page);
+        keeps[r] = sees[r] && ((alone && page == pos / 64) ||
+                               !(k->max[at[r]] < bound_of(k, warp, r, head, pos, step)));
+        want |= keeps[r];
     }
     for (int r = 0; r < k->n; r++) {
+        if (!alone)
+            keeps[r] = sees[r] && want;
         keep->visited += sees[r];
-        keep->kept += sees[r] && want;
-        keep->host[p->seq][at[r]] = sees[r] && want;
-        if (sees[r] && want)
+        keep->kept += keeps[r];
+        keep->host[p->seq][at[r]] = keeps[r];
+        if (keeps[r])
             k->m[warp][r] = fmaxf(k->m[warp][r], k->max[at[r]]);
     }
 }
@@ -409,6 +421,27 @@ static void thresholds(float *t, int seq, int k)
     cudaFree(dev), free(max);
 }
 
+/* Moves thresholds [n_heads, t_blocks] off all page maxima: no decision hangs on a rounding. */
+static void stand_clear(float *t)
+{
+    for (int i = 0; i < w.n_seqs; i++) {
+        struct dec_ref p = dec_ref_of(&w, i);
+        float *dev = dec_device(keep_len(i) * 4);
+        dec_ref_page_max(&p, dev);
+        float *max = to_host(dev, keep_len(i) * 4);
+        for (size_t j = 0; j < keep_len(i); j++)
+            for (int b = 0; b < w.args.t_blocks; b++) {
+                const int head = (int)(j / (size_t)w.n_pages[i]) % w.shape.n_heads;
+                float *at = &t[head * w.args.t_blocks + b];
+                if (fabsf(max[j] - *at) < 1e-5f) {
+                    *at += 3e-5f;
+                    i = -1; /* all once more */
+                }
+            }
+        cudaFree(dev), free(max);
+    }
+}
+
 static void test_gates(int d, int dtype)
 {
     static const int ks[4] = {0, 2, 20, 100};
@@ -428,6 +461,7 @@ static void test_gates(int d, int dtype)
     free(dense);
     for (int i = 0; i < 4; i++) {
         thresholds(t, 9, ks[i]);
+        stand_clear(t);
         CK(cudaMemcpy(dev, t, sizeof t, cudaMemcpyHostToDevice));
         snprintf(text, sizeof text, "ABS d%d t%d k %d", d, dtype, ks[i]);
         check_gate(SM90_GATE_ABS, t, text);
@@ -439,6 +473,69 @@ static void test_gates(int d, int dtype)
         snprintf(text, sizeof text, "REL d%d t%d ln(lambda) %.1f", d, dtype, (double)lambdas[i]);
         check_gate(SM90_GATE_REL, NULL, text);
     }
+    cudaFree(dev);
+    dec_free(&w);
+}
+
+/* Heads [first, end) of a sequence: whether both results have the same bits. */
+static bool same_heads(const void *x, const void *y, int seq, int first, int end)
+{
+    const size_t head = (size_t)w.shape.head_dim * 2, heads = (size_t)w.shape.n_heads;
+    const size_t lse = dec_q_len(&w) * 2, n = (size_t)(end - first);
+    bool same = true;
+    for (int r = w.seqs[seq].row; r < w.seqs[seq].row + w.seqs[seq].n_rows; r++) {
+        const size_t at = (size_t)r * heads + (size_t)first;
+        same &= !memcmp((const char *)x + at * head, (const char *)y + at * head, n * head);
+        same &= !memcmp((const char *)x + lse + at * 4, (const char *)y + lse + at * 4, n * 4);
+    }
+    return same;
+}
+
+/* The sequences' thresholds: of a layer behind another that has NaN, in every other sequence or in
+ * all. */
+static void *run_blocks(float *dev, const float *t, size_t n, int step, const char *what)
+{
+    CK(cudaMemset(dev, 0xff, n * 4));
+    CK(cudaMemcpy(dev + n, t, n * 4, cudaMemcpyHostToDevice));
+    w.args.t_layer = (int64_t)n;
+    for (int i = 0; i < w.n_seqs; i++)
+        w.seqs[i].t = i % step == 0 ? dev : NULL;
+    dec_plan(&w);
+    check_gate(SM90_GATE_ABS, t, what);
+    return grab();
+}
+
+/* ABS: a row asks neither the heads that share its KV head nor other rows, and thresholds go by its
+ * position. */
+static void test_alone(int d, int dtype)
+{
+    enum { BLOCKS = 4, N = 8 * BLOCKS };
+    float base[8], t[N], *dev = dec_device(sizeof t * 2);
+    make(8, 2, d, dtype, 10, ragged, 47);
+    w.args.t_blocks = BLOCKS;
+    thresholds(base, 9, 20);
+    for (int i = 0; i < N; i++)
+        t[i] = base[i / BLOCKS] - 0.3f * (float)(i % BLOCKS);
+    stand_clear(t);
+    run(SM90_GATE_NONE, "dense");
+    char *dense = grab(), *all = run_blocks(dev, t, N, 1, "ABS, thresholds by block");
+    char *half = run_blocks(dev, t, N, 2, "ABS, every other sequence");
+    for (int b = 0; b < BLOCKS; b++)
+        t[b] = t[5 * BLOCKS + b] = -INFINITY;
+    char *some = run_blocks(dev, t, N, 1, "ABS, two heads dense");
+    bool as_dense = true, as_all = true, open = true, others = true;
+    for (int i = 0; i < w.n_seqs; i++) {
+        as_dense &= i % 2 == 0 || same_heads(half, dense, i, 0, 8);
+        as_all &= i % 2 != 0 || same_heads(half, all, i, 0, 8);
+        open &= same_heads(some, dense, i, 0, 1) && same_heads(some, dense, i, 5, 6);
+        others &= same_heads(some, all, i, 1, 5) && same_heads(some, all, i, 6, 8);
+    }
+    check(as_dense, "  sequences without a gate beside gated ones", "bits of the dense kernel");
+    check(as_all, "  gated sequences beside others", "equal bits");
+    check(open, "  heads with T=-inf beside gated ones", "bits of the dense kernel");
+    check(others, "  gated heads beside such", "equal bits");
+    check(!same_heads(all, dense, 9, 0, 1), "  the gate does something", "");
+    free(dense), free(all), free(half), free(some);
     cudaFree(dev);
     dec_free(&w);
 }
@@ -459,6 +556,7 @@ static void test_visit(int d, int dtype)
     w.heads = heads;
     w.args.visit = dev;
     thresholds(t, 9, 40);
+    stand_clear(t);
     CK(cudaMemcpy(dt, t, sizeof t, cudaMemcpyHostToDevice));
     for (int i = 0; i < w.n_seqs; i++) {
         w.seqs[i].t = dt;
@@ -646,6 +744,7 @@ static void test_all(int d, int dtype)
     test_nan(d, dtype);
     test_shuffle(d, dtype);
     test_gates(d, dtype);
+    test_alone(d, dtype);
     test_visit(d, dtype);
     test_graph(d, dtype);
     test_early(d, dtype);
@@ -660,6 +759,7 @@ int main(int argc, char **argv)
     if (argc > 1 && !strcmp(argv[1], "quick")) {
         test_visit(128, 0);
         test_visit(64, 1);
+        test_alone(128, 0);
         test_nan(64, 0);
         test_graph(128, 1);
         test_early(128, 0);
