@@ -90,7 +90,8 @@ static void init(struct attn_cuda *a, const struct attn_cuda_config *cfg)
     a->plans = mem_zalloc((size_t)kv->n_layers, sizeof *a->plans);
     a->n_plans = 1;
     for (int i = 0; i < N_LAUNCHES; i++)
-        a->groups[i].parts = mem_zalloc(2 * (size_t)cfg->max_seqs, sizeof *a->groups[i].parts);
+        a->groups[i].parts =
+            mem_zalloc((size_t)attn_cuda_max_parts(a, i), sizeof *a->groups[i].parts);
 }
 
 int attn_cuda_create(struct attn_cuda **out, const struct attn_cuda_config *cfg,
@@ -112,9 +113,10 @@ int attn_cuda_create(struct attn_cuda **out, const struct attn_cuda_config *cfg,
 
 static void drop_policy(struct attn_cuda *a)
 {
-    dev_release(a->cfg.dev, a->t, a->t_bytes);
+    dev_release(a->cfg.dev, a->abs.t, a->abs.bytes);
+    dev_release(a->cfg.dev, a->decode.t, a->decode.bytes);
     dev_release(a->cfg.dev, a->visit, a->visit_bytes);
-    a->t = NULL;
+    a->abs.t = a->decode.t = NULL;
     a->visit = NULL;
 }
 
@@ -132,21 +134,20 @@ void attn_cuda_destroy(struct attn_cuda *a)
     mem_free(a);
 }
 
-/* The rank's thresholds, densely. */
-static int upload_thresholds(struct attn_cuda *a, struct err_msg *why)
+static int upload_thresholds(struct attn_cuda *a, struct attn_table *to,
+                             const struct attn_thresholds *t, const char *name, struct err_msg *why)
 {
-    const struct attn_thresholds *t = &a->policy.abs;
-    const size_t row = (size_t)t->n_blocks * sizeof *a->t;
+    const size_t row = (size_t)t->n_blocks * sizeof *to->t;
     void *memory = NULL;
     char what[96];
     size_t at = 0;
     if (!t->t)
         return 0;
-    a->t_bytes = (size_t)t->n_levels * (size_t)t->n_layers * (size_t)t->n_heads * row;
-    (void)snprintf(what, sizeof what, "thresholds [%d, %d, %d, %d]", t->n_levels, t->n_layers,
+    to->bytes = (size_t)t->n_levels * (size_t)t->n_layers * (size_t)t->n_heads * row;
+    (void)snprintf(what, sizeof what, "%s [%d, %d, %d, %d]", name, t->n_levels, t->n_layers,
                    t->n_heads, t->n_blocks);
-    TRY(take(a, &memory, a->t_bytes, what, why));
-    a->t = memory;
+    TRY(take(a, &memory, to->bytes, what, why));
+    to->t = memory;
     for (int32_t k = 0; k < t->n_levels; k++) {
         for (int32_t l = 0; l < t->n_layers; l++) {
             for (int32_t h = 0; h < t->n_heads; h++, at += row)
@@ -212,7 +213,8 @@ int attn_cuda_set_policy(struct attn_cuda *a, const struct attn_policy *policy, 
     drop_policy(a);
     a->policy = *policy;
     group_layers(a);
-    TRY(upload_thresholds(a, why));
+    TRY(upload_thresholds(a, &a->abs, &policy->abs, "thresholds", why));
+    TRY(upload_thresholds(a, &a->decode, &policy->decode, "decode thresholds", why));
     return upload_visits(a, why);
 }
 
@@ -277,12 +279,15 @@ static int prefill(const struct attn_cuda *a, const struct attn_group *g, int la
 static int decode(const struct attn_cuda *a, int layer)
 {
     const struct attn_cuda_config *c = &a->cfg;
+    const struct attn_thresholds *t = &a->policy.decode;
     const struct attn_dec_plan *plan = &a->plans[a->plan_of[layer]];
     const struct dec_args args = {
         .pieces = plan->pieces,
         .first = plan->first,
         .seqs = a->dec_seqs,
         .visit = visit_of(a, layer),
+        .t_layer = (int64_t)layer * t->n_heads * t->n_blocks,
+        .t_blocks = t->n_blocks,
         .q = c->q,
         .out = c->out,
         .q_stride = c->q_stride,
@@ -295,10 +300,11 @@ static int decode(const struct attn_cuda *a, int layer)
         .arrived = a->arrived,
         .seq_counts = a->groups[LAUNCH_DECODE].counts,
         .head_counts = a->head_counts + (ptrdiff_t)layer * c->n_heads,
-        .early = attn_cuda_is_decode(a), /* then older tokens are of earlier steps */
+        /* older tokens are of earlier steps */
+        .early = attn_cuda_is_decode(a) && !a->cut_runs,
     };
     CUDA_TRY(decode_sm90_launch(&a->maps[layer], &args, c->kv->head_dim, a->shape.dtype,
-                                SM90_GATE_NONE, dev_cuda_stream(c->dev)));
+                                a->groups[LAUNCH_DECODE].gate, dev_cuda_stream(c->dev)));
     return 0;
 }
 

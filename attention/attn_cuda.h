@@ -2,8 +2,10 @@
  *
  * A step is planned once and run for every layer. Sequences are split into prompt rows, which go to
  * the prefill kernel under their gate, and generated rows, up to DEC_MAX_TOKENS of which go to the
- * decode kernel; longer runs of generated rows (a resumed request) are prefilled densely. A step
- * has a launch for each gate and gate_rows in it; sequences without a gate join the first.
+ * decode kernel; longer runs of generated rows (a resumed request) are prefilled densely, or if
+ * they have a gate cut into such as the decode kernel takes. A step has a launch for each gate and
+ * gate_rows of prompts in it; sequences without a gate join the first. The decode kernel's launch
+ * has a gate where any of its rows has one.
  *
  * q, k, v and out of all steps are in the same memory, so tensor maps are made once. What a plan
  * needs on the device is packed into the step's upload. The pieces of a step without prompt rows
@@ -62,6 +64,9 @@ struct attn_cuda_probe {
 void attn_cuda_set_probe(struct attn_cuda *a, const struct attn_cuda_probe *probe);
 /* Enqueues one layer of the planned step. ERR_UNSUPPORTED: a probe under the REL gate. */
 MUST_CHECK int attn_cuda_run(struct attn_cuda *a, int layer);
+/* The planned step takes the decode kernel with a gate even if none of its rows has one: the same
+ * bits. For a step that is captured empty, under a policy with decode thresholds. */
+void attn_cuda_use_decode_gate(struct attn_cuda *a);
 /* Whether the plan has rows for the decode kernel alone. */
 bool attn_cuda_is_decode(const struct attn_cuda *a);
 /* Adds up the counters that the step left (host copy) into out [n_seqs]. */

@@ -19,15 +19,21 @@ struct attn_part {
 enum attn_launch { LAUNCH_PREFILL, LAUNCH_DECODE = 4, N_LAUNCHES };
 
 struct attn_group {
-    struct attn_part *parts; /* [2 * max_seqs] */
+    struct attn_part *parts; /* [attn_cuda_max_parts] */
     int32_t n_parts;
-    int gate; /* SM90_GATE_* */
+    int gate; /* SM90_GATE_*; DECODE: NONE, or ABS where a row has that */
     int32_t gate_rows;
     const struct sm90_seq *seqs; /* device; prefill: layer l's start at l * seq_stride */
     int32_t seq_stride;
     const struct sm90_tile *tiles; /* device */
     int32_t n_tiles;
     struct sm90_counts *counts; /* device, [n_parts] */
+};
+
+/* Thresholds of the rank's heads, densely, as struct attn_thresholds names their sizes. */
+struct attn_table {
+    float *t; /* device [n_levels, n_layers, n_heads, n_blocks] or NULL */
+    size_t bytes;
 };
 
 /* The decode plan of layers whose heads visit alike. */
@@ -46,8 +52,7 @@ struct attn_cuda {
     struct sm90_maps *maps; /* [n_layers] */
     /* the policy */
     struct attn_policy policy;
-    float *t; /* device [n_levels, n_layers, n_heads, n_blocks] */
-    size_t t_bytes;
+    struct attn_table abs, decode;
     struct sm90_visit *visit; /* device [n_layers, n_heads] or NULL */
     size_t visit_bytes;
     struct attn_dec_plan *plans; /* [n_plans] */
@@ -63,6 +68,10 @@ struct attn_cuda {
     /* the step */
     struct attn_group groups[N_LAUNCHES];
     const struct dec_seq *dec_seqs; /* device */
+    bool cut_runs;                  /* generated rows of one sequence are in several parts */
 };
+
+/* attn_cuda_plan.c. Of a step in one launch. */
+int32_t attn_cuda_max_parts(const struct attn_cuda *a, int launch);
 
 #endif

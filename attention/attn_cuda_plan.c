@@ -9,9 +9,17 @@ static int32_t max_parts(const struct attn_cuda *a)
     return 2 * a->cfg.max_seqs; /* prompt rows and generated rows of each */
 }
 
+int32_t attn_cuda_max_parts(const struct attn_cuda *a, int launch)
+{
+    const int32_t cuts = a->cfg.max_rows / DEC_MAX_TOKENS;
+    return launch == LAUNCH_DECODE ? a->cfg.max_seqs + cuts : max_parts(a);
+}
+
 size_t attn_cuda_counts_bytes(const struct attn_cuda *a)
 {
-    return (size_t)N_LAUNCHES * (size_t)max_parts(a) * sizeof(struct sm90_counts);
+    const size_t parts = (size_t)LAUNCH_DECODE * (size_t)max_parts(a) +
+                         (size_t)attn_cuda_max_parts(a, LAUNCH_DECODE);
+    return parts * sizeof(struct sm90_counts);
 }
 
 /* Query blocks of a step: full ones, and two cut ones a part. */
@@ -21,17 +29,18 @@ static size_t max_tiles(const struct attn_cuda *a)
     return blocks * (size_t)a->cfg.n_heads;
 }
 
-static size_t max_pieces(const struct attn_cuda *a)
+static size_t max_pieces(const struct attn_cuda *a, int32_t parts)
 {
-    return dec_plan_max_pieces(&a->dec_shape, a->cfg.max_seqs, DEC_MAX_TOKENS);
+    return dec_plan_max_pieces(&a->dec_shape, parts, DEC_MAX_TOKENS);
 }
 
 size_t attn_cuda_upload_bytes(const struct attn_cuda *a)
 {
     const size_t seqs = (size_t)a->cfg.max_seqs, layers = (size_t)a->cfg.kv->n_layers;
-    const size_t plan = upload_round(max_pieces(a) * sizeof(struct dec_piece)) +
+    const int32_t made = attn_cuda_max_parts(a, LAUNCH_DECODE);
+    const size_t plan = upload_round(max_pieces(a, made) * sizeof(struct dec_piece)) +
                         upload_round((size_t)(a->dec_shape.n_shares + 1) * sizeof(int32_t));
-    return (size_t)a->n_plans * plan + upload_round(seqs * sizeof(struct dec_seq)) +
+    return (size_t)a->n_plans * plan + upload_round((size_t)made * sizeof(struct dec_seq)) +
            upload_round(max_tiles(a) * sizeof(struct sm90_tile)) +
            upload_round(layers * (size_t)max_parts(a) * sizeof(struct sm90_seq)) +
            (size_t)LAUNCH_DECODE * 2 * UPLOAD_ALIGN + /* the groups' tiles and sequences apart */
@@ -59,16 +68,39 @@ static struct attn_group *group_of(struct attn_cuda *a, const struct attn_choice
     return g;
 }
 
-static void split(struct attn_cuda *a, const struct attn_seq *s, int32_t index, const void *pages)
+/* Where a sequence's generated rows begin in the step. */
+static int32_t made_from(const struct attn_seq *s)
 {
     const int32_t end = s->pos + s->n_rows;
-    const int32_t cut = s->prompt_end < s->pos ? s->pos : s->prompt_end < end ? s->prompt_end : end;
-    const int32_t n = cut - s->pos, rest = end - cut;
+    return s->prompt_end < s->pos ? s->pos : s->prompt_end < end ? s->prompt_end : end;
+}
+
+/* Parts of a sequence's generated rows for the decode kernel: under their gate, which the prefill
+ * kernel does not know, as many as it takes. */
+static int32_t decode_parts(const struct attn_seq *s)
+{
+    const int32_t n = s->pos + s->n_rows - made_from(s);
+    const int32_t parts = (n + DEC_MAX_TOKENS - 1) / DEC_MAX_TOKENS;
+    return parts > 1 && s->choice.decode_gate == ATTN_GATE_NONE ? 0 : parts;
+}
+
+static void split(struct attn_cuda *a, const struct attn_seq *s, int32_t index, const void *pages)
+{
+    const int32_t cut = made_from(s), n = cut - s->pos, parts = decode_parts(s);
     const struct attn_part prompt = {index, s->row, n, s->pos, true, pages};
-    const struct attn_part made = {index, s->row + n, rest, cut, false, pages};
+    struct attn_part made = {index, s->row + n, s->n_rows - n, cut, false, pages};
 
     add_part(n > 0 ? group_of(a, &s->choice) : &a->groups[LAUNCH_PREFILL], prompt);
-    add_part(&a->groups[rest > DEC_MAX_TOKENS ? LAUNCH_PREFILL : LAUNCH_DECODE], made);
+    a->cut_runs |= parts > 1;
+    for (int32_t i = 1; i < parts; i++) {
+        struct attn_part full = made;
+        full.n_rows = DEC_MAX_TOKENS;
+        add_part(&a->groups[LAUNCH_DECODE], full);
+        made.row += DEC_MAX_TOKENS;
+        made.pos += DEC_MAX_TOKENS;
+        made.n_rows -= DEC_MAX_TOKENS;
+    }
+    add_part(&a->groups[parts > 0 ? LAUNCH_DECODE : LAUNCH_PREFILL], made);
 }
 
 /* Page tables of all sequences, one after the other; then the parts that read them. */
@@ -87,11 +119,11 @@ static void pack_pages(struct attn_cuda *a, const struct attn_seq *seqs, int32_t
     }
 }
 
-/* Thresholds of a level in a layer, or NULL. */
-static const float *thresholds(const struct attn_cuda *a, int32_t level, int32_t layer)
+/* Thresholds of a level from a layer on. */
+static const float *thresholds(const struct attn_table *table, const struct attn_thresholds *t,
+                               int32_t level, int32_t layer)
 {
-    const struct attn_thresholds *t = &a->policy.abs;
-    return a->t + ((int64_t)level * t->n_layers + layer) * t->n_heads * t->n_blocks;
+    return table->t + ((int64_t)level * t->n_layers + layer) * t->n_heads * t->n_blocks;
 }
 
 static struct sm90_seq make_seq(const struct attn_cuda *a, const struct attn_part *p,
@@ -106,7 +138,9 @@ static struct sm90_seq make_seq(const struct attn_cuda *a, const struct attn_par
                      : a->probe.max ? a->probe.gate_rows
                                     : KV_BLOCK_TOKENS,
         .pages = p->pages,
-        .t = gated && c->gate == ATTN_GATE_ABS ? thresholds(a, c->level, layer) : NULL,
+        .t = gated && c->gate == ATTN_GATE_ABS
+                 ? thresholds(&a->abs, &a->policy.abs, c->level, layer)
+                 : NULL,
         .ln_lambda = gated && c->gate == ATTN_GATE_REL ? c->ln_lambda : -INFINITY,
     };
 }
@@ -133,22 +167,32 @@ static void pack_prefill(struct attn_cuda *a, struct attn_group *g, const struct
     g->tiles = made.dev;
 }
 
-/* Sizes are the most there can be: what a captured launch reads must not move. */
-static void pack_decode(struct attn_cuda *a, struct upload *u, struct upload_piece seqs)
+/* One row with a gate decides the kernel for all; in that, the others have no thresholds. */
+static void pack_decode_seqs(struct attn_cuda *a, const struct attn_seq *seqs, struct dec_seq *s)
 {
-    const struct attn_group *g = &a->groups[LAUNCH_DECODE];
-    struct dec_seq *s = seqs.host;
+    struct attn_group *g = &a->groups[LAUNCH_DECODE];
     for (int32_t i = 0; i < g->n_parts; i++) {
         const struct attn_part *p = &g->parts[i];
+        const struct attn_choice *c = &seqs[p->seq].choice;
         s[i] = (struct dec_seq){.row = p->row,
                                 .n_rows = p->n_rows,
                                 .pos = p->pos,
                                 .ln_lambda = -INFINITY,
                                 .pages = p->pages};
+        if (c->decode_gate == ATTN_GATE_NONE)
+            continue;
+        s[i].t = thresholds(&a->decode, &a->policy.decode, c->decode_level, 0);
+        g->gate = SM90_GATE_ABS;
     }
+}
+
+static void pack_decode(struct attn_cuda *a, struct upload *u, const struct dec_seq *s,
+                        int32_t room)
+{
+    const struct attn_group *g = &a->groups[LAUNCH_DECODE];
     for (int32_t i = 0; i < a->n_plans; i++) {
         struct attn_dec_plan *plan = &a->plans[i];
-        struct upload_piece pieces = upload_take(u, max_pieces(a) * sizeof(struct dec_piece));
+        struct upload_piece pieces = upload_take(u, max_pieces(a, room) * sizeof(struct dec_piece));
         struct upload_piece first =
             upload_take(u, (size_t)(a->dec_shape.n_shares + 1) * sizeof(int32_t));
         struct dec_plan made = {pieces.host, first.host};
@@ -169,10 +213,21 @@ static bool any_generated(const struct attn_seq *seqs, int32_t n_seqs)
     return n_seqs == 0; /* the empty step that warms up the kernels */
 }
 
+/* Parts that a step's decode plan has room for. All steps that can be captured have the same: what
+ * a captured launch reads must not move. */
+static int32_t decode_room(const struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_seqs)
+{
+    int32_t n = 0;
+    for (int32_t i = 0; i < n_seqs; i++)
+        n += decode_parts(&seqs[i]);
+    return n < a->cfg.max_seqs ? a->cfg.max_seqs : n;
+}
+
 void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_seqs,
                     struct upload *u, void *counts)
 {
     const bool decode = any_generated(seqs, n_seqs);
+    const int32_t room = decode_room(a, seqs, n_seqs);
     struct upload_piece dec_seqs = {NULL, NULL};
 
     for (int i = 0; i < N_LAUNCHES; i++) {
@@ -182,19 +237,22 @@ void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_
         g->gate_rows = a->probe.max ? a->probe.gate_rows : KV_BLOCK_TOKENS;
         g->counts = (struct sm90_counts *)counts + (ptrdiff_t)i * max_parts(a);
     }
+    a->cut_runs = false;
     struct upload fixed = *u;
     if (decode) { /* before everything whose size varies */
-        dec_seqs = upload_take(u, (size_t)a->cfg.max_seqs * sizeof(struct dec_seq));
+        dec_seqs = upload_take(u, (size_t)room * sizeof(struct dec_seq));
         a->dec_seqs = dec_seqs.dev;
         fixed = *u;
         for (int32_t i = 0; i < a->n_plans; i++) {
-            (void)upload_take(u, max_pieces(a) * sizeof(struct dec_piece));
+            (void)upload_take(u, max_pieces(a, room) * sizeof(struct dec_piece));
             (void)upload_take(u, (size_t)(a->dec_shape.n_shares + 1) * sizeof(int32_t));
         }
     }
     pack_pages(a, seqs, n_seqs, u);
-    if (decode)
-        pack_decode(a, &fixed, dec_seqs);
+    if (decode) {
+        pack_decode_seqs(a, seqs, dec_seqs.host);
+        pack_decode(a, &fixed, dec_seqs.host, room);
+    }
     for (int i = LAUNCH_PREFILL; i < LAUNCH_DECODE; i++)
         pack_prefill(a, &a->groups[i], seqs, u);
 }
@@ -206,6 +264,11 @@ bool attn_cuda_is_decode(const struct attn_cuda *a)
             return false;
     }
     return true;
+}
+
+void attn_cuda_use_decode_gate(struct attn_cuda *a)
+{
+    a->groups[LAUNCH_DECODE].gate = SM90_GATE_ABS;
 }
 
 void attn_cuda_counts(const struct attn_cuda *a, const void *counts, struct attn_counts *out,

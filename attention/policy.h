@@ -13,9 +13,7 @@
  * That is for prompt positions. A generated position visits the same pages, and has a gate of its
  * own, NONE or ABS with thresholds of its own: it decides alone, for each query head and each page
  * before the one that holds the position, which is always kept (the other page of its block, where
- * that lies before, is a candidate like any). What a row decides thus depends on that row alone. A
- * backend may keep more than that: a kernel that loads a page for several rows or heads together
- * may keep it for all of them where one does. The CPU kernel keeps exactly this set.
+ * that lies before, is a candidate like any). What a row decides thus depends on that row alone.
  * Source: BSFA (arXiv 2512.07011) section 4; BLASST (arXiv 2512.12087). */
 #ifndef ATTENTION_POLICY_H
 #define ATTENTION_POLICY_H

@@ -119,7 +119,7 @@ static int open_parts(struct daemon_model *d, const struct daemon_options *o,
     cfg.dev = d->dev;
     cfg.comm = d->comm;
     TRY(model_open(&d->model, &cfg, why));
-    TRY(daemon_policy_load(&d->policy, o, model_info(d->model), d->dev, why));
+    TRY(daemon_policy_load(&d->policy, o, model_info(d->model), why));
     TRY(daemon_comm_same(d->comm, model_info(d->model)->fingerprint, "model", why));
     TRY(daemon_comm_same(d->comm, d->policy.fingerprint, "thresholds or policy", why));
     TRY(model_set_policy(d->model, &d->policy.attn, why));

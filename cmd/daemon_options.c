@@ -20,7 +20,7 @@ static const struct conf_opt options[] = {
      "use a threshold file made for another model, with a warning"},
     {"decode-density", CONF_FLOAT, AT(decode_density), "0", 0, 1, {0}, "D",
      "share of its pages that a generated token keeps where a request does not say, by thresholds "
-     "of sluice-calibrate --decode-k; on the CPU only; 0 and 1 are dense"},
+     "of sluice-calibrate --decode-k; 0 and 1 are dense"},
     {"window", CONF_TEXT, AT(window), NULL, 0, 0, {0}, "SINK:LOCAL",
      "streaming heads visit only the first SINK and the last LOCAL pages of 64 tokens"},
     {"window-heads", CONF_TEXT, AT(window_heads), NULL, 0, 0, {0}, "FILE",

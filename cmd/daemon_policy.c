@@ -129,13 +129,10 @@ static int load_window(struct daemon_policy *p, const struct daemon_options *o,
     return 0;
 }
 
-/* The gate of generated tokens, where the device and the file have it. */
-static int load_decode(struct daemon_policy *p, const struct daemon_options *o,
-                       const struct dev *dev, struct err_msg *why)
+/* The gate of generated tokens, where the file has it. */
+static int load_decode(struct daemon_policy *p, const struct daemon_options *o, struct err_msg *why)
 {
-    if (dev->ops != &dev_cpu)
-        p->no_decode = "generated tokens are dense on this device, only the CPU gates them";
-    else if (!p->thresholds)
+    if (!p->thresholds)
         p->no_decode = "the daemon has no threshold file (--thresholds)";
     else if (!thresholds_decode_view(p->thresholds)->t)
         p->no_decode = "the threshold file has none for generated tokens (sluice-calibrate "
@@ -148,7 +145,7 @@ static int load_decode(struct daemon_policy *p, const struct daemon_options *o,
 }
 
 int daemon_policy_load(struct daemon_policy *p, const struct daemon_options *o,
-                       const struct model_info *info, const struct dev *dev, struct err_msg *why)
+                       const struct model_info *info, struct err_msg *why)
 {
     int err = 0;
     memset(p, 0, sizeof *p);
@@ -160,7 +157,7 @@ int daemon_policy_load(struct daemon_policy *p, const struct daemon_options *o,
     if (err == 0 && o->thresholds)
         err = load_thresholds(p, o, info, why);
     if (err == 0)
-        err = load_decode(p, o, dev, why);
+        err = load_decode(p, o, why);
     if (err < 0)
         daemon_policy_free(p);
     return err;

@@ -6,7 +6,6 @@
 #include "attention/policy.h"
 #include "calibration/thresholds.h"
 #include "cmd/daemon_options.h"
-#include "core/dev.h"
 #include "model/model.h"
 
 struct daemon_policy {
@@ -18,8 +17,7 @@ struct daemon_policy {
 };
 
 MUST_CHECK int daemon_policy_load(struct daemon_policy *p, const struct daemon_options *o,
-                                  const struct model_info *info, const struct dev *dev,
-                                  struct err_msg *why);
+                                  const struct model_info *info, struct err_msg *why);
 void daemon_policy_free(struct daemon_policy *p);
 
 #endif

@@ -14,7 +14,7 @@
 
 enum {
     GRAPH_MAX_ROWS = 256, /* rows of the largest step that is captured */
-    MAX_GRAPHS = 16,
+    MAX_GRAPHS = 32,
     TIMED_ROWS = 512 /* steps of fewer rows are not timed part by part */
 };
 
@@ -40,6 +40,13 @@ struct cuda_rows {
     const int32_t *outputs; /* [n_outputs] */
     int32_t n_outputs;
     const struct sampler_cuda_seq *draws; /* [max_outputs] */
+};
+
+/* A captured step. */
+struct cuda_graph {
+    cudaGraphExec_t exec;
+    int32_t rows;
+    bool gated; /* generated rows may have a gate */
 };
 
 /* Parts of a step whose time is told. */
@@ -93,8 +100,8 @@ struct llama_cuda_state {
     bool captured;                    /* the last step was a graph: row i's logits are at row i */
     int32_t *output_row; /* [max_outputs] row of the logits of output i of the last step */
     float *logits_host;  /* [vocab] for llama_logits */
-    cudaGraphExec_t graphs[MAX_GRAPHS];
-    int32_t graph_rows[MAX_GRAPHS], n_graphs;
+    struct cuda_graph graphs[MAX_GRAPHS];
+    int32_t n_graphs;
     struct cuda_marks marks;
 };
 
@@ -128,8 +135,9 @@ MUST_CHECK int llama_cuda_add_times(struct llama_cuda_state *m, struct llama_tim
 /* llama_cuda_graph.c. */
 MUST_CHECK int llama_cuda_capture(struct llama_cuda_state *m, struct err_msg *why);
 void llama_cuda_drop_graphs(struct llama_cuda_state *m);
-/* Index of the graph for so many rows, or -1. */
-int llama_cuda_find_graph(const struct llama_cuda_state *m, int32_t rows);
+/* The graph of the fewest rows that holds so many, or NULL. */
+const struct cuda_graph *llama_cuda_find_graph(const struct llama_cuda_state *m, int32_t rows,
+                                               bool gated);
 
 /* llama_cuda_draw.c. Fills the sampler's structures in the upload; then enqueues the draws. */
 void llama_cuda_pack_draws(struct llama_cuda_state *m, const struct llama_input *in,

@@ -290,28 +290,30 @@ int llama_cuda_layers(struct llama_cuda_state *m)
 
 /* ---- the step ---- */
 
-/* Rows of the graph that this step fits, or 0. */
-static int32_t graph_rows(const struct llama_cuda_state *m, const struct llama_input *in)
+/* The graph that this step fits, or NULL. */
+static const struct cuda_graph *graph_of(const struct llama_cuda_state *m,
+                                         const struct llama_input *in)
 {
+    bool gated = false;
     for (int32_t i = 0; i < in->n_seqs; i++) {
         if (in->seqs[i].pos < in->seqs[i].prompt_end)
-            return 0;
+            return NULL;
         if (in->seqs[i].n_rows != 1)
-            return 0;
+            return NULL;
+        gated |= in->seqs[i].choice.decode_gate != ATTN_GATE_NONE;
     }
-    int g = llama_cuda_find_graph(m, in->n_rows);
-    return g < 0 ? 0 : m->graph_rows[g];
+    return llama_cuda_find_graph(m, in->n_rows, gated);
 }
 
 static int enqueue(struct llama_cuda_state *m, const struct llama_input *in)
 {
-    const int32_t rows = graph_rows(m, in);
-    m->captured = rows > 0;
+    const struct cuda_graph *graph = graph_of(m, in);
+    m->captured = graph != NULL;
     m->marks.on = in->n_rows >= TIMED_ROWS;
-    llama_cuda_pack(m, in, m->captured ? rows : in->n_rows, m->captured);
+    llama_cuda_pack(m, in, graph ? graph->rows : in->n_rows, m->captured);
     TRY(llama_cuda_send(m));
-    if (m->captured)
-        CUDA_TRY(cudaGraphLaunch(m->graphs[llama_cuda_find_graph(m, rows)], m->stream));
+    if (graph)
+        CUDA_TRY(cudaGraphLaunch(graph->exec, m->stream));
     else
         TRY(llama_cuda_layers(m));
     if (in->draws)

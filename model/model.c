@@ -256,8 +256,6 @@ int model_set_policy(struct model *m, const struct attn_policy *policy, struct e
     mine.heads = m->head_policy;
     m->plan.limits.n_levels = slice_thresholds(m, &mine.abs);
     m->plan.limits.n_decode_levels = slice_thresholds(m, &mine.decode);
-    if (llama_ops_of(m->dev)->half) /* the decode kernel there has no such gate yet */
-        m->plan.limits.n_decode_levels = 0;
     return llama_set_policy(m->llama, &mine, why);
 }
 

@@ -1,6 +1,7 @@
 /* The page policy over ranks: a rank that holds half of the heads decides for each of them, bit by
  * bit, as one that holds them all. The same q, K and V; thresholds are the rank's view of the same
- * tensor. Which pages a head kept shows in its counters, and in every bit of its output. */
+ * tensor. Which pages a head kept shows in its counters, and in every bit of its output; generated
+ * rows are cut into other pieces by a rank, so that of theirs it shows in the counters alone. */
 #include "tests/cuda_case.h"
 
 #include "attention/attn_cuda.h"
@@ -12,7 +13,8 @@ enum {
     RANKS = 2,
     TOKENS = 1500,
     PAGES = (TOKENS + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS,
-    BLOCKS = 6, /* of the thresholds; the last stands for the rest */
+    BLOCKS = 6,    /* of the thresholds; the last stands for the rest */
+    GENERATED = 8, /* rows of a step that the decode kernel takes */
     MAX_DIM = 128
 };
 
@@ -30,7 +32,7 @@ struct share {
 struct inputs {
     int head_dim;
     uint16_t *q, *k, *v; /* [TOKENS, HEADS, dim], [PAGES, KV_HEADS, page, dim] */
-    float t[HEADS][BLOCKS];
+    float t[HEADS][BLOCKS], decode[HEADS][BLOCKS];
 };
 
 /* Heads [first, first + n) of [outer, n_all, inner] elements. */
@@ -70,19 +72,25 @@ static void open_share(struct share *s, const struct inputs *in, int rank, int n
                                          .q_stride = (int64_t)s->n_heads * s->head_dim,
                                          .out_stride = (int64_t)s->n_heads * s->head_dim};
     assert_ok(attn_cuda_create(&s->attn, &cfg, &why));
-    const struct attn_policy policy = {.abs = {in->t[rank * s->n_heads], 1, 1, s->n_heads, BLOCKS,
-                                               HEADS * BLOCKS, HEADS * BLOCKS, BLOCKS}};
+    struct attn_policy policy = {.abs = {in->t[rank * s->n_heads], 1, 1, s->n_heads, BLOCKS,
+                                         HEADS * BLOCKS, HEADS * BLOCKS, BLOCKS}};
+    policy.decode = policy.abs;
+    policy.decode.t = in->decode[rank * s->n_heads];
     assert_ok(attn_cuda_set_policy(s->attn, &policy, &why));
 }
 
-/* One step of all tokens of one sequence. */
+/* One step of all tokens of one sequence, or of its last ones as generated rows. */
 static void run_share(struct share *s, const struct attn_choice *choice)
 {
+    const int32_t n_rows = choice->decode_gate != ATTN_GATE_NONE ? GENERATED : TOKENS;
     static int32_t pages[PAGES];
     const size_t counts = attn_cuda_counts_bytes(s->attn);
     struct upload u = {.bytes = upload_round(counts) + attn_cuda_upload_bytes(s->attn)};
-    const struct attn_seq seq = {
-        .n_rows = TOKENS, .prompt_end = TOKENS, .pages = pages, .choice = *choice};
+    const struct attn_seq seq = {.n_rows = n_rows,
+                                 .pos = TOKENS - n_rows,
+                                 .prompt_end = n_rows < TOKENS ? TOKENS - n_rows : TOKENS,
+                                 .pages = pages,
+                                 .choice = *choice};
 
     for (int32_t i = 0; i < PAGES; i++)
         pages[i] = PAGES - 1 - i;
@@ -111,14 +119,18 @@ static void close_share(struct share *s)
     attn_cuda_destroy(s->attn);
 }
 
-static void compare(const struct share *all, const struct share *part, int rank)
+static void compare(const struct share *all, const struct share *part, int rank, bool generated)
 {
     const size_t width = (size_t)part->n_heads * (size_t)part->head_dim;
     const int32_t first = rank * part->n_heads;
-    for (size_t row = 0; row < TOKENS; row++)
-        assert_memory_equal(part->got + row * width,
-                            all->got + row * width * RANKS + (size_t)rank * width,
-                            width * sizeof *part->got);
+    for (size_t row = 0; row < (generated ? GENERATED : TOKENS); row++) {
+        const uint16_t *got = part->got + row * width;
+        const uint16_t *want = all->got + row * width * RANKS + (size_t)rank * width;
+        if (!generated)
+            assert_memory_equal(got, want, width * sizeof *got);
+        for (size_t i = 0; i < width && generated; i++)
+            assert_close(from16(got[i], 0), from16(want[i], 0), 0.02, 0.01);
+    }
     for (int32_t h = 0; h < part->n_heads; h++)
         assert_memory_equal(&part->heads[h], &all->heads[first + h], sizeof part->heads[h]);
 }
@@ -139,10 +151,13 @@ static void make_inputs(struct inputs *in, int head_dim, struct rng *rng)
     for (int h = 0; h < HEADS; h++) /* about the largest of 8192 normal scores */
         for (int b = 0; b < BLOCKS; b++)
             in->t[h][b] = 3.6f + 0.08f * (float)h + 0.05f * (float)b;
+    for (int i = 0; i < HEADS * BLOCKS; i++) /* about the largest of 64 */
+        in->decode[i / BLOCKS][i % BLOCKS] = in->t[i / BLOCKS][i % BLOCKS] - 1.4f;
 }
 
 static void check_choice(const struct inputs *in, const struct attn_choice *choice)
 {
+    const bool generated = choice->decode_gate != ATTN_GATE_NONE;
     struct share all, parts[RANKS];
     uint64_t kept = 0;
     open_share(&all, in, 0, 1);
@@ -152,17 +167,18 @@ static void check_choice(const struct inputs *in, const struct attn_choice *choi
         open_share(&parts[r], in, r, RANKS);
         run_share(&parts[r], choice);
         close_share(&parts[r]);
-        compare(&all, &parts[r], r);
+        compare(&all, &parts[r], r, generated);
         kept += parts[r].seq.kept;
         free(parts[r].got);
     }
     free(all.got);
     assert_true(kept == all.seq.kept);
-    if (choice->gate != ATTN_GATE_NONE) /* some pages fell, and some did not */
+    if (choice->gate != ATTN_GATE_NONE || generated) /* some pages fell, and some did not */
         assert_true(all.seq.kept < all.seq.reachable / 10 * 9 &&
                     all.seq.kept > all.seq.reachable / 10);
-    printf("# head_dim %d gate %d rows %d: %.3f of the pages kept\n", in->head_dim, choice->gate,
-           choice->gate_rows, (double)all.seq.kept / (double)all.seq.reachable);
+    printf("# head_dim %d gate %d%s rows %d: %.3f of the pages kept\n", in->head_dim, choice->gate,
+           generated ? " decode" : "", choice->gate_rows,
+           (double)all.seq.kept / (double)all.seq.reachable);
 }
 
 static void test_heads(void **state)
@@ -173,6 +189,7 @@ static void test_heads(void **state)
         {.gate = ATTN_GATE_ABS, .gate_rows = 64},
         {.gate = ATTN_GATE_REL, .gate_rows = 128, .ln_lambda = -0.4f},
         {.gate = ATTN_GATE_REL, .gate_rows = 64, .ln_lambda = -0.7f},
+        {.gate = ATTN_GATE_NONE, .gate_rows = 128, .decode_gate = ATTN_GATE_ABS},
     };
     struct rng rng = {7};
     (void)state;

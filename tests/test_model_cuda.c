@@ -240,6 +240,156 @@ static void test_gates(void **state)
     tiny_model_remove(m);
 }
 
+enum { DECODE_LEVELS = 4, DECODE_BLOCKS = 4 };
+
+/* Thresholds of generated tokens for tiny[2]: -inf, +inf, by head (of two that share a KV head one
+ * is dense), and by layer and block. None is near a score. */
+static struct attn_policy decode_policy(float t[DECODE_LEVELS][2][8][DECODE_BLOCKS])
+{
+    for (int l = 0; l < 2; l++) {
+        for (int h = 0; h < 8; h++) {
+            for (int b = 0; b < DECODE_BLOCKS; b++) {
+                t[0][l][h][b] = -INFINITY;
+                t[1][l][h][b] = INFINITY;
+                t[2][l][h][b] = h % 2 ? INFINITY : -INFINITY;
+                t[3][l][h][b] = (l + b) % 2 ? INFINITY : -INFINITY;
+            }
+        }
+    }
+    return (struct attn_policy){.decode = {.t = &t[0][0][0][0],
+                                           .n_levels = DECODE_LEVELS,
+                                           .n_layers = 2,
+                                           .n_heads = 8,
+                                           .n_blocks = DECODE_BLOCKS,
+                                           .level_stride = 2 * 8 * DECODE_BLOCKS,
+                                           .layer_stride = 8 * DECODE_BLOCKS,
+                                           .head_stride = DECODE_BLOCKS}};
+}
+
+/* level -1: no gate. */
+static struct batch_seq generated(const struct pair *p, int32_t i, int32_t step, int32_t n,
+                                  int level)
+{
+    struct batch_seq s = rows_of(p, i, p->prompt[i] + step, n);
+    s.policy = (struct batch_policy){.gate = BATCH_DENSE,
+                                     .gate_rows = 128,
+                                     .decode_gate = level < 0 ? BATCH_DENSE : BATCH_ABS,
+                                     .decode_level = (int16_t)(level < 0 ? 0 : level)};
+    return s;
+}
+
+static void same_counts(const struct pair *p, int32_t n)
+{
+    for (int32_t i = 0; i < n; i++) {
+        assert_int_equal(p->gpu.counts[i].reachable, p->cpu.counts[i].reachable);
+        assert_int_equal(p->gpu.counts[i].visited, p->cpu.counts[i].visited);
+        assert_int_equal(p->gpu.counts[i].kept, p->cpu.counts[i].kept);
+    }
+}
+
+static void open_decode(struct pair *p, float t[DECODE_LEVELS][2][8][DECODE_BLOCKS])
+{
+    struct batch_seq seqs[N_SEQS];
+    const struct attn_policy policy = decode_policy(t);
+    tiny_model_write(&tiny[2]);
+    open_pair(p, tiny[2].dir, 17);
+    assert_ok(model_set_policy(p->cpu.model, &policy, NULL));
+    assert_ok(model_set_policy(p->gpu.model, &policy, NULL));
+    for (int32_t i = 0; i < N_SEQS; i++)
+        seqs[i] = rows_of(p, i, 0, p->prompt[i]);
+    both(p, seqs, N_SEQS, bound_of(&tiny[2]));
+}
+
+/* A step of n sequences; the others follow in one without a gate. */
+struct decode_step {
+    int32_t n, rows;
+    int levels[N_SEQS];
+};
+
+static const struct decode_step decode_steps[] = {
+    {5, 1, {1, 1, 1, 1, 1}},     {4, 1, {-1, -1, -1, -1}}, {3, 1, {2, 2, 2}},
+    {5, 1, {-1, 1, -1, 2, 3}},   {5, 1, {3, 3, 3, 3, 3}},  {4, 1, {0, 0, 0, 0}},
+    {5, 1, {-1, -1, -1, -1, 1}}, {5, 1, {3, 2, 1, 0, -1}}, {4, 5, {2, -1, 1, 3}}, /* not captured */
+    {5, 8, {-1, 3, 2, 1, 2}},    {5, 9, {3, 2, 3, 1, 2}}, /* more than the decode kernel takes of a
+                                                             sequence at once */
+    {5, 100, {2, 3, 2, 3, 1}},
+};
+
+/* Generated tokens under their gate as on the CPU: captured steps with a gate and without in turn,
+ * batches of both, and steps of several tokens. */
+static void test_decode_gates(void **state)
+{
+    static float t[DECODE_LEVELS][2][8][DECODE_BLOCKS];
+    struct batch_seq seqs[N_SEQS];
+    struct pair p;
+    uint64_t kept = 0, reachable = 0;
+    int32_t at = 0;
+    (void)state;
+    open_decode(&p, t);
+    for (size_t k = 0; k < sizeof decode_steps / sizeof *decode_steps; k++) {
+        const struct decode_step *step = &decode_steps[k];
+        for (int32_t i = 0; i < N_SEQS; i++)
+            seqs[i] = generated(&p, i, at, step->rows, i < step->n ? step->levels[i] : -1);
+        both(&p, seqs, step->n, bound_of(&tiny[2]));
+        same_counts(&p, step->n);
+        for (int32_t i = 0; i < step->n; i++) {
+            kept += p.gpu.counts[i].kept;
+            reachable += p.gpu.counts[i].reachable;
+        }
+        if (step->n < N_SEQS)
+            both(&p, seqs + step->n, N_SEQS - step->n, bound_of(&tiny[2]));
+        at += step->rows;
+    }
+    assert_true(kept < reachable);
+    for (int i = 0; i < 16; i++)
+        assert_int_equal(model_head_counts(p.gpu.model)[i].kept,
+                         model_head_counts(p.cpu.model)[i].kept);
+    printf("# gated decode: relative difference %.2e\n", p.worst);
+    close_pair(&p);
+    tiny_model_remove(&tiny[2]);
+}
+
+/* One step of all sequences on the GPU; its logits into out. */
+static void step_bits(struct pair *p, const int *levels, float (*out)[MAX_VOCAB])
+{
+    struct batch_seq seqs[N_SEQS];
+    for (int32_t i = 0; i < N_SEQS; i++)
+        seqs[i] = generated(p, i, 0, 1, levels[i]);
+    assert_ok(case_step(&p->gpu, seqs, N_SEQS));
+    for (int32_t i = 0; i < N_SEQS; i++)
+        memcpy(out[i], model_last_logits(p->gpu.model, i), (size_t)p->vocab * sizeof(float));
+}
+
+/* Bits: T = -inf is no gate, sequences without one do not notice those with one, and captured steps
+ * of both kinds leave nothing behind. */
+static void test_decode_bits(void **state)
+{
+    static float t[DECODE_LEVELS][2][8][DECODE_BLOCKS];
+    static float dense[N_SEQS][MAX_VOCAB], got[N_SEQS][MAX_VOCAB], gated[N_SEQS][MAX_VOCAB];
+    static const int none[N_SEQS] = {-1, -1, -1, -1, -1}, open[N_SEQS] = {0};
+    static const int all[N_SEQS] = {1, 1, 1, 1, 1}, some[N_SEQS] = {-1, 1, 0, -1, 1};
+    struct pair p;
+    (void)state;
+    open_decode(&p, t);
+    const size_t bytes = (size_t)p.vocab * sizeof(float);
+    step_bits(&p, none, dense);
+    step_bits(&p, all, gated);
+    for (int round = 0; round < 3; round++) {
+        step_bits(&p, open, got);
+        for (int32_t i = 0; i < N_SEQS; i++)
+            assert_memory_equal(got[i], dense[i], bytes);
+        step_bits(&p, some, got);
+        for (int32_t i = 0; i < N_SEQS; i++)
+            assert_memory_equal(got[i], some[i] > 0 ? gated[i] : dense[i], bytes);
+        step_bits(&p, none, got);
+        for (int32_t i = 0; i < N_SEQS; i++)
+            assert_memory_equal(got[i], dense[i], bytes);
+    }
+    assert_true(memcmp(gated[4], dense[4], bytes) != 0);
+    close_pair(&p);
+    tiny_model_remove(&tiny[2]);
+}
+
 static const struct batch_sampling samplings[] = {
     {.temperature = 0.8f, .top_p = 0.9f, .repetition_penalty = 1.3f, .seed = 1, .ignore_eos = true},
     {.top_p = 1.0f, .repetition_penalty = 1.0f, .n_logprobs = 3, .ignore_eos = true},
@@ -386,9 +536,10 @@ static void test_refusals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_logits), cmocka_unit_test(test_gates),
-        cmocka_unit_test(test_draws),  cmocka_unit_test(test_needle),
-        cmocka_unit_test(test_repeat), cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_logits),       cmocka_unit_test(test_gates),
+        cmocka_unit_test(test_decode_gates), cmocka_unit_test(test_decode_bits),
+        cmocka_unit_test(test_draws),        cmocka_unit_test(test_needle),
+        cmocka_unit_test(test_repeat),       cmocka_unit_test(test_refusals),
     };
     struct dev *d;
     if (dev_cuda_count() == 0 || dev_open(&d, &dev_cuda, 0, 1, NULL) < 0)
