@@ -1,7 +1,8 @@
-/* A model over several GPUs beside the CPU's in f32: whole and captured steps, logits put together
- * from the ranks' slices of vocabularies that do not divide; and one GPU's greedy tokens beside
- * several's, with prompts long enough that their steps are split. One process a GPU: every rank is
- * a forked child whose exit status reports; only children touch CUDA. */
+/* A model over several GPUs beside the CPU's in f32: whole and captured steps, generated rows with
+ * a gate and without, logits put together from the ranks' slices of vocabularies that do not
+ * divide; and one GPU's greedy tokens beside several's, with prompts long enough that their steps
+ * are split. One process a GPU: every rank is a forked child whose exit status reports; only
+ * children touch CUDA. */
 #include "tests/test.h"
 
 #include "core/dev_cuda.h"
@@ -84,6 +85,27 @@ static int open_model(struct model_case *c, struct comm *comm, const struct job 
     return 0;
 }
 
+/* Thresholds of generated rows, -inf or +inf by head, each rank's others. */
+static int set_decode(struct model *m, struct err_msg *why)
+{
+    enum { HEADS = 8, MAX_LAYERS = 4, PATTERN = 0xb2 };
+    static float t[MAX_LAYERS * HEADS];
+    const struct model_info *info = model_info(m);
+    const int32_t n = info->n_layers * HEADS;
+    CHECK(info->n_heads == HEADS && info->n_layers <= MAX_LAYERS);
+    for (int32_t i = 0; i < n; i++)
+        t[i] = ((PATTERN >> i % HEADS) + i / HEADS) & 1 ? INFINITY : -INFINITY;
+    const struct attn_policy policy = {.decode = {.t = t,
+                                                  .n_levels = 1,
+                                                  .n_layers = info->n_layers,
+                                                  .n_heads = HEADS,
+                                                  .n_blocks = 1,
+                                                  .level_stride = n,
+                                                  .layer_stride = HEADS,
+                                                  .head_stride = 1}};
+    return model_set_policy(m, &policy, why);
+}
+
 /* The largest logit's place, and its lead over the next. */
 static int32_t best_of(const float *x, int32_t n, double *lead)
 {
@@ -129,6 +151,11 @@ static int run_steps(struct model_case *gpu, struct model_case *cpu, const struc
         rank_script_init(&s, tiny->vocab);
         for (int32_t step = 0; step < SCRIPT_STEPS; step++) {
             rank_script_step(&s, step);
+            for (int32_t i = 0; i < s.n_seqs; i++) { /* all, some or none */
+                const bool gated =
+                    step % 3 == 1 ? (s.seqs[i].id + (uint64_t)round) % 2 : step % 3 == 0;
+                s.seqs[i].policy.decode_gate = gated ? BATCH_ABS : BATCH_DENSE;
+            }
             CHECK(case_step(gpu, s.seqs, s.n_seqs) == 0);
             CHECK(case_step(cpu, s.seqs, s.n_seqs) == 0);
             for (int32_t i = 0; i < s.n_seqs; i++)
@@ -245,6 +272,10 @@ static int open_all(const struct job *j, int rank, struct model_case *gpu, struc
         err = dev_open(&cpu->dev, &dev_cpu, 0, 2, &why);
     if (err == 0 && rank == 0 && j->tiny)
         err = open_model(cpu, NULL, j, &why);
+    if (err == 0 && j->tiny)
+        err = set_decode(gpu->model, &why);
+    if (err == 0 && cpu->model)
+        err = set_decode(cpu->model, &why);
     if (err < 0)
         (void)fprintf(stderr, "rank %d: %s\n", rank, err_why(&why, err));
     return err;
