@@ -111,157 +111,219 @@ __device__ __forceinline__ void request_v(const struct consumer<D, GATE> &c, con
     tma_load_4d(c.smem + L::v + slot * L::page_bytes, map, full, 0, 0, 0, tile, L2_EVICT_LAST);
 }
 
-/* One thread adds a page that n row groups keep. */
+/* Adds a page that n row groups keep. */
 template <int D, int GATE>
-__device__ __forceinline__ void count_kept(const struct consumer<D, GATE> &c, int n)
+__device__ __forceinline__ void count_kept(struct consumer<D, GATE> &c, int n)
 {
-    const uint32_t kept = c.smem + smem_layout<D, GATE>::kept + 4 * c.group;
-    if (GATE != SM90_GATE_NONE && c.thread() == 0)
-        st_shared_s32(kept, ld_shared_s32(kept) + n);
+    if (GATE != SM90_GATE_NONE)
+        c.kept += n;
+}
+
+/* Before the group's V slot at hand is filled again: all warps have read it. They do not wait for
+ * each other; the first, which asks for V, waits for them. */
+template <int D, int GATE>
+__device__ __forceinline__ void slot_free(const struct consumer<D, GATE> &c)
+{
+    if (all_of(c.thread() < 32))
+        bar_sync(BAR_SLOT + c.group, GROUP_WARPS * 32);
+    else
+        bar_arrive(BAR_SLOT + c.group, GROUP_WARPS * 32);
 }
 
 template <int D, int GATE>
-__device__ __forceinline__ bool vote(const struct consumer<D, GATE> &c, int bar, bool x)
+__device__ __forceinline__ bool vote(const struct consumer<D, GATE> &c, bool x)
 {
-    return bar_any(bar + c.group, GROUP_WARPS * 32, x);
+    return bar_any(BAR_VOTE + c.group, GROUP_WARPS * 32, x);
 }
 
-/* QK of both halves; the first half's maxima when its scores are there. */
-template <int D, int DT, int GATE>
-__device__ __forceinline__ void begin_page(struct consumer<D, GATE> &c, const struct sm90_args &a,
-                                           float (&s0)[32], float (&s1)[32], float (&pm)[2], int at)
+/* QK of both halves; returns when the first half's scores are there. An open item asks for V now.
+ */
+template <int D, int DT, int GATE, int KIND>
+__device__ __forceinline__ void begin_page(const struct consumer<D, GATE> &c,
+                                           const CUtensorMap *map, float (&s0)[32], float (&s1)[32])
 {
     using L = smem_layout<D, GATE>;
     const uint32_t k = wait_k(c);
     const uint64_t q = desc_k_major(c.smem + L::q + c.group * L::q_bytes);
+    if (KIND == OPEN) {
+        slot_free(c);
+        request_v(c, map);
+    }
     wgmma_fence();
     issue_qk<D, DT>(s0, q, k);
     issue_qk<D, DT>(s1, q + (HALF_M * 128 >> 4), k);
     wgmma_wait<1>();
     wgmma_pin(s0);
-    page_max(pm, s0);
-    write_max(c, a, pm, 0, at);
 }
 
-/* PV of both halves, the second's softmax under the first's; maxima are up to date. */
+/* Whether a row of one half, whose scores are there, wants the page, the item's `at`-th before the
+ * diagonal. pm: the maxima of its rows, unless the threshold's sign is known. */
+template <int D, int GATE, int KIND>
+__device__ __forceinline__ bool half_wants(const struct consumer<D, GATE> &c,
+                                           const struct sm90_args &a, const struct row_state &st,
+                                           const float (&s)[32], float (&pm)[2], int half, int at)
+{
+    if (KIND != GATED)
+        return reaches<D, GATE, KIND>(c, s, half);
+    page_max(pm, s);
+    write_max(c, a, pm, half, at);
+    return wants(c, st, pm, half);
+}
+
+/* The exponentials of one half once more, after its maxima. No products may be in flight. */
 template <int D, int DT>
+__device__ __forceinline__ void settle(uint32_t (&p)[16], float (&sum)[2], const float (&s)[32],
+                                       struct row_state &st, float (&o)[D / 2],
+                                       const struct sm90_args &a)
+{
+    float pm[2], alpha[2];
+    page_max(pm, s);
+    raise_maxima(st, alpha, pm, a);
+    scale_rows(o, alpha);
+    page_exp<DT>(p, sum, s, st, a.scale_log2);
+}
+
+/* Softmax of one half. No products may be in flight. */
+template <int D, int DT, int GATE>
+__device__ __forceinline__ void half_exp(uint32_t (&p)[16], const float (&s)[32],
+                                         struct row_state &st, float (&o)[D / 2],
+                                         const struct sm90_args &a)
+{
+    float sum[2];
+    page_exp<DT>(p, sum, s, st, a.scale_log2);
+    if (outgrown<GATE>(sum))
+        settle<D, DT>(p, sum, s, st, o, a);
+    add_sums(st, sum);
+}
+
+/* Softmax of the first half under QK of the second, which has come when it returns. The wait is in
+ * both branches: elsewhere ptxas moves it ahead of the exponentials. */
+template <int D, int DT, int GATE>
+__device__ __forceinline__ void exp_under_qk(uint32_t (&p)[16], const float (&s0)[32],
+                                             float (&s1)[32], struct row_state &st,
+                                             float (&o)[D / 2], const struct sm90_args &a)
+{
+    float sum[2];
+    page_exp<DT>(p, sum, s0, st, a.scale_log2);
+    if (outgrown<GATE>(sum)) {
+        wgmma_wait<0>();
+        wgmma_pin(s1);
+        settle<D, DT>(p, sum, s0, st, o, a);
+    } else {
+        wgmma_wait<0>();
+        wgmma_pin(s1);
+    }
+    add_sums(st, sum);
+}
+
+/* PV of both halves, the second's softmax under the first's. Products are never in a branch that
+ * only some of the group's warps may take. */
+template <int D, int DT, int GATE>
 __device__ __forceinline__ void both_pv(uint32_t (&p0)[16], const float (&s1)[32],
                                         struct row_state &st1, float (&o0)[D / 2],
                                         float (&o1)[D / 2], uint32_t v, const struct sm90_args &a)
 {
     uint32_t p1[16];
+    float sum[2];
     issue_pv<D, DT>(o0, p0, v);
-    page_exp<DT>(p1, s1, st1, a.scale_log2);
+    page_exp<DT>(p1, sum, s1, st1, a.scale_log2);
+    if (outgrown<GATE>(sum)) {
+        wgmma_wait<0>();
+        wgmma_pin(o0);
+        wgmma_pin(p0);
+        settle<D, DT>(p1, sum, s1, st1, o1, a);
+    } else {
+        wgmma_wait<0>();
+        wgmma_pin(o0);
+        wgmma_pin(p0);
+    }
+    add_sums(st1, sum);
     issue_pv<D, DT>(o1, p1, v);
     wgmma_wait<0>();
-    wgmma_pin(o0);
     wgmma_pin(o1);
-    wgmma_pin(p0);
     wgmma_pin(p1);
 }
 
-/* A page that all rows see and that both halves keep or skip together, the item's `at`-th before
- * the diagonal; returns whether they keep it. The first half's softmax runs under the second's QK,
- * the second's under the first's PV. Where the last page was kept (`hot`), the first half votes
- * ahead of the second, so that V is asked for early; elsewhere one vote of both is faster. */
+/* Softmax and PV of one half. No products may be in flight. */
 template <int D, int DT, int GATE>
-__device__ __forceinline__ bool plain_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
-                                           const struct sm90_args &a, struct row_state (&st)[2],
-                                           float (&o0)[D / 2], float (&o1)[D / 2], int at)
-{
-    float s0[32], s1[32], pm[2], alpha[2];
-    uint32_t p0[16];
-    begin_page<D, DT>(c, a, s0, s1, pm, at);
-    if (GATE != SM90_GATE_NONE) {
-        const bool first = wants(c, st[0], pm, 0);
-        bool keep = false;
-        if (all_of(c.bits & HOT))
-            keep = vote(c, BAR_EARLY, first);
-        if (all_of(!keep)) {
-            float pm1[2];
-            wgmma_wait<0>();
-            wgmma_pin(s1);
-            page_max(pm1, s1);
-            keep = vote(c, BAR_LATE, first | wants(c, st[1], pm1, 1));
-            if (all_of(!keep)) {
-                write_max(c, a, pm1, 1, at);
-                release_k(c);
-                return false;
-            }
-        }
-        request_v(c, map);
-    }
-    raise_maxima<GATE>(st[0], alpha, pm, a);
-    page_exp<DT>(p0, s0, st[0], a.scale_log2);
-    count_kept(c, 1);
-    wgmma_wait<0>();
-    wgmma_pin(s1);
-    release_k(c);
-    scale_rows(o0, alpha);
-    page_max(pm, s1);
-    write_max(c, a, pm, 1, at);
-    raise_maxima<GATE>(st[1], alpha, pm, a);
-    scale_rows(o1, alpha);
-    const uint32_t v = wait_v(c);
-    both_pv<D, DT>(p0, s1, st[1], o0, o1, v, a);
-    release_v(c);
-    return true;
-}
-
-/* Softmax and PV of one half, whose maxima are up to date. */
-template <int D, int DT>
 __device__ __forceinline__ void half_pv(const float (&s)[32], struct row_state &st,
                                         float (&o)[D / 2], uint32_t v, const struct sm90_args &a)
 {
     uint32_t p[16];
-    page_exp<DT>(p, s, st, a.scale_log2);
+    half_exp<D, DT, GATE>(p, s, st, o, a);
     issue_pv<D, DT>(o, p, v);
     wgmma_wait<0>();
     wgmma_pin(o);
     wgmma_pin(p);
 }
 
+/* A page before the diagonal that both halves keep or skip together, the item's `at`-th. */
+template <int D, int DT, int GATE, int KIND>
+__device__ __forceinline__ void plain_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
+                                           const struct sm90_args &a, struct row_state (&st)[2],
+                                           float (&o0)[D / 2], float (&o1)[D / 2], int at)
+{
+    constexpr bool gated = GATE != SM90_GATE_NONE && (KIND & ~SPLIT) != OPEN;
+    float s0[32], s1[32];
+    uint32_t p0[16];
+    begin_page<D, DT, GATE, KIND & ~SPLIT>(c, map, s0, s1);
+    if (gated) {
+        float pm0[2], pm1[2];
+        const bool first = half_wants<D, GATE, KIND>(c, a, st[0], s0, pm0, 0, at);
+        wgmma_wait<0>();
+        wgmma_pin(s1);
+        const bool second = half_wants<D, GATE, KIND>(c, a, st[1], s1, pm1, 1, at);
+        const bool keep = vote(c, first | second);
+        if (all_of(keep))
+            request_v(c, map);
+        release_k(c);
+        if (all_of(!keep))
+            return;
+        follow_maxima<GATE>(st[0], o0, pm0, a);
+        follow_maxima<GATE>(st[1], o1, pm1, a);
+        half_exp<D, DT, GATE>(p0, s0, st[0], o0, a);
+    } else {
+        exp_under_qk<D, DT, GATE>(p0, s0, s1, st[0], o0, a);
+        release_k(c);
+    }
+    count_kept(c, (KIND & SPLIT) && ITEM_FIELD(c, row_end) > HALF_M ? 2 : 1);
+    both_pv<D, DT, GATE>(p0, s1, st[1], o0, o1, wait_v(c), a);
+    release_v(c);
+}
+
 /* The same where each half decides for itself (gate_rows 64). */
-template <int D, int DT, int GATE>
+template <int D, int DT, int GATE, int KIND>
 __device__ __forceinline__ void split_page(struct consumer<D, GATE> &c, const CUtensorMap *map,
                                            const struct sm90_args &a, struct row_state (&st)[2],
                                            float (&o0)[D / 2], float (&o1)[D / 2], int at)
 {
-    float s0[32], s1[32], pm[2], alpha[2];
-    begin_page<D, DT>(c, a, s0, s1, pm, at);
-    const bool keep0 = vote(c, BAR_EARLY, wants(c, st[0], pm, 0));
-    if (all_of(keep0))
-        raise_maxima<GATE>(st[0], alpha, pm, a);
+    float s0[32], s1[32], pm[2];
+    begin_page<D, DT, GATE, KIND>(c, map, s0, s1);
+    const bool keep0 = vote(c, half_wants<D, GATE, KIND>(c, a, st[0], s0, pm, 0, at));
     wgmma_wait<0>();
     wgmma_pin(s1);
     if (all_of(keep0)) {
         request_v(c, map);
-        scale_rows(o0, alpha);
+        follow_maxima<GATE>(st[0], o0, pm, a);
     }
-    page_max(pm, s1);
-    write_max(c, a, pm, 1, at);
-    const bool keep1 = vote(c, BAR_LATE, wants(c, st[1], pm, 1));
-    if (all_of(keep1)) {
-        if (all_of(!keep0))
-            request_v(c, map);
-        raise_maxima<GATE>(st[1], alpha, pm, a);
-        scale_rows(o1, alpha);
-    }
-    if (all_of(!keep0 && !keep1)) {
-        release_k(c);
-        return;
-    }
-    count_kept(c, ITEM_FIELD(c, rows64) ? keep0 + keep1 : 1);
+    const bool keep1 = vote(c, half_wants<D, GATE, KIND>(c, a, st[1], s1, pm, 1, at));
+    if (all_of(keep1 && !keep0))
+        request_v(c, map);
     release_k(c);
+    if (all_of(keep1))
+        follow_maxima<GATE>(st[1], o1, pm, a);
+    if (all_of(!keep0 && !keep1))
+        return;
+    count_kept(c, ITEM_FIELD(c, rows64) ? keep0 + keep1 : 1);
     const uint32_t v = wait_v(c);
     if (all_of(!keep0)) {
-        half_pv<D, DT>(s1, st[1], o1, v, a);
+        half_pv<D, DT, GATE>(s1, st[1], o1, v, a);
     } else if (all_of(!keep1)) {
-        half_pv<D, DT>(s0, st[0], o0, v, a);
+        half_pv<D, DT, GATE>(s0, st[0], o0, v, a);
     } else {
         uint32_t p0[16];
-        page_exp<DT>(p0, s0, st[0], a.scale_log2);
-        both_pv<D, DT>(p0, s1, st[1], o0, o1, v, a);
+        half_exp<D, DT, GATE>(p0, s0, st[0], o0, a);
+        both_pv<D, DT, GATE>(p0, s1, st[1], o0, o1, v, a);
     }
     release_v(c);
 }
@@ -273,11 +335,11 @@ diagonal_half(struct consumer<D, GATE> &c, const CUtensorMap *map, const struct 
               struct row_state &st, float (&o)[D / 2], int half, uint32_t k, bool mask, bool asked)
 {
     using L = smem_layout<D, GATE>;
-    float s[32], pm[2], alpha[2];
+    float s[32], pm[2];
     wgmma_fence();
     issue_qk<D, DT>(s, desc_k_major(c.smem + L::q + c.group * L::q_bytes + half * HALF_M * 128), k);
     if (GATE != SM90_GATE_NONE && !asked) {
-        bar_sync(BAR_EARLY + c.group, GROUP_WARPS * 32); /* the slot of V is free */
+        bar_sync(BAR_SLOT + c.group, GROUP_WARPS * 32); /* the slot of V is free */
         request_v(c, map);
     }
     wgmma_wait<0>();
@@ -287,9 +349,8 @@ diagonal_half(struct consumer<D, GATE> &c, const CUtensorMap *map, const struct 
         mask_diagonal(s, 2 * (lane & 3), thread / 32 * 16 + lane / 4);
     }
     page_max(pm, s);
-    raise_maxima<GATE>(st, alpha, pm, a);
-    scale_rows(o, alpha);
-    half_pv<D, DT>(s, st, o, wait_v(c), a);
+    follow_maxima<GATE>(st, o, pm, a);
+    half_pv<D, DT, GATE>(s, st, o, wait_v(c), a);
 }
 
 /* The first or second diagonal page, one half after the other; the second is above the first half's

@@ -8,10 +8,15 @@
 #include <stddef.h>
 
 /* Named barriers, one a warpgroup each. */
-enum { BAR_EARLY = 1, BAR_LATE = 3 };
+enum { BAR_VOTE = 1, BAR_SLOT = 3 };
 
-/* A bit of `bits`. */
-enum { HOT = 16 };
+/* A thread's part of a row's sum over a page may grow to this before the row's maximum follows:
+ * each term fits 16 bits, and O and the sums stay far from the ends of 32. */
+#define SUM_LIMIT 4096.0f
+
+/* What is known of an item's gate: nothing; that it keeps all pages; its threshold's sign. And
+ * whether each half decides for itself. */
+enum { GATED, OPEN, POSITIVE, NEGATIVE, SPLIT = 4 };
 
 /* A computing thread: its place, its positions in the rings, and what it keeps of its item through
  * the page loop, in as few registers as can be. */
@@ -21,8 +26,8 @@ struct consumer {
     uint32_t smem;
     int group; /* 0 or 1: the item */
     float gate;
-    /* Bit 2 i + r: row r of half i belongs to the chunk; HOT: the last page was kept; from bit 8 on
-     * the thread of the group. */
+    int kept; /* (page, row group) units of the item */
+    /* Bit 2 i + r: row r of half i belongs to the chunk; from bit 8 on the thread of the group. */
     int bits;
     struct ring<L::k_slots> k;
     struct ring<GATE == SM90_GATE_NONE ? L::v_slots : L::own_v_slots> v;
@@ -77,6 +82,21 @@ __device__ __forceinline__ bool wants(const struct consumer<D, GATE> &c, const s
     return (v0 & !(pm[0] < b0)) | (v1 & !(pm[1] < b1));
 }
 
+/* The same for a threshold of the sign that KIND tells. */
+template <int D, int GATE, int KIND>
+__device__ __forceinline__ bool reaches(const struct consumer<D, GATE> &c, const float (&s)[32],
+                                        int half)
+{
+    uint32_t x[2];
+    page_reach<KIND == POSITIVE>(x, s);
+    const uint32_t t = __float_as_uint(c.gate);
+    const int valid = opaque(c.bits);
+    const bool v0 = valid & 1 << 2 * half, v1 = valid & 2 << 2 * half;
+    if (KIND == POSITIVE)
+        return (v0 & ((int)x[0] >= (int)t)) | (v1 & ((int)x[1] >= (int)t));
+    return (v0 & (x[0] <= t)) | (v1 & (x[1] <= t));
+}
+
 /* The maximum over this warp's rows of one half, in the integers of sm90_args. */
 __device__ __forceinline__ int ordered_max(float v0, float v1)
 {
@@ -106,17 +126,10 @@ __device__ __forceinline__ void write_max(const struct consumer<D, GATE> &c,
               max);
 }
 
-/* Moves the maxima of one half where a row of the warp has outgrown its own; O must then be scaled
- * by alpha, which is negative otherwise. Rows seldom do after the first pages: then all of this
- * falls away, with the same bits. */
-template <int GATE>
+/* Moves the maxima of one half up to those of a page; O must then be scaled by alpha. */
 __device__ __forceinline__ void raise_maxima(struct row_state &st, float (&alpha)[2],
                                              const float (&pm)[2], const struct sm90_args &a)
 {
-    const float slack = GATE == SM90_GATE_REL ? 0.0f : a.slack;
-    alpha[0] = -1.0f;
-    if (!all_of(!(pm[0] <= st.m[0] + slack) || !(pm[1] <= st.m[1] + slack)))
-        return;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const float m = max_nan(st.m[r], quad_max(pm[r]));
@@ -126,15 +139,33 @@ __device__ __forceinline__ void raise_maxima(struct row_state &st, float (&alpha
     }
 }
 
+/* Whether sums of a page's exponentials tell that a row of the warp has outgrown its maximum by too
+ * much, as it does on its first page. NaN has. */
+template <int GATE>
+__device__ __forceinline__ bool outgrown(const float (&sum)[2])
+{
+    return GATE != SM90_GATE_REL && all_of(!(sum[0] <= SUM_LIMIT) || !(sum[1] <= SUM_LIMIT));
+}
+
 /* No products may be in flight. */
 template <int N>
 __device__ __forceinline__ void scale_rows(float (&o)[N], const float (&alpha)[2])
 {
-    if (all_of(alpha[0] < 0.0f))
-        return;
 #pragma unroll
     for (int i = 0; i < N; i++)
         o[i] *= alpha[(i >> 1) & 1];
+}
+
+/* REL decides by maxima that are always up to date. No products may be in flight. */
+template <int GATE, int N>
+__device__ __forceinline__ void follow_maxima(struct row_state &st, float (&o)[N],
+                                              const float (&pm)[2], const struct sm90_args &a)
+{
+    float alpha[2];
+    if (GATE != SM90_GATE_REL || !all_of(!(pm[0] <= st.m[0]) || !(pm[1] <= st.m[1])))
+        return;
+    raise_maxima(st, alpha, pm, a);
+    scale_rows(o, alpha);
 }
 
 /* Four registers of each of four neighbouring threads, transposed: x[i] of thread j to x[j] of
@@ -195,9 +226,7 @@ template <int D, int GATE>
 __device__ __forceinline__ void count_item(const struct consumer<D, GATE> &c,
                                            const struct sm90_args &a)
 {
-    using L = smem_layout<D, GATE>;
-    const int kept = GATE == SM90_GATE_NONE ? ITEM_FIELD(c, n_pages)
-                                            : ld_shared_s32(c.smem + L::kept + 4 * c.group);
+    const int kept = GATE == SM90_GATE_NONE ? ITEM_FIELD(c, n_pages) : c.kept;
     const int groups = ITEM_FIELD(c, rows64) && ITEM_FIELD(c, row_end) > PAGE ? 2 : 1;
     const int diag = groups == 2 ? 3 : ITEM_FIELD(c, n_diag);
     struct sm90_counts *to[2] = {

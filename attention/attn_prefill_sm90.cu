@@ -9,28 +9,26 @@
  * two halves of 64. So the page's decision is a barrier of four warps, and nothing ties the two
  * groups to each other but the ring of K.
  * Order of a group, one page:
- *     issue QK of half 0, of half 1 | max 0 | decide | softmax 0 | max 1 | issue PV 0 | softmax 1 |
- *     issue PV 1 | wait
+ *     issue QK of half 0, of half 1 | softmax 0 | issue PV 0 | softmax 1 | issue PV 1 | wait
  * so that half 0's softmax runs under half 1's QK, half 1's under half 0's PV, and the other
- * group's products under what is left. A skipped page ends after `decide`: 16 QK products, 64
- * maxima, a vote.
+ * group's products under what is left. With a gate the group decides by both halves' scores before
+ * softmax 0, and a skipped page ends there: 16 QK products, 64 scores compared, a vote. Softmax
+ * takes no maxima of a page: its sums tell when a row's maximum must follow (SUM_LIMIT).
  *
- * V on demand. With a gate, one thread of a group asks for V when the group has decided; the slot
- * is the group's own. Without one V comes in a ring for both groups.
+ * V on demand. With a gate, one thread of a group asks for V when the group has decided, or at the
+ * page's start if the item keeps all; the slot is the group's own. Without one V comes in a ring
+ * for both groups.
  *
  * Tile shapes: Q 128 x D, K and V 64 x D; products m64n64k16 (QK, from shared memory) and m64nDk16
  * (PV, P from registers). Shared memory, head_dim 128: Q 2 x 32 KiB, K 6 x 16 KiB, V 4 x 16 KiB
  * (with a gate 2 a group), then descriptions of two tiles and barriers. O leaves from registers,
  * while the next Q comes. Registers: 240 a computing thread, 24 a loading one; O takes 128 of
  * them, scores 64. mbarriers: full and empty for each slot, Q of each group and tile
- * description; named barriers: two a group. Bottleneck: QK of 64 keys reads Q and K at shared
- * memory's full rate; where pages are kept, the wait of either group for its own last product.
+ * description; named barriers: two a group. Bottleneck: the card's power; then, of skipped pages,
+ * QK of 64 keys, which reads Q and K at shared memory's full rate.
  * Source: BSFA (arXiv 2512.07011) section 4; FlashAttention-3 (arXiv 2407.08608) section 3. */
 #include "attention/attn_prefill_load_sm90.cuh"
 #include "attention/attn_prefill_page_sm90.cuh"
-
-/* Exponents may grow by this before O is rescaled (FlashAttention-4's lazy rescaling). */
-#define SLACK_LOG2 8.0f
 
 /* ---- a tile ---- */
 
@@ -44,10 +42,28 @@ __device__ __forceinline__ void take_item(struct consumer<D, GATE> &c)
             (i >> 1) * HALF_M + c.thread() / 32 * 16 + (c.thread() & 31) / 4 + 8 * (i & 1);
         valid |= (row >= row_begin && row < row_end) << i;
     }
-    c.bits = c.thread() << 8 | HOT | valid;
+    c.bits = c.thread() << 8 | valid;
     c.gate = GATE == SM90_GATE_NONE ? 0.0f : __int_as_float(ITEM_FIELD(c, gate));
-    if (GATE != SM90_GATE_NONE && c.thread() == 0)
-        st_shared_s32(c.smem + smem_layout<D, GATE>::kept + 4 * c.group, 0);
+    if (GATE == SM90_GATE_ABS && c.gate == 0.0f)
+        c.gate = -0.0f; /* which reaches() takes for a negative one */
+    c.kept = 0;
+}
+
+/* The pages of one segment before the diagonal: i is 8 * their number + the segment's. */
+template <int D, int DT, int GATE, int KIND>
+__device__ __forceinline__ void pages(struct consumer<D, GATE> &c, const CUtensorMap *map,
+                                      const struct sm90_args &a, struct row_state (&st)[2],
+                                      float (&o0)[D / 2], float (&o1)[D / 2], int &i, int &at)
+{
+    constexpr int watched = GATE == SM90_GATE_ABS_MAX;
+#pragma unroll 1
+    for (; all_of(i > 7); i -= 8) {
+        if ((KIND & SPLIT) && KIND != (OPEN | SPLIT))
+            split_page<D, DT, GATE, KIND & ~SPLIT>(c, map, a, st, o0, o1, at);
+        else
+            plain_page<D, DT, GATE, KIND>(c, map, a, st, o0, o1, at);
+        at += watched;
+    }
 }
 
 /* All pages of an item, of which there is at least one. */
@@ -56,7 +72,7 @@ __device__ __forceinline__ void attend(struct consumer<D, GATE> &c, const CUtens
                                        const struct sm90_args &a, struct row_state (&st)[2],
                                        float (&o0)[D / 2], float (&o1)[D / 2])
 {
-    constexpr int watched = GATE == SM90_GATE_ABS_MAX;
+    constexpr int split = ROWS == HALF_M ? SPLIT : 0;
     int at = 0; /* pages before the diagonal so far, if that is asked for */
 #pragma unroll 1
     for (int i = 0; all_of(i < ITEM_FIELD(c, n_segments)); i++) {
@@ -70,16 +86,14 @@ __device__ __forceinline__ void attend(struct consumer<D, GATE> &c, const CUtens
             continue;
         }
         i |= n << 3; /* one register for both */
-#pragma unroll 1
-        for (; all_of(i > 7); i -= 8) {
-            if (ROWS == HALF_M) {
-                split_page<D, DT, GATE>(c, map, a, st, o0, o1, at);
-            } else {
-                const bool kept = plain_page<D, DT, GATE>(c, map, a, st, o0, o1, at);
-                c.bits = kept ? c.bits | HOT : c.bits & ~HOT;
-            }
-            at += watched;
-        }
+        if (GATE != SM90_GATE_ABS)
+            pages<D, DT, GATE, GATED | split>(c, map, a, st, o0, o1, i, at);
+        else if (all_of(!(c.gate > -INFINITY)))
+            pages<D, DT, GATE, OPEN | split>(c, map, a, st, o0, o1, i, at);
+        else if (all_of(c.gate > 0.0f))
+            pages<D, DT, GATE, POSITIVE | split>(c, map, a, st, o0, o1, i, at);
+        else
+            pages<D, DT, GATE, NEGATIVE | split>(c, map, a, st, o0, o1, i, at);
     }
     pass(c, item_field(c, offsetof(struct item_info, pass) + 4 * ITEM_FIELD(c, n_segments)));
 }
@@ -131,10 +145,10 @@ __device__ __forceinline__ void consume(uint32_t smem, const struct sm90_maps &m
         compute_item<D, DT, GATE, ROWS>(c, &maps.v, a);
         const uint32_t last = tiles_taken(c);
         mbar_arrive(smem + L::tile_empty + 8 * (last & 1));
-        bar_sync(BAR_LATE + c.group, GROUP_WARPS * 32); /* all have read `taken` */
+        bar_sync(BAR_SLOT + c.group, GROUP_WARPS * 32); /* all have read `taken` */
         if (c.thread() == 0)
             st_shared_s32(smem + L::taken + 4 * c.group, (int)last + 1);
-        bar_sync(BAR_LATE + c.group, GROUP_WARPS * 32);
+        bar_sync(BAR_SLOT + c.group, GROUP_WARPS * 32);
     }
 }
 
@@ -202,7 +216,6 @@ static cudaError_t launch(const struct sm90_maps *maps, const struct sm90_args *
     struct sm90_args a = *args;
     a.scale_log2 = a.scale * LOG2E;
     a.inv_scale = 1.0f / a.scale;
-    a.slack = SLACK_LOG2 / a.scale_log2;
     constexpr int bytes = smem_layout<D, GATE>::bytes;
     static_assert(bytes <= 232448, "shared memory of a thread block");
     cudaError_t e = cudaFuncSetAttribute(attn_prefill<D, DT, GATE, ROWS>,

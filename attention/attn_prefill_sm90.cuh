@@ -70,8 +70,7 @@ struct smem_layout {
     static constexpr int v = k + k_slots * page_bytes;
     static constexpr int info = v + v_slots * page_bytes;
     static constexpr int k_tile = info + TILE_SLOTS * (int)sizeof(struct tile_info); /* [k_slots] */
-    static constexpr int kept = k_tile + (k_slots + 1) / 2 * 8; /* [GROUPS] of the item at hand */
-    static constexpr int taken = kept + 4 * GROUPS;             /* [GROUPS] tiles */
+    static constexpr int taken = k_tile + (k_slots + 1) / 2 * 8; /* [GROUPS] tiles */
     static constexpr int tile_full = taken + 4 * GROUPS;
     static constexpr int tile_empty = tile_full + 8 * TILE_SLOTS;
     static constexpr int tile_wanted = tile_empty + 8 * TILE_SLOTS;

@@ -63,7 +63,7 @@ struct sm90_args {
     int32_t t_blocks;
     int64_t t_head_stride;
     float scale;
-    float scale_log2, inv_scale, slack;           /* filled in by the launch */
+    float scale_log2, inv_scale;                  /* filled in by the launch */
     struct sm90_counts *seq_counts, *head_counts; /* or NULL */
     /* ABS_MAX: the largest raw score (before the scale) of a row group's rows in each page before
      * its block, as integers in the order of the floats: bits of one that is not negative, bits ^

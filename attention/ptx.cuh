@@ -51,16 +51,20 @@ __device__ __forceinline__ void mbar_arrive_expect_tx(uint32_t bar, uint32_t byt
                  : "memory");
 }
 
+/* How long a wait may suspend its warp before it looks again: without it the loading warps' waits
+ * are a quarter of all instructions. */
+#define SUSPEND_NS 1000000
+
 /* Waits until the phase of that parity has completed. */
 __device__ __forceinline__ void mbar_wait(uint32_t bar, uint32_t parity)
 {
     asm volatile("{\n.reg .pred p;\n"
                  "WAIT:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1, %2;\n"
                  "@p bra DONE;\n"
                  "bra WAIT;\n"
                  "DONE:\n}" ::"r"(bar),
-                 "r"(parity)
+                 "r"(parity), "r"(SUSPEND_NS)
                  : "memory");
 }
 
@@ -100,6 +104,12 @@ __device__ __forceinline__ void fence_proxy_async(void)
 __device__ __forceinline__ void bar_sync(int id, int threads)
 {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/* For a barrier at which others wait. */
+__device__ __forceinline__ void bar_arrive(int id, int threads)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 /* A barrier of `threads` that also tells whether x holds for any of them. */

@@ -76,6 +76,28 @@ __device__ __forceinline__ void page_max(float (&pm)[2], const float (&s)[32])
     }
 }
 
+/* Of this thread's part of each row of a page, as bits, the score that tells whether one reaches a
+ * threshold of a sign: the largest in the order of integers, or the least in that of unsigned ones.
+ * Three operands an instruction; max.NaN has two. NaN of the tensor cores is positive: it reaches
+ * both. */
+template <bool POSITIVE>
+__device__ __forceinline__ void page_reach(uint32_t (&x)[2], const float (&s)[32])
+{
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        uint32_t a = __float_as_uint(s[2 * r]), b = __float_as_uint(s[2 * r + 1]);
+#pragma unroll
+        for (int i = 1; i < 8; i++) {
+            const uint32_t y = __float_as_uint(s[4 * i + 2 * r]);
+            const uint32_t z = __float_as_uint(s[4 * i + 2 * r + 1]);
+            uint32_t &acc = i & 1 ? a : b;
+            acc = POSITIVE ? (uint32_t)__vimax3_s32((int)acc, (int)y, (int)z)
+                           : __vimin3_u32(acc, y, z);
+        }
+        x[r] = POSITIVE ? (uint32_t)max((int)a, (int)b) : min(a, b);
+    }
+}
+
 /* Columns beyond the row become -inf: the diagonal page of 64 rows. col0 and row0 are the first
  * column and row of this thread. */
 __device__ __forceinline__ void mask_diagonal(float (&s)[32], int col0, int row0)
@@ -88,11 +110,12 @@ __device__ __forceinline__ void mask_diagonal(float (&s)[32], int col0, int row0
     }
 }
 
-/* p = exp2(s * scale - shift) of one page as A operands of PV; adds to the row sums, in two chains
- * a row. Sums are never fused with what precedes them: all kernels must give equal bits. */
+/* p = exp2(s * scale - shift) of one page as A operands of PV, and this thread's sums of its rows,
+ * in two chains each. Sums are never fused with what precedes them: all kernels must give equal
+ * bits. */
 template <int DT>
-__device__ __forceinline__ void page_exp(uint32_t (&p)[16], const float (&s)[32],
-                                         struct row_state &st, float scale_log2)
+__device__ __forceinline__ void page_exp(uint32_t (&p)[16], float (&sum)[2], const float (&s)[32],
+                                         const struct row_state &st, float scale_log2)
 {
     const float shift[2] = {row_shift(st.m[0], scale_log2), row_shift(st.m[1], scale_log2)};
     float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -104,8 +127,14 @@ __device__ __forceinline__ void page_exp(uint32_t (&p)[16], const float (&s)[32]
         part[(i & 2) + 1] = i < 4 ? y : __fadd_rn(part[(i & 2) + 1], y);
         p[i / 2] = pack2<DT>(x, y);
     }
-    st.l[0] = __fadd_rn(st.l[0], __fadd_rn(part[0], part[1]));
-    st.l[1] = __fadd_rn(st.l[1], __fadd_rn(part[2], part[3]));
+    sum[0] = __fadd_rn(part[0], part[1]);
+    sum[1] = __fadd_rn(part[2], part[3]);
+}
+
+__device__ __forceinline__ void add_sums(struct row_state &st, const float (&sum)[2])
+{
+    st.l[0] = __fadd_rn(st.l[0], sum[0]);
+    st.l[1] = __fadd_rn(st.l[1], sum[1]);
 }
 
 /* ---- the walk ---- */

@@ -125,7 +125,7 @@ static double flops(double n, double h, double d)
 
 static void bench_dense(int d)
 {
-    const int ns[3] = {8192, 32768, 131072}, reps[3] = {25, 11, 3};
+    const int ns[3] = {8192, 32768, 131072}, reps[3] = {25, 11, 5};
     for (int i = 0; i < 3; i++) {
         struct world w;
         const int one[1][2] = {{0, ns[i]}};
@@ -261,11 +261,11 @@ int main(int argc, char **argv)
                      "once")) /* under ncu: a check, no gate, T=-inf; then each density twice */
         bench_gate(128, 32768, 1, 0);
     else if (!strcmp(mode, "gate"))
-        bench_gate(128, 131072, 3, 0);
+        bench_gate(128, 131072, 5, 0);
     else if (!strcmp(mode, "gatefull"))
-        bench_gate(128, 131072, 3, 1);
+        bench_gate(128, 131072, 5, 1);
     else if (!strcmp(mode, "gate64"))
-        bench_gate(64, 131072, 3, 0);
+        bench_gate(64, 131072, 5, 0);
     else
         return 2;
     return 0;

@@ -131,8 +131,8 @@ static float rule(const float *m, int n, int k) /* calibration rule of the paper
     return t;
 }
 
-/* ABS: thresholds of level k from seq 0's own maxima (whole prompt at pos 0), the keep bitmap, the
- * count. */
+/* ABS: thresholds of level k from seq 0's own maxima (whole prompt at pos 0), or zeros of both
+ * signs for k < 0; the keep bitmap, the count. */
 static float *make_abs(struct world *w, int k, int rows64, struct keeps *keep, uint64_t *kept)
 {
     struct ref_problem p = world_ref(w, 0, 1);
@@ -146,7 +146,7 @@ static float *make_abs(struct world *w, int k, int rows64, struct keeps *keep, u
         float *m0 = m + x * np, *m1 = m + (hb + x) * np, u[4096];
         for (int j = 0; j < 2 * block; j++)
             u[j] = fmaxf(m0[j], m1[j]);
-        t[x] = rule(u, 2 * block, k);
+        t[x] = k > 0 ? rule(u, 2 * block, k) : block & 1 ? -0.0f : 0.0f;
         for (int j = 0; j < 2 * block; j++) {
             int k0 = !((rows64 ? m0[j] : u[j]) < t[x]), k1 = !((rows64 ? m1[j] : u[j]) < t[x]);
             keep->host[0][x * np + (size_t)j] = (uint8_t)k0;
@@ -312,6 +312,54 @@ static void test_abs(int d, int dtype)
                 w.args.order = 0;
             }
             free(x), keeps_free(&keep), cudaFree(t);
+        }
+    world_free(&w);
+}
+
+/* Bits of n 16-bit elements on the device: x & and | or. */
+static void set_bits(void *dev, size_t n, uint16_t and, uint16_t or)
+{
+    uint16_t *x = malloc(n * 2);
+    CK(cudaMemcpy(x, dev, n * 2, cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < n; i++)
+        x[i] = (uint16_t)((x[i] & and) | or);
+    CK(cudaMemcpy(dev, x, n * 2, cudaMemcpyHostToDevice));
+    free(x);
+}
+
+/* ABS where no score is positive, and pages whose scores are all zero: the kernel compares scores
+ * as integers, in another way for thresholds of each sign. */
+static void test_signs(int d, int dtype)
+{
+    struct world w;
+    const int one[1][2] = {{0, 2000}};
+    char text[120];
+    world_make(&w, 4, 2, d, dtype, 1, one, 91);
+    set_bits(w.q, (size_t)w.rows * (size_t)(4 * d), 0x7fff, 0);
+    const size_t page = (size_t)(2 * 64 * d);
+    for (int i = 0; i < w.pool_pages; i++)
+        set_bits((uint16_t *)w.k + (size_t)i * page, page, i % 3 ? 0xffff : 0x8000, 0x8000);
+    w.args.head_counts = w.counts;
+    const int ks[3] = {-1, 3, 14};
+    for (int rows64 = 0; rows64 < 2; rows64++)
+        for (int i = 0; i < 3; i++) {
+            struct keeps keep = {0};
+            uint64_t kept;
+            struct sm90_counts c;
+            float *t = make_abs(&w, ks[i], rows64, &keep, &kept);
+            w.seqs[0].t = t;
+            w.seqs[0].gate_rows = rows64 ? 64 : 128;
+            world_plan(&w);
+            CK(cudaMemset(w.counts, 0, 4 * sizeof *w.counts));
+            run(&w, SM90_GATE_ABS, "signs");
+            counts_of(&w, &c);
+            snprintf(text, sizeof text,
+                     "  negative scores d%d t%d k=%d rows %d: kept %llu want %llu of %llu", d,
+                     dtype, ks[i], rows64 ? 64 : 128, c.kept, (unsigned long long)kept,
+                     c.reachable);
+            compare(&w, &keep, text, 1);
+            check(c.kept == kept && kept < c.reachable, "    counters", "");
+            keeps_free(&keep), cudaFree(t);
         }
     world_free(&w);
 }
@@ -586,6 +634,7 @@ static void test_all(int d, int dtype)
     for (int gate = 0; gate < 3; gate++)
         test_chunks(d, dtype, gate);
     test_abs(d, dtype);
+    test_signs(d, dtype);
     for (int rows64 = 0; rows64 < 2; rows64++) {
         test_rel(d, dtype, rows64, -1.5f);
         test_rel(d, dtype, rows64, -4.0f);
@@ -605,6 +654,7 @@ int main(int argc, char **argv)
     if (argc > 1 && !strcmp(argv[1], "quick")) {
         test_dense(128, 0);
         test_abs(128, 0);
+        test_signs(128, 0);
         test_rel(128, 0, 0, -4.0f);
     } else if (argc > 1 && !strcmp(argv[1], "least")) {
         test_least();
