@@ -196,8 +196,7 @@ __device__ __forceinline__ void half_exp(uint32_t (&p)[16], const float (&s)[32]
     add_sums(st, sum);
 }
 
-/* Softmax of the first half under QK of the second, which has come when it returns. The wait is in
- * both branches: elsewhere ptxas moves it ahead of the exponentials. */
+/* Softmax of the first half under QK of the second, which has come when it returns. */
 template <int D, int DT, int GATE>
 __device__ __forceinline__ void exp_under_qk(uint32_t (&p)[16], const float (&s0)[32],
                                              float (&s1)[32], struct row_state &st,
@@ -205,19 +204,15 @@ __device__ __forceinline__ void exp_under_qk(uint32_t (&p)[16], const float (&s0
 {
     float sum[2];
     page_exp<DT>(p, sum, s0, st, a.scale_log2);
-    if (outgrown<GATE>(sum)) {
-        wgmma_wait<0>();
-        wgmma_pin(s1);
+    const bool grown = outgrown<GATE>(sum);
+    wgmma_wait<0>();
+    wgmma_pin(s1);
+    if (all_of(grown))
         settle<D, DT>(p, sum, s0, st, o, a);
-    } else {
-        wgmma_wait<0>();
-        wgmma_pin(s1);
-    }
     add_sums(st, sum);
 }
 
-/* PV of both halves, the second's softmax under the first's. Products are never in a branch that
- * only some of the group's warps may take. */
+/* PV of both halves, the second's softmax under the first's. */
 template <int D, int DT, int GATE>
 __device__ __forceinline__ void both_pv(uint32_t (&p0)[16], const float (&s1)[32],
                                         struct row_state &st1, float (&o0)[D / 2],
@@ -227,16 +222,12 @@ __device__ __forceinline__ void both_pv(uint32_t (&p0)[16], const float (&s1)[32
     float sum[2];
     issue_pv<D, DT>(o0, p0, v);
     page_exp<DT>(p1, sum, s1, st1, a.scale_log2);
-    if (outgrown<GATE>(sum)) {
-        wgmma_wait<0>();
-        wgmma_pin(o0);
-        wgmma_pin(p0);
+    const bool grown = outgrown<GATE>(sum);
+    wgmma_wait<0>();
+    wgmma_pin(o0);
+    wgmma_pin(p0);
+    if (all_of(grown))
         settle<D, DT>(p1, sum, s1, st1, o1, a);
-    } else {
-        wgmma_wait<0>();
-        wgmma_pin(o0);
-        wgmma_pin(p0);
-    }
     add_sums(st1, sum);
     issue_pv<D, DT>(o1, p1, v);
     wgmma_wait<0>();

@@ -140,11 +140,18 @@ __device__ __forceinline__ void raise_maxima(struct row_state &st, float (&alpha
 }
 
 /* Whether sums of a page's exponentials tell that a row of the warp has outgrown its maximum by too
- * much, as it does on its first page. NaN has. */
+ * much, as it does on its first page. NaN has. The branch keeps the exponentials ahead of a wait
+ * for products that follows: within a block ptxas would move the wait. It cannot itself wait in the
+ * branch, which only some of the group's warps may take. */
 template <int GATE>
 __device__ __forceinline__ bool outgrown(const float (&sum)[2])
 {
-    return GATE != SM90_GATE_REL && all_of(!(sum[0] <= SUM_LIMIT) || !(sum[1] <= SUM_LIMIT));
+    if (GATE == SM90_GATE_REL)
+        return false;
+    const bool grown = all_of(!(sum[0] <= SUM_LIMIT) || !(sum[1] <= SUM_LIMIT));
+    if (grown)
+        nap();
+    return grown;
 }
 
 /* No products may be in flight. */

@@ -106,6 +106,12 @@ __device__ __forceinline__ void bar_sync(int id, int threads)
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+/* Nothing, for a moment. */
+__device__ __forceinline__ void nap(void)
+{
+    asm volatile("nanosleep.u32 0;");
+}
+
 /* For a barrier at which others wait. */
 __device__ __forceinline__ void bar_arrive(int id, int threads)
 {
