@@ -146,6 +146,7 @@ static void fill_policy(const struct daemon *d, struct engine_policy *p)
     if (!t)
         return;
     p->k = thresholds_k(t, &p->n_levels);
+    p->decode_k = thresholds_meta(t)->decode.k;
     p->gate_rows = thresholds_meta(t)->gate_rows;
     p->auto_k = thresholds_meta(t)->auto_k;
     p->auto_min = thresholds_meta(t)->auto_min;

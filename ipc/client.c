@@ -52,6 +52,8 @@ static void fill_info(struct sluice_client *c)
         .gate_rows = h->gate_rows,
         .n_levels = h->n_levels,
         .k_levels = h->k_levels,
+        .n_decode_levels = h->n_decode_levels,
+        .decode_levels = h->decode_levels,
         .max_frame = h->max_frame,
         .max_connections = h->max_connections,
         .max_queued_requests = h->max_queued_requests,

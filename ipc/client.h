@@ -91,7 +91,9 @@ struct sluice_info {
     int32_t block_size, num_blocks, tp, gate_rows;
     bool has_dense, has_abs, has_rel;
     int32_t n_levels;
-    const int32_t *k_levels; /* what SLUICE_ABS accepts as k */
+    const int32_t *k_levels;      /* what SLUICE_ABS accepts as k */
+    int32_t n_decode_levels;      /* 0: decode_density is refused */
+    const int32_t *decode_levels; /* pages that a generated token keeps beside its own */
     int64_t max_frame;
     int32_t max_connections, max_queued_requests;
     int64_t max_queued_tokens;

@@ -138,6 +138,8 @@ struct ipc_hello_ok {
     int64_t max_queued_tokens;
     int32_t n_caps;
     char caps[IPC_MAX_CAPS][IPC_CAP_BYTES + 1];
+    int32_t n_decode_levels;               /* 0: generated tokens cannot have a gate */
+    int32_t decode_levels[IPC_MAX_LEVELS]; /* pages that a generated token keeps beside its own */
 };
 
 struct ipc_sparse {

@@ -77,6 +77,7 @@ static const struct ipc_field hello_ok_fields[] = {
     NUM(hello_ok, max_queued_requests, 18, I32, 0, I32_MAX, 0),
     NUM(hello_ok, max_queued_tokens, 19, I64, 0, N_MAX, 0),
     LIST(hello_ok, caps, 20, STR_LIST, n_caps, IPC_MAX_CAPS, 0, false),
+    LIST(hello_ok, decode_levels, 21, I32_LIST, n_decode_levels, IPC_MAX_LEVELS, I32_MAX, false),
 };
 
 static const struct ipc_field sparse_fields[] = {

@@ -37,6 +37,7 @@ struct engine_policy {
     double (*ln_lambda)(const void *rel, double density, int64_t n_tokens);
     const void *rel_128, *rel_64; /* borrowed; NULL: not calibrated */
     /* Gates of generated tokens: the predicted density of a level, growing with it. */
+    const int32_t *decode_k; /* of n_decode_levels levels, increasing; borrowed */
     int32_t n_decode_levels;
     const char *no_decode; /* why there are none, for who asks; set where n_decode_levels is 0 */
     double decode_density; /* of requests that name none; 0 or 1: dense */

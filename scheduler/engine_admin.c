@@ -26,6 +26,10 @@ void engine_fill_info(struct engine *e, struct ipc_hello_ok *info)
     for (int32_t i = 0; i < info->n_levels; i++)
         info->k_levels[i] = p->k[i];
     info->gate_rows = p->n_levels > 0 ? p->gate_rows : 0;
+    info->n_decode_levels =
+        p->n_decode_levels < IPC_MAX_LEVELS ? p->n_decode_levels : IPC_MAX_LEVELS;
+    for (int32_t i = 0; i < info->n_decode_levels; i++)
+        info->decode_levels[i] = p->decode_k[i];
 }
 
 static int64_t step_age_us(const struct engine *e)

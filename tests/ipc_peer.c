@@ -108,6 +108,8 @@ void world_start(struct world *w, const struct ipc_server_config *cfg)
                               on_drain, on_shutdown, on_reset,  on_writable, on_close};
     ipc_body_init(IPC_HELLO_OK, &c.info);
     memcpy(c.info.model, "tiny", 5);
+    c.info.n_decode_levels = 2;
+    c.info.decode_levels[1] = 32;
     c.info.vocab = 100;
     c.info.n_modes = 1;
     c.info.modes[0] = IPC_SPARSE_DENSE;

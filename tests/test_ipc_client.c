@@ -142,6 +142,7 @@ static void test_requests(void **state)
     assert_string_equal(info->model, "tiny");
     assert_int_equal(info->vocab, 100);
     assert_true(info->has_dense && !info->has_abs);
+    assert_true(info->n_decode_levels == 2 && info->decode_levels[1] == 32);
     for (int i = 0; i < 100; i++) {
         (void)snprintf(id, sizeof id, "r%d", i);
         struct sluice_request r = request(id);

@@ -39,13 +39,18 @@ def unpack_ids(raw):
 
 
 def sparse_of(text):
-    """dense | auto | k=256 | rel=0.001 -> the sparse map."""
-    name, _, value = text.partition("=")
-    if name == "k":
-        return {0: 2, 1: int(value)}
-    if name == "rel":
-        return {0: 3, 2: math.log(float(value))}
-    return {0: ("auto", "dense").index(text)}
+    """dense | auto | k=256 | rel=0.001 | abs~0.25 | rel~0.15, with +decode~0.25 behind it or not -> the sparse map."""
+    mode, plus, decode = text.partition("+decode~")
+    name, density, value = mode.partition("~")
+    if density:
+        sparse = {0: 2 + ("abs", "rel").index(name), 4: float(value)}
+    elif mode.startswith("k="):
+        sparse = {0: 2, 1: int(mode[2:])}
+    elif mode.startswith("rel="):
+        sparse = {0: 3, 2: math.log(float(mode[4:]))}
+    else:
+        sparse = {0: ("auto", "dense").index(mode)}
+    return {**sparse, 5: float(decode)} if plus else sparse
 
 
 class Client:
@@ -119,7 +124,8 @@ def main():
     p.add_argument("--seed", type=int)
     p.add_argument("--ignore-eos", action="store_true")
     p.add_argument("--logprobs", type=int, default=0)
-    p.add_argument("--sparse", type=sparse_of, default="auto", help="dense, auto, k=K or rel=LAMBDA")
+    p.add_argument("--sparse", type=sparse_of, default="auto",
+                   help="dense, auto, k=K, rel=LAMBDA, abs~D or rel~D (density); +decode~D behind it gates generated tokens")
     p.add_argument("--secret", default="", help="the shared secret of a TCP daemon")
     a = p.parse_args()
     text = open(a.tokens[1:]).read() if a.tokens.startswith("@") else a.tokens

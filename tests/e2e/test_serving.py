@@ -117,11 +117,14 @@ class Answers(unittest.TestCase):
                 f.write(struct.pack("<Q", len(text)) + text + data + more)
             with Daemon("--thresholds", os.path.join(d, "t"), "--max-model-len", "8192", "--decode-density", "0.01") as daemon:
                 c = Client(daemon.path)
+                self.assertEqual(c.info[21], [1, 8])
                 c.generate("g", prompt, sparse=dense, max_tokens=1)  # all of the others find it in the cache and compute the same rows
                 got = [c.generate("g%s" % x, prompt, sparse={**dense, 5: x}, max_tokens=8, ignore_eos=True) for x in asks]
-                r = subprocess.run([os.path.join(BIN, "sluice"), "generate", "--connect", "unix:" + daemon.path, "--tokens",
-                                    ",".join(map(str, prompt)), "--max-tokens", "8", "--temperature", "0", "--ignore-eos",
-                                    "--sparse", "dense+decode~0.01", "--json"], capture_output=True, text=True, timeout=60)
+                args = ["--connect", "unix:" + daemon.path, "--tokens", ",".join(map(str, prompt)), "--max-tokens", "8",
+                        "--temperature", "0", "--ignore-eos", "--sparse", "dense+decode~0.01"]
+                r, python = (subprocess.run([*program, *args], capture_output=True, text=True, timeout=60) for program in (
+                    [os.path.join(BIN, "sluice"), "generate", "--json"],
+                    [sys.executable, os.path.join(ROOT, "ipc", "examples", "sluice_client.py")]))
                 c.close()
         for ask, (out, done) in zip(asks, got):
             # k=1 keeps its own page, k=8 (0.1 of 61 pages) and 1 all; the daemon's default is 0.01
@@ -132,6 +135,7 @@ class Answers(unittest.TestCase):
         self.assertNotEqual(got[0][0], got[1][0])
         self.assertTrue(all(done[4] >= len(prompt) - 192 for _, done in got))
         self.assertEqual(json.loads(r.stdout)["tokens"], got[0][0])
+        self.assertEqual(json.loads(python.stdout)["tokens"], got[0][0])
         self.assertAlmostEqual(json.loads(r.stdout)["decode_density"], own / sum(pages), 6)
 
     def test_imported_thresholds(self):
