@@ -85,9 +85,9 @@ static int check_choice(const struct attn_seq *s, const struct attn_policy *poli
         (!policy->abs.t || c->level < 0 || c->level >= policy->abs.n_levels))
         return err_set(why, ERR_INVALID, "sequence %d: level %d of %d threshold levels", i,
                        c->level, policy->abs.t ? policy->abs.n_levels : 0);
-    if (c->gate == ATTN_GATE_REL && !(c->ln_lambda <= 0.0f))
-        return err_set(why, ERR_INVALID, "sequence %d: ln_lambda %g is not <= 0", i,
-                       (double)c->ln_lambda);
+    if (c->gate == ATTN_GATE_REL && !(c->ln_lambda <= (float)ATTN_REL_LN_MAX))
+        return err_set(why, ERR_INVALID, "sequence %d: ln_lambda %g is not <= %d", i,
+                       (double)c->ln_lambda, ATTN_REL_LN_MAX);
     if (s->pos >= s->prompt_end)
         return 0;
     int32_t end = s->pos + s->n_rows;

@@ -45,7 +45,7 @@ struct dec_seq {
     int32_t row;
     int32_t n_rows; /* 1 to DEC_MAX_TOKENS */
     int32_t pos;
-    float ln_lambda;      /* REL: <= 0, -inf is dense */
+    float ln_lambda;      /* REL: -inf is dense */
     const int32_t *pages; /* device, covering pos + n_rows tokens */
     const float *t;       /* ABS: device [n_layers, n_heads, t_blocks], natural scaled-logit units;
                              NULL: dense */

@@ -28,7 +28,7 @@ struct sm90_seq {
     int32_t gate_rows;        /* 128 or 64: in what units pages are counted */
     const int32_t *pages;     /* device */
     const float *t;           /* ABS: [n_heads, n_blocks] of this level and layer; NULL: dense */
-    float ln_lambda;          /* REL: <= 0, -inf is dense */
+    float ln_lambda;          /* REL: -inf is dense */
     int32_t pad;
 };
 

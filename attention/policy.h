@@ -57,9 +57,13 @@ struct attn_thresholds {
     int64_t level_stride, layer_stride, head_stride;
 };
 
-/* What one sequence chose. level indexes thresholds (ABS); ln_lambda <= 0 (REL); gate_rows 128 (one
- * decision for the query block, the paper) or 64 (one for each half of it). decode_level indexes
- * the thresholds of generated rows. */
+/* Largest ln(lambda) of REL. Above 0 a page may be skipped though it would raise the maximum, by
+ * less than that; pages kept alone raise it. */
+enum { ATTN_REL_LN_MAX = 30 };
+
+/* What one sequence chose. level indexes thresholds (ABS); ln_lambda at most ATTN_REL_LN_MAX (REL);
+ * gate_rows 128 (one decision for the query block, the paper) or 64 (one for each half of it).
+ * decode_level indexes the thresholds of generated rows. */
 struct attn_choice {
     uint8_t gate; /* enum attn_gate */
     uint8_t gate_rows;

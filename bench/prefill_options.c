@@ -111,7 +111,7 @@ static int add_levels(struct prefill_options *o, struct err_msg *why)
 static int add_lambdas(struct prefill_options *o, struct err_msg *why)
 {
     double lambda[PREFILL_MAX_MODES];
-    int n = numbers_of(lambda, PREFILL_MAX_MODES, "lambda", o->lambda, 1e-30, 1, why);
+    int n = numbers_of(lambda, PREFILL_MAX_MODES, "lambda", o->lambda, 1e-30, 1000, why);
     TRY(n);
     for (int i = 0; i < n; i++) {
         struct prefill_mode mode = {.gate = BATCH_REL, .ln_lambda = (float)log(lambda[i])};

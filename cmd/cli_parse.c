@@ -153,6 +153,8 @@ static int parse_decode(struct sluice_request *r, const char *text, struct err_m
     return 0;
 }
 
+enum { REL_LN_MAX = 30 }; /* of the protocol */
+
 static int parse_mode(struct sluice_request *r, const char *text, struct err_msg *why)
 {
     double v;
@@ -171,16 +173,19 @@ static int parse_mode(struct sluice_request *r, const char *text, struct err_msg
                parse_real(text + 4, &v) && v > 0 && v <= 1) {
         r->sparse = *text == 'a' ? SLUICE_ABS : SLUICE_REL;
         r->density = v;
-    } else if (strncmp(text, "rel=", 4) == 0 && parse_real(text + 4, &v) && v > 0 && v <= 1) {
+    } else if (strncmp(text, "rel=", 4) == 0 && parse_real(text + 4, &v) && v > 0 &&
+               log(v) <= REL_LN_MAX && fabs(log(v)) > 0) {
         r->sparse = SLUICE_REL;
         r->ln_lambda = log(v);
-    } else if (strncmp(text, "rel:", 4) == 0 && parse_real(text + 4, &v) && v < 0 && v >= -1000) {
+    } else if (strncmp(text, "rel:", 4) == 0 && parse_real(text + 4, &v) && fabs(v) > 0 &&
+               v >= -1000 && v <= REL_LN_MAX) {
         r->sparse = SLUICE_REL;
         r->ln_lambda = v;
     } else {
         return err_set(why, ERR_INVALID,
                        "'%s' is not dense, auto, k=K or abs:K (whole, above 0), rel=LAMBDA (above "
-                       "0, at most 1), rel:LN (below 0), or abs~D or rel~D (density, at most 1)",
+                       "0, not 1) or rel:LN (its logarithm, at most 30), or abs~D or rel~D "
+                       "(density, at most 1)",
                        text);
     }
     return 0;

@@ -126,7 +126,7 @@ struct sluice_request {
     bool stream;               /* true; false: all tokens in one event before SLUICE_DONE */
     enum sluice_sparse sparse; /* SLUICE_AUTO */
     int32_t k;                 /* SLUICE_ABS */
-    double ln_lambda;          /* SLUICE_REL, <= 0 */
+    double ln_lambda;          /* SLUICE_REL, at most 30, not 0 */
     int32_t gate_rows;         /* 64, 128; 0: the daemon's */
     double density;            /* SLUICE_ABS and SLUICE_REL: in place of k and ln_lambda, above 0 */
     double decode_density;     /* share of pages a generated token keeps; 1: all; 0: the daemon's */

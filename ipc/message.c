@@ -3,6 +3,7 @@
 
 #include "ipc/schema.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -55,14 +56,14 @@ static int sparse_check(const struct ipc_sparse *s, struct err_msg *why)
     if (s->density > 0) {
         if (s->mode != IPC_SPARSE_ABS && s->mode != IPC_SPARSE_REL)
             return err_set(why, ERR_INVALID, "sparse.density: for the modes abs and rel");
-        if (s->k != 0 || s->ln_lambda < 0)
+        if (s->k != 0 || fabs(s->ln_lambda) > 0)
             return err_set(why, ERR_INVALID, "sparse.density: excludes k and ln_lambda");
         return 0;
     }
     if (s->mode == IPC_SPARSE_ABS && s->k <= 0)
         return err_set(why, ERR_INVALID, "sparse.k: mode abs needs a level above 0");
-    if (s->mode == IPC_SPARSE_REL && !(s->ln_lambda < 0))
-        return err_set(why, ERR_INVALID, "sparse.ln_lambda: mode rel needs a value below 0");
+    if (s->mode == IPC_SPARSE_REL && !(fabs(s->ln_lambda) > 0))
+        return err_set(why, ERR_INVALID, "sparse.ln_lambda: mode rel needs a value, not 0");
     return 0;
 }
 

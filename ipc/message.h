@@ -145,7 +145,7 @@ struct ipc_hello_ok {
 struct ipc_sparse {
     int32_t mode;      /* enum ipc_sparse_mode */
     int32_t k;         /* ABS: required, > 0, or density */
-    double ln_lambda;  /* REL: required, < 0, or density */
+    double ln_lambda;  /* REL: required, at most 30, not 0, or density */
     int32_t gate_rows; /* 64, 128 or 0: as calibrated (ABS), 128 (REL) */
     double density;    /* ABS, REL: share of the prompt's pages to keep, by calibration; 0: not */
     double decode_density; /* any mode: share of its pages that a generated token keeps, by

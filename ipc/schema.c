@@ -82,7 +82,7 @@ static const struct ipc_field hello_ok_fields[] = {
 
 static const struct ipc_field sparse_fields[] = {
     SPARSE(mode, 0, I32, 0, IPC_SPARSE_REL), SPARSE(k, 1, I32, 0, I32_MAX),
-    SPARSE(ln_lambda, 2, F64, -1000, 0),     SPARSE(gate_rows, 3, I32, 0, 128),
+    SPARSE(ln_lambda, 2, F64, -1000, 30),    SPARSE(gate_rows, 3, I32, 0, 128),
     SPARSE(density, 4, F64, 0, 1),           SPARSE(decode_density, 5, F64, 0, 1),
 };
 

@@ -78,8 +78,8 @@ static int check_policy(const struct plan_limits *l, const struct batch_seq *s, 
         return wrong(s, "gate_rows is not 128 or 64", p->gate_rows, why);
     if (p->gate == BATCH_ABS && (p->level < 0 || p->level >= l->n_levels))
         return wrong(s, "no thresholds of this level", p->level, why);
-    if (p->gate == BATCH_REL && !(p->ln_lambda <= 0.0f))
-        return wrong(s, "ln_lambda is above 0 or NaN", 0, why);
+    if (p->gate == BATCH_REL && !(p->ln_lambda <= (float)ATTN_REL_LN_MAX))
+        return wrong(s, "ln_lambda is above 30 or NaN", 0, why);
     if (s->start < s->prompt_len && s->start % KV_BLOCK_TOKENS != 0)
         return wrong(s, "a gated chunk starts inside a block", s->start, why);
     if (end < s->prompt_len && end % KV_BLOCK_TOKENS != 0)

@@ -12,7 +12,7 @@ static struct attn_choice random_choice(struct rng *r, int32_t n_levels, bool ga
     struct attn_choice c = {.gate = (uint8_t)rng_range(r, gated, ATTN_GATE_REL),
                             .gate_rows = rng_range(r, 0, 1) ? 128 : 64,
                             .level = (int16_t)rng_range(r, 0, n_levels - 1),
-                            .ln_lambda = (float)(-2 * rng_unit(r))};
+                            .ln_lambda = (float)(1 - 3 * rng_unit(r))};
     return c;
 }
 
@@ -518,7 +518,7 @@ static void bad_problems_are_named(void **state)
     BAD_S(pos, 64, "aligned");
     s.n_rows = 150;
     s.choice = (struct attn_choice){.gate = ATTN_GATE_REL, .gate_rows = 128, .ln_lambda = -1};
-    BAD_S(choice.ln_lambda, 0.5f, "ln_lambda");
+    BAD_S(choice.ln_lambda, 30.5f, "ln_lambda");
     BAD_S(choice.ln_lambda, NAN, "ln_lambda");
 #undef BAD_P
 #undef BAD_S

@@ -148,7 +148,7 @@ static void make_consistent(struct ipc_msg *m)
     s->repetition_penalty += s->repetition_penalty > 0 ? 0 : 0.5;
     s->sparse.gate_rows = s->sparse.gate_rows / 64 * 64;
     s->sparse.k += s->sparse.k == 0;
-    s->sparse.ln_lambda -= s->sparse.ln_lambda < 0 ? 0 : 1;
+    s->sparse.ln_lambda += fabs(s->sparse.ln_lambda) > 0 ? 0 : 1;
     if (s->sparse.density > 0 && s->sparse.mode < IPC_SPARSE_ABS)
         s->sparse.density = 0;
     if (s->sparse.density > 0) {
@@ -525,7 +525,7 @@ static void test_field_errors(void **state)
         {"sparse.mode", 21, RAW("\x81\x00\x04")},
         {"sparse.k", 21, RAW("\x81\x00\x02")},
         {"sparse.ln_lambda", 21, RAW("\x81\x00\x03")},
-        {"sparse.ln_lambda", 21, RAW("\x82\x00\x03\x02\x01")},
+        {"sparse.ln_lambda", 21, RAW("\x82\x00\x03\x02\x1f")},
         {"sparse.gate_rows", 21, RAW("\x81\x03\x20")},
         {"sparse.density", 21, RAW("\x82\x00\x02\x04\x02")},
         {"sparse.density", 21, RAW("\x82\x00\x02\x04\xff")},

@@ -85,10 +85,10 @@ static void no_thresholds(struct batch_seq *s)
     s->policy.gate = BATCH_ABS;
 }
 
-static void lambda_positive(struct batch_seq *s)
+static void lambda_large(struct batch_seq *s)
 {
     s->policy.gate = BATCH_REL;
-    s->policy.ln_lambda = 0.5f;
+    s->policy.ln_lambda = 30.5f;
 }
 
 static void lambda_nan(struct batch_seq *s)
@@ -144,7 +144,7 @@ static void test_bad_batches(void **state)
         {"page id", page_range},
         {"gate", gate_unknown},
         {"thresholds", no_thresholds},
-        {"ln_lambda", lambda_positive},
+        {"ln_lambda", lambda_large},
         {"ln_lambda", lambda_nan},
         {"inside a block", unaligned_start},
         {"inside a block", unaligned_end},

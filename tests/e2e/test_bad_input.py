@@ -82,7 +82,7 @@ class BadInput(unittest.TestCase):
     def test_sparse(self):
         self.expect_field("sparse", sparse={0: ABS, 1: 16})  # no threshold file here
         self.expect_field("sparse", sparse={0: 3, 2: float("nan")})
-        self.expect_field("sparse", sparse={0: 3, 2: 1.0})
+        self.expect_field("sparse", sparse={0: 3, 2: 31.0})
         self.expect_field("sparse", sparse={0: 99})
         self.expect_field("sparse", sparse={0: ABS, 4: 0.5})
         self.expect_field("sparse.density", sparse={0: 3, 4: 0.5})
