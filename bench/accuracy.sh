@@ -58,7 +58,7 @@ echo "with the budget's: $((SECONDS - begin)) s"
 policies=
 names=
 for p in ${POLICIES:-mean=abs~0.5 mean=abs~0.25 quantile=abs~0.25 quantile=abs~0.15 rows64=abs~0.25 smooth=abs~0.25 second=abs~0.25 budget=abs~0.5 budget=abs~0.25 \
-    rel=rel~0.3/64 rel=rel~0.15/64 rel=rel:-0.001/64 window=dense}; do
+    rel=rel~0.3/64 rel=rel~0.15/64 rel=rel:-0.001/64 rel=rel:0.6/64 rel=rel:1.2/64 rel=rel:2/64 window=dense}; do
     names+=" ${p%%=*}"
     policies+=${policies:+,}${p#*=}@unix:${p%%=*}.sock
 done
