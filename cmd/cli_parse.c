@@ -153,8 +153,6 @@ static int parse_decode(struct sluice_request *r, const char *text, struct err_m
     return 0;
 }
 
-enum { REL_LN_MAX = 30 }; /* of the protocol */
-
 static int parse_mode(struct sluice_request *r, const char *text, struct err_msg *why)
 {
     double v;
@@ -174,11 +172,11 @@ static int parse_mode(struct sluice_request *r, const char *text, struct err_msg
         r->sparse = *text == 'a' ? SLUICE_ABS : SLUICE_REL;
         r->density = v;
     } else if (strncmp(text, "rel=", 4) == 0 && parse_real(text + 4, &v) && v > 0 &&
-               log(v) <= REL_LN_MAX && fabs(log(v)) > 0) {
+               log(v) <= SLUICE_REL_LN_MAX && fabs(log(v)) > 0) {
         r->sparse = SLUICE_REL;
         r->ln_lambda = log(v);
     } else if (strncmp(text, "rel:", 4) == 0 && parse_real(text + 4, &v) && fabs(v) > 0 &&
-               v >= -1000 && v <= REL_LN_MAX) {
+               v >= -1000 && v <= SLUICE_REL_LN_MAX) {
         r->sparse = SLUICE_REL;
         r->ln_lambda = v;
     } else {

@@ -99,6 +99,8 @@ struct sluice_info {
     int64_t max_queued_tokens;
 };
 
+enum { SLUICE_REL_LN_MAX = 30 }; /* largest ln_lambda */
+
 /* Set the defaults with sluice_request_init, then change what you need. */
 struct sluice_request {
     const char *id; /* 1..128 bytes of UTF-8, unique among the open requests of this client */
@@ -126,7 +128,7 @@ struct sluice_request {
     bool stream;               /* true; false: all tokens in one event before SLUICE_DONE */
     enum sluice_sparse sparse; /* SLUICE_AUTO */
     int32_t k;                 /* SLUICE_ABS */
-    double ln_lambda;          /* SLUICE_REL, at most 30, not 0 */
+    double ln_lambda;          /* SLUICE_REL, -1000..SLUICE_REL_LN_MAX, not 0 */
     int32_t gate_rows;         /* 64, 128; 0: the daemon's */
     double density;            /* SLUICE_ABS and SLUICE_REL: in place of k and ln_lambda, above 0 */
     double decode_density;     /* share of pages a generated token keeps; 1: all; 0: the daemon's */
