@@ -119,21 +119,10 @@ __device__ __forceinline__ void count_kept(struct consumer<D, GATE> &c, int n)
         c.kept += n;
 }
 
-/* Before the group's V slot at hand is filled again: all warps have read it. They do not wait for
- * each other; the first, which asks for V, waits for them. */
-template <int D, int GATE>
-__device__ __forceinline__ void slot_free(const struct consumer<D, GATE> &c)
-{
-    if (all_of(c.thread() < 32))
-        bar_sync(BAR_SLOT + c.group, GROUP_WARPS * 32);
-    else
-        bar_arrive(BAR_SLOT + c.group, GROUP_WARPS * 32);
-}
-
 template <int D, int GATE>
 __device__ __forceinline__ bool vote(const struct consumer<D, GATE> &c, bool x)
 {
-    return bar_any(BAR_VOTE + c.group, GROUP_WARPS * 32, x);
+    return bar_any(BAR_GROUP + c.group, GROUP_WARPS * 32, x);
 }
 
 /* QK of both halves; returns when the first half's scores are there. An open item asks for V now.
@@ -146,7 +135,7 @@ __device__ __forceinline__ void begin_page(const struct consumer<D, GATE> &c,
     const uint32_t k = wait_k(c);
     const uint64_t q = desc_k_major(c.smem + L::q + c.group * L::q_bytes);
     if (KIND == OPEN) {
-        slot_free(c);
+        group_sync(c);
         request_v(c, map);
     }
     wgmma_fence();
@@ -165,7 +154,10 @@ __device__ __forceinline__ bool half_wants(const struct consumer<D, GATE> &c,
 {
     if (KIND != GATED)
         return reaches<D, GATE, KIND>(c, s, half);
-    page_max(pm, s);
+    if (GATE == SM90_GATE_REL && tops_positive(c, st))
+        page_max_positive(pm, s);
+    else
+        page_max(pm, s);
     write_max(c, a, pm, half, at);
     return wants(c, st, pm, half);
 }
@@ -184,27 +176,27 @@ __device__ __forceinline__ void settle(uint32_t (&p)[16], float (&sum)[2], const
 }
 
 /* Softmax of one half. No products may be in flight. */
-template <int D, int DT, int GATE>
+template <int D, int DT>
 __device__ __forceinline__ void half_exp(uint32_t (&p)[16], const float (&s)[32],
                                          struct row_state &st, float (&o)[D / 2],
                                          const struct sm90_args &a)
 {
     float sum[2];
     page_exp<DT>(p, sum, s, st, a.scale_log2);
-    if (outgrown<GATE>(sum))
+    if (outgrown(sum))
         settle<D, DT>(p, sum, s, st, o, a);
     add_sums(st, sum);
 }
 
 /* Softmax of the first half under QK of the second, which has come when it returns. */
-template <int D, int DT, int GATE>
+template <int D, int DT>
 __device__ __forceinline__ void exp_under_qk(uint32_t (&p)[16], const float (&s0)[32],
                                              float (&s1)[32], struct row_state &st,
                                              float (&o)[D / 2], const struct sm90_args &a)
 {
     float sum[2];
     page_exp<DT>(p, sum, s0, st, a.scale_log2);
-    const bool grown = outgrown<GATE>(sum);
+    const bool grown = outgrown(sum);
     wgmma_wait<0>();
     wgmma_pin(s1);
     if (all_of(grown))
@@ -213,7 +205,7 @@ __device__ __forceinline__ void exp_under_qk(uint32_t (&p)[16], const float (&s0
 }
 
 /* PV of both halves, the second's softmax under the first's. */
-template <int D, int DT, int GATE>
+template <int D, int DT>
 __device__ __forceinline__ void both_pv(uint32_t (&p0)[16], const float (&s1)[32],
                                         struct row_state &st1, float (&o0)[D / 2],
                                         float (&o1)[D / 2], uint32_t v, const struct sm90_args &a)
@@ -222,7 +214,7 @@ __device__ __forceinline__ void both_pv(uint32_t (&p0)[16], const float (&s1)[32
     float sum[2];
     issue_pv<D, DT>(o0, p0, v);
     page_exp<DT>(p1, sum, s1, st1, a.scale_log2);
-    const bool grown = outgrown<GATE>(sum);
+    const bool grown = outgrown(sum);
     wgmma_wait<0>();
     wgmma_pin(o0);
     wgmma_pin(p0);
@@ -236,12 +228,12 @@ __device__ __forceinline__ void both_pv(uint32_t (&p0)[16], const float (&s1)[32
 }
 
 /* Softmax and PV of one half. No products may be in flight. */
-template <int D, int DT, int GATE>
+template <int D, int DT>
 __device__ __forceinline__ void half_pv(const float (&s)[32], struct row_state &st,
                                         float (&o)[D / 2], uint32_t v, const struct sm90_args &a)
 {
     uint32_t p[16];
-    half_exp<D, DT, GATE>(p, s, st, o, a);
+    half_exp<D, DT>(p, s, st, o, a);
     issue_pv<D, DT>(o, p, v);
     wgmma_wait<0>();
     wgmma_pin(o);
@@ -270,15 +262,15 @@ __device__ __forceinline__ void plain_page(struct consumer<D, GATE> &c, const CU
         release_k(c);
         if (all_of(!keep))
             return;
-        follow_maxima<GATE>(st[0], o0, pm0, a);
-        follow_maxima<GATE>(st[1], o1, pm1, a);
-        half_exp<D, DT, GATE>(p0, s0, st[0], o0, a);
+        raise_tops<GATE>(st[0], pm0);
+        raise_tops<GATE>(st[1], pm1);
+        half_exp<D, DT>(p0, s0, st[0], o0, a);
     } else {
-        exp_under_qk<D, DT, GATE>(p0, s0, s1, st[0], o0, a);
+        exp_under_qk<D, DT>(p0, s0, s1, st[0], o0, a);
         release_k(c);
     }
     count_kept(c, (KIND & SPLIT) && ITEM_FIELD(c, row_end) > HALF_M ? 2 : 1);
-    both_pv<D, DT, GATE>(p0, s1, st[1], o0, o1, wait_v(c), a);
+    both_pv<D, DT>(p0, s1, st[1], o0, o1, wait_v(c), a);
     release_v(c);
 }
 
@@ -295,26 +287,26 @@ __device__ __forceinline__ void split_page(struct consumer<D, GATE> &c, const CU
     wgmma_pin(s1);
     if (all_of(keep0)) {
         request_v(c, map);
-        follow_maxima<GATE>(st[0], o0, pm, a);
+        raise_tops<GATE>(st[0], pm);
     }
     const bool keep1 = vote(c, half_wants<D, GATE, KIND>(c, a, st[1], s1, pm, 1, at));
     if (all_of(keep1 && !keep0))
         request_v(c, map);
     release_k(c);
     if (all_of(keep1))
-        follow_maxima<GATE>(st[1], o1, pm, a);
+        raise_tops<GATE>(st[1], pm);
     if (all_of(!keep0 && !keep1))
         return;
     count_kept(c, ITEM_FIELD(c, rows64) ? keep0 + keep1 : 1);
     const uint32_t v = wait_v(c);
     if (all_of(!keep0)) {
-        half_pv<D, DT, GATE>(s1, st[1], o1, v, a);
+        half_pv<D, DT>(s1, st[1], o1, v, a);
     } else if (all_of(!keep1)) {
-        half_pv<D, DT, GATE>(s0, st[0], o0, v, a);
+        half_pv<D, DT>(s0, st[0], o0, v, a);
     } else {
         uint32_t p0[16];
-        half_exp<D, DT, GATE>(p0, s0, st[0], o0, a);
-        both_pv<D, DT, GATE>(p0, s1, st[1], o0, o1, v, a);
+        half_exp<D, DT>(p0, s0, st[0], o0, a);
+        both_pv<D, DT>(p0, s1, st[1], o0, o1, v, a);
     }
     release_v(c);
 }
@@ -330,7 +322,7 @@ diagonal_half(struct consumer<D, GATE> &c, const CUtensorMap *map, const struct 
     wgmma_fence();
     issue_qk<D, DT>(s, desc_k_major(c.smem + L::q + c.group * L::q_bytes + half * HALF_M * 128), k);
     if (GATE != SM90_GATE_NONE && !asked) {
-        bar_sync(BAR_SLOT + c.group, GROUP_WARPS * 32); /* the slot of V is free */
+        group_sync(c);
         request_v(c, map);
     }
     wgmma_wait<0>();
@@ -340,8 +332,8 @@ diagonal_half(struct consumer<D, GATE> &c, const CUtensorMap *map, const struct 
         mask_diagonal(s, 2 * (lane & 3), thread / 32 * 16 + lane / 4);
     }
     page_max(pm, s);
-    follow_maxima<GATE>(st, o, pm, a);
-    half_pv<D, DT, GATE>(s, st, o, wait_v(c), a);
+    raise_tops<GATE>(st, pm);
+    half_pv<D, DT>(s, st, o, wait_v(c), a);
 }
 
 /* The first or second diagonal page, one half after the other; the second is above the first half's

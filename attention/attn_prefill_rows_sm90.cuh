@@ -7,8 +7,8 @@
 
 #include <stddef.h>
 
-/* Named barriers, one a warpgroup each. */
-enum { BAR_VOTE = 1, BAR_SLOT = 3 };
+/* Named barriers of the warpgroups. */
+enum { BAR_GROUP = 1 };
 
 /* A thread's part of a row's sum over a page may grow to this before the row's maximum follows:
  * each term fits 16 bits, and O and the sums stay far from the ends of 32. */
@@ -36,6 +36,12 @@ struct consumer {
         return bits >> 8;
     }
 };
+
+template <int D, int GATE>
+__device__ __forceinline__ void group_sync(const struct consumer<D, GATE> &c)
+{
+    bar_sync(BAR_GROUP + c.group, GROUP_WARPS * 32);
+}
 
 /* How many tiles this group has taken: in shared memory, since registers are dear. */
 template <int D, int GATE>
@@ -75,11 +81,21 @@ template <int D, int GATE>
 __device__ __forceinline__ bool wants(const struct consumer<D, GATE> &c, const struct row_state &st,
                                       const float (&pm)[2], int half)
 {
-    const float b0 = GATE == SM90_GATE_REL ? st.m[0] + c.gate : c.gate;
-    const float b1 = GATE == SM90_GATE_REL ? st.m[1] + c.gate : c.gate;
+    const float b0 = GATE == SM90_GATE_REL ? st.top[0] + c.gate : c.gate;
+    const float b1 = GATE == SM90_GATE_REL ? st.top[1] + c.gate : c.gate;
     const int valid = opaque(c.bits);
     const bool v0 = valid & 1 << 2 * half, v1 = valid & 2 << 2 * half;
     return (v0 & !(pm[0] < b0)) | (v1 & !(pm[1] < b1));
+}
+
+/* REL: whether all rows of the warp have maxima, and want scores, above zero: then the order of
+ * integers will do. */
+template <int D, int GATE>
+__device__ __forceinline__ bool tops_positive(const struct consumer<D, GATE> &c,
+                                              const struct row_state &st)
+{
+    const float least = fminf(st.top[0], st.top[1]);
+    return __all_sync(0xffffffffu, least > 0.0f && least > -c.gate);
 }
 
 /* The same for a threshold of the sign that KIND tells. */
@@ -143,11 +159,8 @@ __device__ __forceinline__ void raise_maxima(struct row_state &st, float (&alpha
  * much, as it does on its first page. NaN has. The branch keeps the exponentials ahead of a wait
  * for products that follows: within a block ptxas would move the wait. It cannot itself wait in the
  * branch, which only some of the group's warps may take. */
-template <int GATE>
 __device__ __forceinline__ bool outgrown(const float (&sum)[2])
 {
-    if (GATE == SM90_GATE_REL)
-        return false;
     const bool grown = all_of(!(sum[0] <= SUM_LIMIT) || !(sum[1] <= SUM_LIMIT));
     if (grown)
         nap();
@@ -163,16 +176,14 @@ __device__ __forceinline__ void scale_rows(float (&o)[N], const float (&alpha)[2
         o[i] *= alpha[(i >> 1) & 1];
 }
 
-/* REL decides by maxima that are always up to date. No products may be in flight. */
-template <int GATE, int N>
-__device__ __forceinline__ void follow_maxima(struct row_state &st, float (&o)[N],
-                                              const float (&pm)[2], const struct sm90_args &a)
+/* REL decides by the maxima of all that was kept, exactly; exponents need not refer to them. */
+template <int GATE>
+__device__ __forceinline__ void raise_tops(struct row_state &st, const float (&pm)[2])
 {
-    float alpha[2];
-    if (GATE != SM90_GATE_REL || !all_of(!(pm[0] <= st.m[0]) || !(pm[1] <= st.m[1])))
+    if (GATE != SM90_GATE_REL || !all_of(!(pm[0] <= st.top[0]) || !(pm[1] <= st.top[1])))
         return;
-    raise_maxima(st, alpha, pm, a);
-    scale_rows(o, alpha);
+    st.top[0] = max_nan(st.top[0], quad_max(pm[0]));
+    st.top[1] = max_nan(st.top[1], quad_max(pm[1]));
 }
 
 /* Four registers of each of four neighbouring threads, transposed: x[i] of thread j to x[j] of

@@ -13,7 +13,8 @@
  * so that half 0's softmax runs under half 1's QK, half 1's under half 0's PV, and the other
  * group's products under what is left. With a gate the group decides by both halves' scores before
  * softmax 0, and a skipped page ends there: 16 QK products, 64 scores compared, a vote. Softmax
- * takes no maxima of a page: its sums tell when a row's maximum must follow (SUM_LIMIT).
+ * takes no maxima of a page: its sums tell when a row's maximum must follow (SUM_LIMIT). REL keeps
+ * the maxima that decide apart from those that exponents refer to.
  *
  * V on demand. With a gate, one thread of a group asks for V when the group has decided, or at the
  * page's start if the item keeps all; the slot is the group's own. Without one V comes in a ring
@@ -24,7 +25,7 @@
  * (with a gate 2 a group), then descriptions of two tiles and barriers. O leaves from registers,
  * while the next Q comes. Registers: 240 a computing thread, 24 a loading one; O takes 128 of
  * them, scores 64. mbarriers: full and empty for each slot, Q of each group and tile
- * description; named barriers: two a group. Bottleneck: the card's power; then, of skipped pages,
+ * description; named barriers: one a group. Bottleneck: the card's power; then, of skipped pages,
  * QK of 64 keys, which reads Q and K at shared memory's full rate.
  * Source: BSFA (arXiv 2512.07011) section 4; FlashAttention-3 (arXiv 2407.08608) section 3. */
 #include "attention/attn_prefill_load_sm90.cuh"
@@ -112,6 +113,7 @@ __device__ __forceinline__ void compute_item(struct consumer<D, GATE> &c, const 
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         st[i / 2].m[i & 1] = -INFINITY;
+        st[i / 2].top[i & 1] = -INFINITY;
         st[i / 2].l[i & 1] = 0.0f;
     }
     wgmma_zero(o0);
@@ -145,10 +147,10 @@ __device__ __forceinline__ void consume(uint32_t smem, const struct sm90_maps &m
         compute_item<D, DT, GATE, ROWS>(c, &maps.v, a);
         const uint32_t last = tiles_taken(c);
         mbar_arrive(smem + L::tile_empty + 8 * (last & 1));
-        bar_sync(BAR_SLOT + c.group, GROUP_WARPS * 32); /* all have read `taken` */
+        group_sync(c); /* all have read `taken` */
         if (c.thread() == 0)
             st_shared_s32(smem + L::taken + 4 * c.group, (int)last + 1);
-        bar_sync(BAR_SLOT + c.group, GROUP_WARPS * 32);
+        group_sync(c);
     }
 }
 

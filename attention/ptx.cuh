@@ -112,12 +112,6 @@ __device__ __forceinline__ void nap(void)
     asm volatile("nanosleep.u32 0;");
 }
 
-/* For a barrier at which others wait. */
-__device__ __forceinline__ void bar_arrive(int id, int threads)
-{
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 /* A barrier of `threads` that also tells whether x holds for any of them. */
 __device__ __forceinline__ bool bar_any(int id, int threads, bool x)
 {

@@ -36,8 +36,9 @@ __device__ __forceinline__ uint64_t desc_mn_major(uint32_t addr, uint32_t half_b
 
 /* Of the two rows that a thread has in 64 rows of a block. */
 struct row_state {
-    float m[2]; /* maximum of the raw scores that exponents refer to */
-    float l[2]; /* this thread's part of the row sum */
+    float m[2];   /* maximum of the raw scores that exponents refer to */
+    float l[2];   /* this thread's part of the row sum */
+    float top[2]; /* maximum of all kept scores, where pages are skipped by that (REL) */
 };
 
 /* What is taken off exponents: m in base-2 units, but finite while m is -inf. */
@@ -96,6 +97,15 @@ __device__ __forceinline__ void page_reach(uint32_t (&x)[2], const float (&s)[32
         }
         x[r] = POSITIVE ? (uint32_t)max((int)a, (int)b) : min(a, b);
     }
+}
+
+/* The same as maxima, which are right where they are above zero, and at most zero elsewhere. */
+__device__ __forceinline__ void page_max_positive(float (&pm)[2], const float (&s)[32])
+{
+    uint32_t x[2];
+    page_reach<true>(x, s);
+    pm[0] = __uint_as_float(x[0]);
+    pm[1] = __uint_as_float(x[1]);
 }
 
 /* Columns beyond the row become -inf: the diagonal page of 64 rows. col0 and row0 are the first
