@@ -26,11 +26,15 @@ trap 'kill $(jobs -p) 2>/dev/null || true; rm -r "$work"' EXIT
 
 densities=0.75,0.5,0.35,0.25,0.15,0.1
 
-calibrate() { # calibrate NAME OPTIONS...
-    local name=$1
-    shift
-    "$bin/sluice-calibrate" --model "$model" --samples "samples.jsonl" --holdout 0 --limit 0 \
+calibrate_on() { # calibrate_on SAMPLES NAME OPTIONS...
+    local samples=$1 name=$2
+    shift 2
+    "$bin/sluice-calibrate" --model "$model" --samples "$samples" --holdout 0 --limit 0 \
         --out "$name.safetensors" "$@" >"$out/calibrate_$name.txt"
+}
+
+calibrate() {
+    calibrate_on samples.jsonl "$@"
 }
 
 serve() { # serve NAME OPTIONS...
@@ -42,9 +46,15 @@ serve() { # serve NAME OPTIONS...
 
 "$bin/sluice" eval --print samples.jsonl --tokens "$model/tokens.json" --set calibrate --tasks "${CALIBRATE:-niah}" --samples "${CALIBRATE_SAMPLES:-2}" \
     --lengths "${CALIBRATE_LENGTH:-32k}"
+case " ${POLICIES:-budget=} " in *" budget="*)
+    # A k a head comes from page masses, which the CPU alone computes: shorter prompts, whose last thresholds serve beyond them.
+    "$bin/sluice" eval --print short.jsonl --tokens "$model/tokens.json" --set calibrate --tasks "${CALIBRATE:-niah}" \
+        --samples "${CALIBRATE_SAMPLES:-2}" --lengths "${BUDGET_LENGTH:-8k}"
+    calibrate_on short.jsonl budget --device cpu --budget "$densities" &
+    budget=$!
+    ;;
+esac
 begin=$SECONDS
-calibrate budget --device cpu --budget "$densities" & # a k a head comes from page masses, which the CPU alone computes
-budget=$!
 calibrate mean --density "$densities"
 calibrate quantile --density "$densities" --aggregate quantile
 calibrate rows64 --density "$densities" --gate-rows 64
@@ -52,13 +62,15 @@ calibrate smooth --density "$densities" --smooth
 calibrate second --density "$densities" --second-pass
 calibrate rel --density "$densities" --rel 8
 echo "six calibrations on $(wc -l <"samples.jsonl") samples: $((SECONDS - begin)) s"
-wait "$budget"
-echo "with the budget's: $((SECONDS - begin)) s"
+if [ -n "${budget:-}" ]; then
+    wait "$budget"
+    echo "with the budget's: $((SECONDS - begin)) s"
+fi
 
 policies=
 names=
-for p in ${POLICIES:-mean=abs~0.5 mean=abs~0.25 quantile=abs~0.25 quantile=abs~0.15 rows64=abs~0.25 smooth=abs~0.25 second=abs~0.25 budget=abs~0.5 budget=abs~0.25 \
-    rel=rel~0.3/64 rel=rel~0.15/64 rel=rel:-0.001/64 rel=rel:0.6/64 rel=rel:1.2/64 rel=rel:2/64 window=dense}; do
+for p in ${POLICIES:-mean=abs~0.5 mean=abs~0.25 quantile=abs~0.15 rows64=abs~0.25 smooth=abs~0.25 second=abs~0.25 budget=abs~0.25 \
+    rel=rel~0.2 rel=rel~0.1 rel=rel:-0.001/64 rel=rel=2/64 rel=rel=2 rel=rel=3 rel=rel=5 rel=rel=10 rel=rel=20 window=dense}; do
     names+=" ${p%%=*}"
     policies+=${policies:+,}${p#*=}@unix:${p%%=*}.sock
 done

@@ -6,15 +6,17 @@
 #include <math.h>
 #include <string.h>
 
-enum { FIRST_LENGTH = 1024, N_BINS = CALIB_REL_TRIALS + 1 };
+enum { FIRST_LENGTH = 1024, N_BINS = CALIB_REL_BELOW_1 + 1 };
 
 static const float ln_4 = 1.3863f; /* and a little more: lengths are whole numbers */
 
-/* ln of 1e-6, 5e-6, ... 5e-3, then of what large sparsity takes. */
+/* ln of 1e-6, 5e-6, ... 5e-3, then of what large sparsity takes, up to the most that a density may
+ * get. */
 static const float trials[CALIB_REL_TRIALS] = {
-    -13.815511f, -12.206073f, -11.512925f, -9.903488f, -9.210340f, -7.600902f, -6.907755f,
-    -5.298317f,  -4.605170f,  -3.912023f,  -2.995732f, -2.302585f, -1.609438f, -1.203973f,
-    -0.916291f,  -0.693147f,  -0.356675f,  -0.223144f, -0.105361f, -0.010050f};
+    -13.815511f, -12.206073f, -11.512925f, -9.903488f, -9.210340f,           -7.600902f, -6.907755f,
+    -5.298317f,  -4.605170f,  -3.912023f,  -2.995732f, -2.302585f,           -1.609438f, -1.203973f,
+    -0.916291f,  -0.693147f,  -0.356675f,  -0.223144f, -0.105361f,           -0.010050f, 0.4f,
+    0.9f,        1.5f,        2.3f,        3.5f,       THRESHOLDS_REL_LN_MAX};
 
 /* S at every trial, of a prompt or its beginning; NAN where the trial was not run. */
 struct curve {
@@ -49,7 +51,7 @@ void calib_rel_create(struct calib_rel **out, int32_t n_layers, int32_t n_heads)
     r->n_layers = n_layers;
     r->n_heads = n_heads;
     r->sums = mem_zalloc(n_bins(r), sizeof *r->sums);
-    r->counts = (struct attn_rel_counts){trials, CALIB_REL_TRIALS,
+    r->counts = (struct attn_rel_counts){trials, CALIB_REL_BELOW_1,
                                          mem_zalloc(n_bins(r), sizeof *r->counts.bins)};
     r->next = FIRST_LENGTH;
     *out = r;
@@ -128,7 +130,7 @@ static void take_curve(struct calib_rel *r, int32_t gate_rows, int32_t n_tokens)
     const double all =
         off + diagonal(gate_rows, n_tokens) * (double)r->n_layers * (double)r->n_heads;
     struct curve *c = add_curve(r, rows_index(gate_rows), n_tokens);
-    for (int32_t i = 0; i < CALIB_REL_TRIALS; i++) {
+    for (int32_t i = 0; i < CALIB_REL_BELOW_1; i++) {
         skipped += bins[i];
         c->skipped[i] = (float)(skipped / all);
     }
@@ -192,7 +194,7 @@ double calib_rel_skipped(const struct calib_rel *r, int32_t gate_rows, int32_t t
 }
 
 /* S at ln(lambda * L) = x, on average over the prompts and beginnings of at least a quarter of the
- * longest, where lambda is below 1 there; -1 where there is none. */
+ * longest, where the trials reach it; -1 where there is none. */
 static double mean_skipped(const struct calib_rel *r, int which, double x)
 {
     const struct curve *c = r->curves[which];
@@ -205,7 +207,7 @@ static double mean_skipped(const struct calib_rel *r, int which, double x)
             continue;
         while (t < CALIB_REL_TRIALS && (double)trials[t] <= at)
             t++;
-        if (t == CALIB_REL_TRIALS)
+        if (t == CALIB_REL_TRIALS || isnan(c[i].skipped[t]))
             continue;
         double s = (double)c[i].skipped[t];
         if (t > 0) {
@@ -221,7 +223,8 @@ static double mean_skipped(const struct calib_rel *r, int which, double x)
 /* Where the mean first reaches S = 0.1, 0.2, ...; beyond what is reached, as the law goes on. */
 static void find_knots(const struct calib_rel *r, int which, struct thresholds_rel *fit)
 {
-    const double step = 0.01, end = (double)r->longest[which];
+    const double step = 0.01;
+    const double end = (double)r->longest[which] + (double)trials[CALIB_REL_TRIALS - 1];
     double x = (double)trials[0];
     for (int i = 0; i < THRESHOLDS_REL_KNOTS; i++) {
         while (x < end && mean_skipped(r, which, x) < (i + 1) / 10.0)

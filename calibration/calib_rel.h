@@ -2,9 +2,9 @@
  * prompt's length in tokens and S the share of its pages, diagonal ones among all, that the gate
  * skips. Taken from what prompts and their beginnings show at trial lambdas: as the published law
  * a * exp(b * S), fitted in logarithms, and as knots of the mean curve, which bends where the law
- * is straight. Lambda is at most 1, where a page is skipped as soon as none of it exceeds what was
- * seen before. Source: BLASST (arXiv 2512.12087); its published calibrator for trials and bounds of
- * S. */
+ * is straight. At lambda = 1 a page is skipped as soon as none of it exceeds what was seen before;
+ * the trials go on beyond. Source: BLASST (arXiv 2512.12087); its published calibrator for trials
+ * up to 1 and bounds of S. */
 #ifndef CALIBRATION_CALIB_REL_H
 #define CALIBRATION_CALIB_REL_H
 
@@ -14,22 +14,23 @@
 
 #include <stdbool.h>
 
-enum { CALIB_REL_TRIALS = 20 };
+enum { CALIB_REL_TRIALS = 26, CALIB_REL_BELOW_1 = 20 };
 
 struct calib_rel;
 
 void calib_rel_create(struct calib_rel **out, int32_t n_layers, int32_t n_heads);
 void calib_rel_destroy(struct calib_rel *r); /* accepts NULL */
 
-/* Increasing ln(lambda), CALIB_REL_TRIALS of them, all below 0. */
+/* Increasing ln(lambda), CALIB_REL_TRIALS of them, the first CALIB_REL_BELOW_1 below 0. */
 const float *calib_rel_trials(void);
-/* For model_count_rel: what a dense run counts at all trials. The run is one prompt from its
- * beginning; calib_rel_reached after every chunk says how far it is, and takes a curve at the end
- * (last) and at lengths that double on the way there. */
+/* For model_count_rel: what a dense run counts at the trials below 0, where what is skipped raises
+ * no maximum. The run is one prompt from its beginning; calib_rel_reached after every chunk says
+ * how far it is, and takes a curve at the end (last) and at lengths that double on the way there.
+ */
 const struct attn_rel_counts *calib_rel_counts(struct calib_rel *r);
 void calib_rel_reached(struct calib_rel *r, int32_t n_tokens, bool last);
-/* The same where a dense run cannot count: the density up to there of a run gated at a trial. The
- * runs of a prompt follow each other, and have the same chunks. */
+/* The same of a trial that no dense run counts: the density up to there of a run gated at it. The
+ * runs of a prompt follow each other, the dense one first, and have the same chunks. */
 void calib_rel_gated(struct calib_rel *r, int32_t gate_rows, int32_t trial, double density,
                      int32_t n_tokens, bool last);
 /* Mean share skipped by each layer and head at a trial, off the diagonal; NAN where nothing was
@@ -37,7 +38,7 @@ void calib_rel_gated(struct calib_rel *r, int32_t gate_rows, int32_t trial, doub
 double calib_rel_skipped(const struct calib_rel *r, int32_t gate_rows, int32_t trial, int32_t layer,
                          int32_t head);
 /* The law by least squares over the points with S from 0.1 to 0.9; the knots where the mean is S
- * over the prompts no shorter than a quarter of the longest, as long as lambda is below 1 there.
+ * over the prompts no shorter than a quarter of the longest, as far as the trials reach.
  * ERR_INVALID where the points are fewer than four, or all alike, or S falls as lambda grows. */
 MUST_CHECK int calib_rel_fit(const struct calib_rel *r, int32_t gate_rows,
                              struct thresholds_rel *fit, struct err_msg *why);

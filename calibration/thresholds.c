@@ -153,18 +153,43 @@ static int rel_field(const struct reader *r, const char *field, struct threshold
     return 0;
 }
 
-static int auto_density_field(const struct reader *r, struct thresholds_meta *m)
+static int auto_density_field(const struct reader *r, const char *text, struct thresholds_meta *m)
 {
-    const char *text = safetensors_metadata(r->st, "auto_density");
-    m->auto_density = 0;
-    if (!text)
-        return 0;
+    const int32_t rows = m->auto_rows;
     if (!parse_numbers(text, &m->auto_density, 1) || !(m->auto_density > 0) || m->auto_density > 1)
         return err_set(r->why, ERR_FORMAT,
                        "%s: metadata auto_density is '%.40s', not a number above 0, at most 1",
                        r->name, text);
-    if (m->rel_64.b == 0)
-        return err_set(r->why, ERR_FORMAT, "%s: metadata auto_density without rel_64", r->name);
+    if ((rows == 64 ? &m->rel_64 : &m->rel_128)->b == 0)
+        return err_set(r->why, ERR_FORMAT, "%s: metadata auto_density without rel_%d", r->name,
+                       rows);
+    return 0;
+}
+
+/* What `auto` means where it is the REL gate. Files from before auto_rows mean 64. */
+static int auto_rel_fields(const struct reader *r, struct thresholds_meta *m)
+{
+    const char *density = safetensors_metadata(r->st, "auto_density");
+    const char *lambda = safetensors_metadata(r->st, "auto_ln_lambda");
+    m->auto_rows = 0;
+    m->auto_density = m->auto_ln_lambda = 0;
+    if (!density && !lambda)
+        return 0;
+    if (density && lambda)
+        return err_set(r->why, ERR_FORMAT, "%s: metadata auto_density and auto_ln_lambda", r->name);
+    m->auto_rows = 64;
+    if (safetensors_metadata(r->st, "auto_rows"))
+        TRY(int_field(r, "auto_rows", 1, &m->auto_rows));
+    if (m->auto_rows != 128 && m->auto_rows != 64)
+        return err_set(r->why, ERR_FORMAT, "%s: metadata auto_rows is %d, must be 128 or 64",
+                       r->name, m->auto_rows);
+    if (density)
+        return auto_density_field(r, density, m);
+    if (!parse_numbers(lambda, &m->auto_ln_lambda, 1) || m->auto_ln_lambda < -1000 ||
+        m->auto_ln_lambda > ATTN_REL_LN_MAX)
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: metadata auto_ln_lambda is '%.40s', not a number from -1000 to %d",
+                       r->name, lambda, ATTN_REL_LN_MAX);
     return 0;
 }
 
@@ -189,7 +214,7 @@ static int read_meta(const struct reader *r, struct thresholds_meta *m)
     TRY(scale_field(r, &m->softmax_scale));
     TRY(rel_field(r, "rel_128", &m->rel_128));
     TRY(rel_field(r, "rel_64", &m->rel_64));
-    TRY(auto_density_field(r, m));
+    TRY(auto_rel_fields(r, m));
     TRY(text_field(r, "rope", &rope));
     if (!*rope || strlen(rope) >= sizeof m->rope) {
         return err_set(r->why, ERR_FORMAT, "%s: metadata rope is empty or longer than %zu bytes",
@@ -543,8 +568,8 @@ double thresholds_rel_ln_lambda(const struct thresholds_rel *r, double density, 
         const int i = (int)at;
         ln += r->knots[i] + (r->knots[i + 1] - r->knots[i]) * (at - i);
     }
-    if (ln > -1e-4)
-        return -1e-4;
+    if (ln > (double)THRESHOLDS_REL_LN_MAX)
+        return (double)THRESHOLDS_REL_LN_MAX;
     return ln > -60 ? ln : -60;
 }
 

@@ -4,8 +4,9 @@
  * calibration set, 16 hex digits), auto_k (level that `--sparse auto` chooses), auto_min (prompt
  * tokens below which auto is dense), and source "imported" where another program's file was
  * converted (import.h): samples may then be 0, unknown. Optional, and ignored by readers that do
- * not know them: rel_128 and rel_64 (struct thresholds_rel, 14 numbers), auto_density, head_k (S *
- * L * H whole numbers, where each head keeps pages of its own: k then only names the level). Two
+ * not know them: rel_128 and rel_64 (struct thresholds_rel, 14 numbers), auto_density or
+ * auto_ln_lambda and auto_rows, head_k (S * L * H whole numbers, where each head keeps pages of its
+ * own: k then only names the level). Two
  * more tensors, both or neither: `decode` f32 [S', L, H, NB'] and `decode_k` i32 [S'], the same for
  * generated rows, which decide alone (policy.h), with levels and a length of their own. Programs
  * from before those refuse a file that has them, by the number of its tensors.
@@ -26,6 +27,9 @@ struct thresholds;
 
 enum { THRESHOLDS_REL_KNOTS = 9 };
 
+/* Largest ln(lambda) that is tried, and that a density may get. */
+#define THRESHOLDS_REL_LN_MAX 5.0f
+
 /* How the REL gate of so many rows reaches a density (calib_rel.h): lambda times the prompt's
  * tokens as a function of S, the share of its pages that is skipped. b 0: not calibrated. */
 struct thresholds_rel {
@@ -37,8 +41,7 @@ struct thresholds_rel {
 };
 
 /* ln(lambda) for a density in (0, 1] at n_tokens: between the knots, and beyond them as the law
- * goes on. At most -1e-4, at least -60: the density that lambda = 1 leaves is the least there is.
- */
+ * goes on. At most THRESHOLDS_REL_LN_MAX, at least -60. */
 double thresholds_rel_ln_lambda(const struct thresholds_rel *r, double density, int64_t n_tokens);
 
 /* Thresholds of generated rows: t [n_levels, n_layers, n_heads, n_blocks], k [n_levels] pages that
@@ -61,7 +64,10 @@ struct thresholds_meta {
     int32_t auto_k; /* 0: auto is dense */
     int32_t auto_min;
     struct thresholds_rel rel_128, rel_64;
-    double auto_density; /* above 0: auto is the REL gate of 64 rows at this density, not auto_k */
+    /* 128 or 64: auto is the REL gate of so many rows, not auto_k; at auto_density where that is
+     * above 0, else at auto_ln_lambda. */
+    int32_t auto_rows;
+    double auto_density, auto_ln_lambda;
     /* [S, L, H] pages that each head keeps, none fewer than a level before; NULL: the level's k.
      * Borrowed: a loaded file's lives as long as it. */
     const int32_t *head_k;

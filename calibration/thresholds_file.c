@@ -96,7 +96,8 @@ static char *head_k_text(const struct thresholds_meta *m, const struct shape *s)
 
 static json_t *make_meta(const struct thresholds_meta *m, const struct shape *s)
 {
-    char rel_128[256], rel_64[256], density[32];
+    char rel_128[256], rel_64[256], density[32], lambda[32], rows[12];
+    const bool rel = m->auto_rows > 0, by_density = rel && m->auto_density > 0;
     char model[17], set[17], gate_rows[12], scale[32], n_max[12], samples[12], auto_k[12],
         auto_min[12];
     (void)snprintf(model, sizeof model, "%016" PRIx64, m->model);
@@ -108,16 +109,19 @@ static json_t *make_meta(const struct thresholds_meta *m, const struct shape *s)
     (void)snprintf(auto_k, sizeof auto_k, "%d", m->auto_k);
     (void)snprintf(auto_min, sizeof auto_min, "%d", m->auto_min);
     (void)snprintf(density, sizeof density, "%.9g", m->auto_density);
+    (void)snprintf(lambda, sizeof lambda, "%.9g", m->auto_ln_lambda);
+    (void)snprintf(rows, sizeof rows, "%d", m->auto_rows);
     char *head_k = head_k_text(m, s);
     json_t *o = json_pack(
-        "{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s*,s:s*,s:s*,s:s*,s:s*}", "format",
-        THRESHOLDS_FORMAT, "version", THRESHOLDS_VERSION, "page", THRESHOLDS_PAGE, "model", model,
-        "set", set, "gate_rows", gate_rows, "softmax_scale", scale, "rope", m->rope, "n_max", n_max,
-        "samples", samples, "auto_k", auto_k, "auto_min", auto_min, "source",
+        "{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s*,s:s*,s:s*,s:s*,s:s*,s:s*,s:s*}",
+        "format", THRESHOLDS_FORMAT, "version", THRESHOLDS_VERSION, "page", THRESHOLDS_PAGE,
+        "model", model, "set", set, "gate_rows", gate_rows, "softmax_scale", scale, "rope", m->rope,
+        "n_max", n_max, "samples", samples, "auto_k", auto_k, "auto_min", auto_min, "source",
         m->imported ? THRESHOLDS_IMPORTED : NULL, "rel_128",
         rel_text(&m->rel_128, rel_128, sizeof rel_128), "rel_64",
-        rel_text(&m->rel_64, rel_64, sizeof rel_64), "auto_density",
-        m->auto_density > 0 ? density : NULL, "head_k", head_k);
+        rel_text(&m->rel_64, rel_64, sizeof rel_64), "auto_density", by_density ? density : NULL,
+        "auto_ln_lambda", rel && !by_density ? lambda : NULL, "auto_rows", rel ? rows : NULL,
+        "head_k", head_k);
     mem_free(head_k);
     return o;
 }

@@ -31,6 +31,19 @@ static int32_t choose_auto(const struct calibrate_work *w)
     return k;
 }
 
+/* What `auto` is to mean, where it is named; else meta stays. */
+static void set_auto(const struct calibrate_options *o, struct thresholds_meta *meta)
+{
+    const bool rel = o->auto_density > 0 || o->auto_lambda > 0;
+    if (rel || o->auto_k >= 0) {
+        meta->auto_rows = rel ? o->auto_rows == 0 ? 128 : 64 : 0;
+        meta->auto_density = o->auto_density;
+        meta->auto_ln_lambda = o->auto_lambda > 0 ? log(o->auto_lambda) : 0;
+    }
+    meta->auto_k = o->auto_k >= 0 ? (int32_t)o->auto_k : meta->auto_k;
+    meta->auto_min = o->auto_min >= 0 ? (int32_t)o->auto_min : meta->auto_min;
+}
+
 static struct thresholds_decode decode_of(const struct calibrate_work *w)
 {
     if (!w->decode_t)
@@ -47,9 +60,7 @@ static struct thresholds_meta make_meta(const struct calibrate_work *w)
         meta.rel_64 = w->rel_64;
         if (w->decode_t)
             meta.decode = decode_of(w);
-        meta.auto_density = w->o.auto_density > 0 ? w->o.auto_density : meta.auto_density;
-        meta.auto_k = w->o.auto_k >= 0 ? (int32_t)w->o.auto_k : meta.auto_k;
-        meta.auto_min = w->o.auto_min >= 0 ? (int32_t)w->o.auto_min : meta.auto_min;
+        set_auto(&w->o, &meta);
         return meta;
     }
     struct thresholds_meta meta = {.model = info->fingerprint,
@@ -60,14 +71,13 @@ static struct thresholds_meta make_meta(const struct calibrate_work *w)
                                    .imported = w->o.import != NULL,
                                    .softmax_scale = info->softmax_scale,
                                    .auto_k = choose_auto(w),
-                                   .auto_min = w->o.auto_min >= 0 ? (int32_t)w->o.auto_min
-                                                                  : AUTO_MIN_TOKENS,
+                                   .auto_min = AUTO_MIN_TOKENS,
                                    .rel_128 = w->rel_128,
                                    .rel_64 = w->rel_64,
-                                   .auto_density = w->o.auto_density,
                                    .head_k = w->o.budget ? w->head_k : NULL,
                                    .decode = decode_of(w)};
     memcpy(meta.rope, info->rope, sizeof meta.rope);
+    set_auto(&w->o, &meta);
     return meta;
 }
 

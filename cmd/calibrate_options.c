@@ -274,7 +274,26 @@ static const struct conf_opt options[] = {
      1,
      {0},
      "D",
-     "requests with `auto` get the REL gate of 64 rows at this density; 0 is --auto-k"},
+     "requests with `auto` get the REL gate at this density; 0 is --auto-k"},
+    {"auto-lambda",
+     CONF_FLOAT,
+     AT(auto_lambda),
+     "0",
+     0,
+     1e13,
+     {0},
+     "LAMBDA",
+     "requests with `auto` get the REL gate at this lambda, for prompts of any length; 0 is "
+     "--auto-k"},
+    {"auto-rows",
+     CONF_ENUM,
+     AT(auto_rows),
+     "128",
+     0,
+     0,
+     {"128", "64"},
+     NULL,
+     "rows that decide together under --auto-density and --auto-lambda"},
     {"json", CONF_BOOL, AT(json), "false", 0, 0, {0}, NULL, "print the result as one JSON object"},
 };
 
@@ -287,23 +306,29 @@ const struct conf_program calibrate_program = {
     "was. Or converts thresholds from and to the reference implementation's files.",
     options, sizeof options / sizeof *options};
 
+/* Whether there is something to add to a file that there is. */
+static bool adds(const struct calibrate_options *o)
+{
+    return o->rel || o->decode_k || o->auto_lambda > 0;
+}
+
 /* What would go unheard where nothing is calibrated. */
 static int check_given(const struct calibrate_options *o, const char *source, struct err_msg *why)
 {
-    const char *other = o->k                                                 ? "k"
-                        : o->density                                         ? "density"
-                        : o->budget                                          ? "budget"
-                        : o->aggregate != CALIBRATE_MEAN                     ? "aggregate"
-                        : o->smooth                                          ? "smooth"
-                        : o->second_pass                                     ? "second-pass"
-                        : o->import && o->rel                                ? "rel"
-                        : o->import && o->decode_k                           ? "decode-k"
-                        : o->import && o->thresholds                         ? "thresholds"
-                        : o->import && o->samples                            ? "samples"
-                        : o->import && o->task                               ? "task"
-                        : o->import && o->report                             ? "report"
-                        : o->thresholds && o->out && !o->rel && !o->decode_k ? "out"
-                                                                             : NULL;
+    const char *other = o->k                                  ? "k"
+                        : o->density                          ? "density"
+                        : o->budget                           ? "budget"
+                        : o->aggregate != CALIBRATE_MEAN      ? "aggregate"
+                        : o->smooth                           ? "smooth"
+                        : o->second_pass                      ? "second-pass"
+                        : o->import && o->rel                 ? "rel"
+                        : o->import && o->decode_k            ? "decode-k"
+                        : o->import && o->thresholds          ? "thresholds"
+                        : o->import && o->samples             ? "samples"
+                        : o->import && o->task                ? "task"
+                        : o->import && o->report              ? "report"
+                        : o->thresholds && o->out && !adds(o) ? "out"
+                                                              : NULL;
     if (other)
         return err_set(why, ERR_CONFIG, "--%s and --%s exclude each other", source, other);
     if (o->import && calibrate_gate_rows(o) != KV_BLOCK_TOKENS) {
@@ -335,6 +360,8 @@ int calibrate_options_check(const struct calibrate_options *o, struct err_msg *w
                                     : "second-pass");
     if (o->auto_density > 0 && o->rel == 0)
         return err_set(why, ERR_CONFIG, "--auto-density needs --rel");
+    if (o->auto_density > 0 && o->auto_lambda > 0)
+        return err_set(why, ERR_CONFIG, "--auto-density and --auto-lambda exclude each other");
     if (o->chunk % KV_BLOCK_TOKENS) {
         return err_set(why, ERR_CONFIG, "--chunk: %lld is not a multiple of %d",
                        (long long)o->chunk, KV_BLOCK_TOKENS);

@@ -19,8 +19,10 @@ struct calibrate_options {
         *budget, *decode_k, *rel_density, *device;
     int aggregate; /* enum calibrate_aggregate */
     bool smooth, second_pass;
-    int64_t rel;         /* samples for the REL gate's law; 0: none */
-    double auto_density; /* 0: auto is auto_k */
+    int64_t rel; /* samples for the REL gate's law; 0: none */
+    /* auto is the REL gate at a density or a lambda, of auto_rows; both 0: it is auto_k */
+    double auto_density, auto_lambda;
+    int auto_rows; /* index into the choices 128, 64 */
     int64_t holdout, limit, max_len, threads, chunk, auto_k, auto_min;
     int gate_rows;       /* index into the choices 128, 64 */
     int dtype, kv_dtype; /* index into DEVICE_DTYPES */

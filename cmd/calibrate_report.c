@@ -232,8 +232,12 @@ void calibrate_report_text(const struct calibrate_report *r, FILE *to)
         (void)fprintf(to, "measured on %d held-out samples; auto: ", r->levels[0].n);
     else
         (void)fprintf(to, "predicted at %d tokens, no held-out samples; auto: ", m->n_max);
-    if (m->auto_density > 0)
-        (void)fprintf(to, "REL at density %.3g from %d tokens on\n", m->auto_density, m->auto_min);
+    if (m->auto_rows && m->auto_density > 0)
+        (void)fprintf(to, "REL of %d rows at density %.3g from %d tokens on\n", m->auto_rows,
+                      m->auto_density, m->auto_min);
+    else if (m->auto_rows)
+        (void)fprintf(to, "REL of %d rows at lambda %.4g from %d tokens on\n", m->auto_rows,
+                      exp(m->auto_ln_lambda), m->auto_min);
     else if (m->auto_k)
         (void)fprintf(to, "k=%d from %d tokens on\n", m->auto_k, m->auto_min);
     else
@@ -322,12 +326,13 @@ int calibrate_report_json(const struct calibrate_report *r, FILE *to)
     for (int32_t i = 0; i < r->n_held_out; i++)
         (void)json_array_append_new(held_out, held_out_json(&r->held_out[i], r->n_levels));
     json_t *o = json_pack(
-        "{s:s,s:s?,s:s,s:b,s:i,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:f,s:f,s:o,s:o,s:o,s:o}", "model",
-        r->model, "out", r->out, "how", r->how, "imported", m->imported, "samples", m->n_samples,
-        "resumed", r->n_resumed, "n_max", m->n_max, "gate_rows", m->gate_rows, "shape", r->n_levels,
-        r->n_layers, r->n_heads, r->n_blocks, "auto_k", m->auto_k, "auto_min", m->auto_min,
-        "auto_density", m->auto_density, "seconds", r->seconds, "levels", levels, "rel",
-        rel_json(r), "decode", decode_json(r), "held_out", held_out);
+        "{s:s,s:s?,s:s,s:b,s:i,s:i,s:i,s:i,s:[i,i,i,i],s:i,s:i,s:i,s:f,s:f,s:f,s:o,s:o,s:o,s:o}",
+        "model", r->model, "out", r->out, "how", r->how, "imported", m->imported, "samples",
+        m->n_samples, "resumed", r->n_resumed, "n_max", m->n_max, "gate_rows", m->gate_rows,
+        "shape", r->n_levels, r->n_layers, r->n_heads, r->n_blocks, "auto_k", m->auto_k, "auto_min",
+        m->auto_min, "auto_rows", m->auto_rows, "auto_density", m->auto_density, "auto_ln_lambda",
+        m->auto_ln_lambda, "seconds", r->seconds, "levels", levels, "rel", rel_json(r), "decode",
+        decode_json(r), "held_out", held_out);
     int failed = !o || json_dumpf(o, to, JSON_COMPACT | JSON_REAL_PRECISION(6)) < 0;
     json_decref(o);
     return failed || fputc('\n', to) == EOF ? -EIO : 0;

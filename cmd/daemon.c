@@ -150,7 +150,9 @@ static void fill_policy(const struct daemon *d, struct engine_policy *p)
     p->gate_rows = thresholds_meta(t)->gate_rows;
     p->auto_k = thresholds_meta(t)->auto_k;
     p->auto_min = thresholds_meta(t)->auto_min;
+    p->auto_rows = thresholds_meta(t)->auto_rows;
     p->auto_density = thresholds_meta(t)->auto_density;
+    p->auto_ln_lambda = thresholds_meta(t)->auto_ln_lambda;
     p->predicted = level_density;
     p->thresholds = t;
     p->ln_lambda = rel_ln_lambda;

@@ -27,9 +27,11 @@ struct engine_policy {
     const int32_t *k; /* levels of the threshold file, increasing; borrowed */
     int32_t n_levels; /* 0: no file, ABS is refused */
     int32_t gate_rows;
-    int32_t auto_k;      /* level of `auto`; 0: dense */
-    int32_t auto_min;    /* prompts shorter than this are dense under `auto` */
-    double auto_density; /* above 0: `auto` is REL of 64 rows at this density, not auto_k */
+    int32_t auto_k;   /* level of `auto`; 0: dense */
+    int32_t auto_min; /* prompts shorter than this are dense under `auto` */
+    /* Above 0: `auto` is REL of so many rows, not auto_k; at a density above 0, or at a lambda. */
+    int32_t auto_rows;
+    double auto_density, auto_ln_lambda;
     /* Densities that requests name; set where n_levels > 0: of a level, growing with it; and
      * ln(lambda) of the REL gate by what was calibrated for its rows. */
     double (*predicted)(const void *thresholds, int32_t level, int64_t n_tokens);

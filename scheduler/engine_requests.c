@@ -105,12 +105,13 @@ static int choose_policy(const struct engine_policy *p, const struct ipc_submit 
     struct ipc_sparse s = m->sparse;
     *out = (struct batch_policy){.gate = BATCH_DENSE, .gate_rows = KV_BLOCK_TOKENS};
     if (s.mode == IPC_SPARSE_AUTO) {
-        if ((p->auto_k <= 0 && !(p->auto_density > 0)) || m->n_tokens < p->auto_min)
+        if ((p->auto_k <= 0 && p->auto_rows <= 0) || m->n_tokens < p->auto_min)
             return 0;
-        s = p->auto_density > 0 ? (struct ipc_sparse){.mode = IPC_SPARSE_REL,
-                                                      .gate_rows = 64,
-                                                      .density = p->auto_density}
-                                : (struct ipc_sparse){.mode = IPC_SPARSE_ABS, .k = p->auto_k};
+        s = p->auto_rows > 0 ? (struct ipc_sparse){.mode = IPC_SPARSE_REL,
+                                                   .gate_rows = p->auto_rows,
+                                                   .density = p->auto_density,
+                                                   .ln_lambda = p->auto_ln_lambda}
+                             : (struct ipc_sparse){.mode = IPC_SPARSE_ABS, .k = p->auto_k};
     }
     if (s.mode == IPC_SPARSE_ABS)
         return choose_abs(p, &s, m->n_tokens, out, why);

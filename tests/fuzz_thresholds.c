@@ -50,7 +50,10 @@ static void check(const struct thresholds *t)
     demand(m->gate_rows == 128 || m->gate_rows == 64);
     demand(m->auto_k == 0 || thresholds_level(t, m->auto_k, NULL) >= 0);
     demand(m->auto_density >= 0 && m->auto_density <= 1);
-    demand(m->auto_density == 0 || m->rel_64.b > 0);
+    demand(m->auto_rows == 0 || m->auto_rows == 64 || m->auto_rows == 128);
+    demand(m->auto_density == 0 || m->auto_rows > 0);
+    demand(m->auto_density == 0 || (m->auto_rows == 64 ? m->rel_64 : m->rel_128).b > 0);
+    demand(m->auto_ln_lambda >= -1000 && m->auto_ln_lambda <= ATTN_REL_LN_MAX);
     demand(m->rel_64.b >= 0 && m->rel_128.b >= 0 && isfinite(m->rel_64.ln_a + m->rel_64.b));
     demand(memchr(m->rope, 0, sizeof m->rope) != NULL);
     for (int32_t i = 0; i < n; i++)

@@ -1,10 +1,10 @@
 /* calibration/calib_rel: the law comes back from counts that follow it, from whole prompts and
- * their beginnings; what has no law is refused; lambda stays within its bounds. */
+ * their beginnings, below lambda = 1 and beyond; what has no law is refused. */
 #include "tests/test.h"
 
 #include "calibration/calib_rel.h"
 
-enum { LAYERS = 2, HEADS = 3, BINS = CALIB_REL_TRIALS + 1 };
+enum { LAYERS = 2, HEADS = 3, BINS = CALIB_REL_BELOW_1 + 1 };
 
 /* Decisions off the diagonal of one head over n tokens, multiple of 128. */
 static double decisions(int32_t rows, int32_t n)
@@ -17,19 +17,19 @@ static double decisions(int32_t rows, int32_t n)
 static void fill(struct calib_rel *r, int32_t n, double ln_a, double b)
 {
     const struct attn_rel_counts *c = calib_rel_counts(r);
-    assert_int_equal(c->n_edges, CALIB_REL_TRIALS);
+    assert_int_equal(c->n_edges, CALIB_REL_BELOW_1);
     for (int i = 0; i < LAYERS * 2 * HEADS; i++) {
         const int32_t rows = i / HEADS % 2 ? 64 : 128;
         const double off = decisions(rows, n), all = off + n / 128 * (rows == 64 ? 3.0 : 2.0);
         uint64_t *bins = c->bins + (size_t)i * BINS, before = 0;
-        for (int e = 0; e < CALIB_REL_TRIALS; e++) {
+        for (int e = 0; e < CALIB_REL_BELOW_1; e++) {
             double s = ((double)c->edges[e] + log(n) - ln_a) / b * all / off;
             s = s < 0 ? 0 : s > 1 ? 1 : s;
             const uint64_t skipped = (uint64_t)llround(s * off);
             bins[e] = skipped - before;
             before = skipped;
         }
-        bins[CALIB_REL_TRIALS] = (uint64_t)off - before;
+        bins[CALIB_REL_BELOW_1] = (uint64_t)off - before;
     }
 }
 
@@ -39,8 +39,9 @@ static void trials_increase(void **state)
     const float *t = calib_rel_trials();
     assert_close(exp((double)t[0]), 1e-6, 0, 1e-5);
     for (int i = 0; i < CALIB_REL_TRIALS; i++)
-        assert_true(t[i] < 0 && (i == 0 || t[i] > t[i - 1]));
-    assert_close(exp((double)t[CALIB_REL_TRIALS - 1]), 0.99, 0, 1e-5);
+        assert_true((t[i] < 0) == (i < CALIB_REL_BELOW_1) && (i == 0 || t[i] > t[i - 1]));
+    assert_close(exp((double)t[CALIB_REL_BELOW_1 - 1]), 0.99, 0, 1e-5);
+    assert_true(t[CALIB_REL_TRIALS - 1] == THRESHOLDS_REL_LN_MAX);
 }
 
 static void the_law_comes_back(void **state)
@@ -67,7 +68,7 @@ static void the_law_comes_back(void **state)
             assert_close(f.knots[i], 2.5 + 9 * (i + 1) / 10.0, 0.15, 0);
         assert_close(thresholds_rel_ln_lambda(&f, 0.6, 10000), 2.5 + 9 * 0.4 - log(10000), 0.15, 0);
     }
-    for (int e = 1; e < CALIB_REL_TRIALS; e++)
+    for (int e = 1; e < CALIB_REL_BELOW_1; e++)
         assert_true(calib_rel_skipped(r, 64, e, 1, 2) >= calib_rel_skipped(r, 64, e - 1, 1, 2));
     calib_rel_destroy(r);
     calib_rel_destroy(NULL);
@@ -90,6 +91,34 @@ static void from_gated_runs(void **state)
     assert_close(f.ln_a, 1, 1e-4, 0);
     assert_close(f.b, 12, 1e-4, 0);
     assert_int_equal(calib_rel_fit(r, 64, &f, NULL), ERR_INVALID); /* nothing was run with 64 */
+    calib_rel_destroy(r);
+}
+
+/* A dense run counts the trials below 1, gated runs of the same prompt add the others: the knots go
+ * beyond lambda = 1, as does what a density gets. */
+static void beyond_1(void **state)
+{
+    (void)state;
+    enum { LENGTH = 4096 };
+    struct calib_rel *r = NULL;
+    struct thresholds_rel f;
+    const double ln_a = log(LENGTH) - 4.2, b = 7; /* S is 0.6 at lambda = 1 */
+    calib_rel_create(&r, LAYERS, HEADS);
+    fill(r, LENGTH, ln_a, b);
+    calib_rel_reached(r, LENGTH, true);
+    for (int32_t rows = 64; rows <= 128; rows += 64) {
+        for (int e = CALIB_REL_BELOW_1; e < CALIB_REL_TRIALS; e++) {
+            const double s = ((double)calib_rel_trials()[e] + 4.2) / b;
+            calib_rel_gated(r, rows, e, 1 - (s < 1 ? s : 1), LENGTH, true);
+        }
+        assert_ok(calib_rel_fit(r, rows, &f, NULL));
+        assert_close(f.knots[4], ln_a + 0.5 * b, 0.1, 0);
+        assert_close(f.knots[7], ln_a + 0.8 * b, 0.1, 0);
+        assert_close(f.knots[8], ln_a + 0.9 * b, 0.1, 0);
+        assert_close(thresholds_rel_ln_lambda(&f, 0.2, LENGTH), 0.8 * b - 4.2, 0.1, 0);
+        assert_close(thresholds_rel_ln_lambda(&f, 0.6, LENGTH), 0.4 * b - 4.2, 0.1, 0);
+        assert_true(thresholds_rel_ln_lambda(&f, 0.001, 64) == (double)THRESHOLDS_REL_LN_MAX);
+    }
     calib_rel_destroy(r);
 }
 
@@ -118,14 +147,14 @@ static void a_bent_curve(void **state)
     calib_rel_create(&r, LAYERS, HEADS);
     for (int prompt = 0; prompt < 2; prompt++) {
         for (int e = 0; e < CALIB_REL_TRIALS; e++) {
-            const double x = ((double)calib_rel_trials()[e] + 14) / 14, shift = prompt ? 0.1 : -0.1;
+            const double x = ((double)calib_rel_trials()[e] + 14) / 19, shift = prompt ? 0.1 : -0.1;
             calib_rel_gated(r, 64, e, 1 - (x * x * 0.6 + 0.15 + shift), 16384, true);
         }
     }
     assert_ok(calib_rel_fit(r, 64, &f, NULL));
     for (int i = 1; i < 7; i++) { /* S from 0.2 to 0.7 lies on the curve, 0.8 beyond it */
         const double x = sqrt(((i + 1) / 10.0 - 0.15) / 0.6);
-        assert_close(f.knots[i], x * 14 - 14 + log(16384), 0.3, 0);
+        assert_close(f.knots[i], x * 19 - 14 + log(16384), 0.3, 0);
     }
     assert_close(f.knots[7] - f.knots[6], f.b / 10, 1e-9, 0);
     assert_true(f.r2 < 0.99);
@@ -136,8 +165,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(trials_increase), cmocka_unit_test(the_law_comes_back),
-        cmocka_unit_test(from_gated_runs), cmocka_unit_test(no_law),
-        cmocka_unit_test(a_bent_curve),
+        cmocka_unit_test(from_gated_runs), cmocka_unit_test(beyond_1),
+        cmocka_unit_test(no_law),          cmocka_unit_test(a_bent_curve),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -224,7 +224,7 @@ static void rel_counts_in_layer_0(void **state)
     const struct model_info *info = model_info(f.model);
     calib_rel_create(&rel, info->n_layers, info->n_heads);
     assert_ok(calib_run_rel(f.run, rel, f.tokens, N_TOKENS, NULL));
-    for (int32_t trial = 3; trial < CALIB_REL_TRIALS; trial += 8) {
+    for (int32_t trial = 3; trial < CALIB_REL_BELOW_1; trial += 8) {
         const struct batch_policy gated = {
             .gate = BATCH_REL, .gate_rows = 64, .ln_lambda = calib_rel_trials()[trial]};
         memcpy(before, model_head_counts(f.model), (size_t)info->n_heads * sizeof *before);

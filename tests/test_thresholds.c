@@ -25,6 +25,7 @@ static const struct thresholds_meta meta0 = {
     .auto_k = 16,
     .auto_min = 4096,
     .rel_64 = {1.5, 10, 0.875, 0.125, 0.75, {3, 4, 4.5, 5, 5.5, 6, 7, 8, 9}},
+    .auto_rows = 64,
     .auto_density = 0.25,
     .head_k = head_ks};
 
@@ -112,7 +113,7 @@ static void round_trip(void **state)
     assert_true(m->softmax_scale == meta0.softmax_scale); /* every bit */
     assert_string_equal(m->rope, meta0.rope);
     assert_memory_equal(&m->rel_64, &meta0.rel_64, sizeof m->rel_64);
-    assert_true(m->rel_128.b == 0 && m->auto_density == 0.25);
+    assert_true(m->rel_128.b == 0 && m->auto_rows == 64 && m->auto_density == 0.25);
     assert_int_equal(m->auto_k, 16);
     assert_int_equal(m->auto_min, 4096);
     assert_memory_equal(m->head_k, head_ks, sizeof head_ks);
@@ -147,6 +148,32 @@ static uint64_t hash_of(const struct thresholds_meta *m, const float *v, const i
     thresholds_free(t);
     free(data);
     return h;
+}
+
+/* `auto` at a lambda comes back; a file from before auto_rows means 64. */
+static void auto_lambda(void **state)
+{
+    (void)state;
+    struct thresholds_meta m = meta0;
+    struct thresholds *t = NULL;
+    float v[N_T];
+    size_t len;
+    values(v, 1);
+    m.auto_density = 0;
+    m.auto_ln_lambda = 1.25;
+    m.auto_rows = 128;
+    char *data = saved(&m, v, ks, &len);
+    assert_ok(thresholds_parse(&t, data, len, "FILE", NULL));
+    assert_true(thresholds_meta(t)->auto_rows == 128 && thresholds_meta(t)->auto_density == 0);
+    assert_true(thresholds_meta(t)->auto_ln_lambda == 1.25);
+    thresholds_free(t);
+    char *rows = strstr(data + 8, "auto_rows");
+    assert_non_null(rows);
+    rows[0] = 'b'; /* a field that nobody knows */
+    assert_ok(thresholds_parse(&t, data, len, "FILE", NULL));
+    assert_int_equal(thresholds_meta(t)->auto_rows, 64);
+    thresholds_free(t);
+    free(data);
 }
 
 /* Equal for what decides gates, different for any change of it. */
@@ -388,6 +415,16 @@ static void bad_fields(void **state)
         {"\"auto_density\":\"0.25\"", "\"auto_density\":\"0\"", ERR_FORMAT, "auto_density is '0'"},
         {"\"auto_density\":\"0.25\"", "\"auto_density\":\"1.5\"", ERR_FORMAT,
          "auto_density is '1.5'"},
+        {"\"auto_rows\":\"64\"", "\"auto_rows\":\"96\"", ERR_FORMAT,
+         "auto_rows is 96, must be 128 or 64"},
+        {"\"auto_rows\":\"64\"", "\"auto_rows\":\"128\"", ERR_FORMAT,
+         "auto_density without rel_128"},
+        {"\"auto_density\":", "\"auto_ln_lambda\":\"1\",\"auto_density\":", ERR_FORMAT,
+         "auto_density and auto_ln_lambda"},
+        {"\"auto_density\":\"0.25\"", "\"auto_ln_lambda\":\"31\"", ERR_FORMAT,
+         "auto_ln_lambda is '31', not a number from -1000 to 30"},
+        {"\"auto_density\":\"0.25\"", "\"auto_ln_lambda\":\"nan\"", ERR_FORMAT,
+         "auto_ln_lambda is 'nan'"},
         {"0.0883883461", "nan", ERR_FORMAT, "metadata softmax_scale is 'nan'"},
         {"0.0883883461", "-1", ERR_FORMAT, "metadata softmax_scale is '-1'"},
         {"llama3 theta=500000 factor=8", "", ERR_FORMAT, "metadata rope is empty"},
@@ -524,11 +561,10 @@ static void rel_density(void **state)
     static const double cases[][2] = {{0.9, 3}, {0.8, 4},    {0.75, 4.25},
                                       {0.1, 9}, {0.25, 7.5}, {1.0, 2}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        const double want = fmin(cases[i][1] - ln_l, -1e-4);
-        assert_close(thresholds_rel_ln_lambda(r, cases[i][0], 5000), want, 1e-9, 0);
+        assert_close(thresholds_rel_ln_lambda(r, cases[i][0], 5000), cases[i][1] - ln_l, 1e-9, 0);
     }
     assert_close(thresholds_rel_ln_lambda(r, 0.05, 1000000), 9.5 - log(1e6), 1e-9, 0);
-    assert_true(thresholds_rel_ln_lambda(r, 0.1, 128) == -1e-4);
+    assert_true(thresholds_rel_ln_lambda(r, 0.1, 16) == (double)THRESHOLDS_REL_LN_MAX);
     assert_true(thresholds_rel_ln_lambda(r, 1, INT64_MAX) == 2 - log((double)INT64_MAX));
     const struct thresholds_rel low = {.b = 1,
                                        .knots = {-99, -98, -97, -96, -95, -94, -93, -92, -91}};
@@ -607,13 +643,21 @@ static void density_of_heads(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(round_trip),        cmocka_unit_test(hash_identity),
-        cmocka_unit_test(truncated),         cmocka_unit_test(flipped),
-        cmocka_unit_test(bad_fields),        cmocka_unit_test(bad_values),
-        cmocka_unit_test(hostile_headers),   cmocka_unit_test(files),
-        cmocka_unit_test(identity),          cmocka_unit_test(rel_density),
-        cmocka_unit_test(density_published), cmocka_unit_test(density_brute),
-        cmocka_unit_test(density_of_heads),  cmocka_unit_test(decode_round_trip),
+        cmocka_unit_test(round_trip),
+        cmocka_unit_test(auto_lambda),
+        cmocka_unit_test(hash_identity),
+        cmocka_unit_test(truncated),
+        cmocka_unit_test(flipped),
+        cmocka_unit_test(bad_fields),
+        cmocka_unit_test(bad_values),
+        cmocka_unit_test(hostile_headers),
+        cmocka_unit_test(files),
+        cmocka_unit_test(identity),
+        cmocka_unit_test(rel_density),
+        cmocka_unit_test(density_published),
+        cmocka_unit_test(density_brute),
+        cmocka_unit_test(density_of_heads),
+        cmocka_unit_test(decode_round_trip),
         cmocka_unit_test(bad_decode),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -302,7 +302,7 @@ class Calibrate(unittest.TestCase):
         for x in report["rel"]["levels"]:
             self.assertLess(abs(x["measured"] - x["wanted"]), 0.12)
         meta, _ = read_safetensors(out)
-        self.assertEqual((meta["version"], meta["auto_density"]), ("1", "0.6"))
+        self.assertEqual((meta["version"], meta["auto_density"], meta["auto_rows"]), ("1", "0.6", "128"))
         for fit in report["rel"]["fits"]:
             numbers = [float(x) for x in meta["rel_%d" % fit["gate_rows"]].split()]
             self.assertEqual(len(numbers), 14)
@@ -315,8 +315,14 @@ class Calibrate(unittest.TestCase):
         self.assertEqual((r.returncode, r.stderr), (0, ""))
         self.assertNotEqual((meta["auto_k"], meta["auto_min"]), ("0", "77"))
         theirs, tensors = read_safetensors(again)  # what was there already, but for what was asked for
-        self.assertEqual(theirs, {**meta, "auto_k": "0", "auto_min": "77"})
+        rest = {k: v for k, v in meta.items() if not k.startswith("auto_")}
+        self.assertEqual(theirs, {**rest, "auto_k": "0", "auto_min": "77"})
         self.assertEqual(tensors, read_safetensors(out)[1])
+        r = calibrate("--model", NEEDLE, "--thresholds", again, "--auto-lambda", "3", "--auto-rows", "64", "--out", again)
+        self.assertEqual((r.returncode, r.stderr), (0, ""))
+        self.assertIn("auto: REL of 64 rows at lambda 3 from 77 tokens on", r.stdout)
+        self.assertEqual(read_safetensors(again), ({**theirs, "auto_ln_lambda": "1.09861229", "auto_rows": "64"}, tensors))
+        self.refused("--auto-density and --auto-lambda exclude each other", *args, "--auto-density", "0.5", "--auto-lambda", "3")
         self.refused("--auto-k: 9999 is not one of the levels", "--model", NEEDLE, "--thresholds", out, *args[2:10], "--rel", "2", "--auto-k", "9999")
         r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:8], "--holdout", "2", "--rel-density", "0.75,0.6", "--json")
         self.assertEqual(json.loads(r.stdout)["rel"], report["rel"])  # the file's own law and knots
