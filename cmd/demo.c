@@ -36,7 +36,7 @@ static const struct conf_opt options[] = {
              "passed on to sluiced: auto, cpu, cuda or cuda:N"),
     CLI_OPT(O, density, "density", CONF_FLOAT, "0.35", 0, 1, "SHARE",
             "the ABS level is the one predicted closest to this density"),
-    CLI_OPT(O, lambda, "lambda", CONF_FLOAT, "0.999", 0, 1000, "L", "of the REL gate, not 1"),
+    CLI_OPT(O, lambda, "lambda", CONF_FLOAT, "5", 0, 1000, "L", "of the REL gate, not 1"),
     CLI_INT(O, threads, "threads", "0", 0, 1024, "worker threads; 0 is one per processor"),
     CLI_TEXT(O, json, "json", NULL, "FILE", "write everything measured as one JSON object too"),
     CLI_MS(O, stall_ms, "stall", "120s", "give up after so long without a sign of life"),
@@ -145,7 +145,7 @@ static int choose_modes(struct demo *d, struct err_msg *why)
         }
     }
     (void)snprintf(abs->name, sizeof abs->name, "ABS k=%d", abs->k);
-    *rel = (struct demo_mode){.sparse = SLUICE_REL, .gate_rows = 64};
+    *rel = (struct demo_mode){.sparse = SLUICE_REL, .gate_rows = 128};
     rel->ln_lambda = log(d->options->lambda);
     (void)snprintf(rel->name, sizeof rel->name, "REL %.4g", d->options->lambda);
     return 0;

@@ -195,7 +195,7 @@ class Calibrate(unittest.TestCase):
 
     def test_resumes(self):
         """Killed in the middle, a run goes on where it was and writes the same bytes, under every rule."""
-        for n, rule in enumerate((("--smooth", "--aggregate", "quantile", "--device", "cpu", "--decode-k", "1"), ("--second-pass",), ("--budget", "0.6"))):
+        for n, rule in enumerate((("--smooth", "--aggregate", "quantile", "--device", "cpu", "--decode-k", "1"), ("--second-pass",), ("--budget", "0.6", "--device", "cpu"))):
             decode = "--decode-k" in rule  # killed in its pass, which comes last
             args = ["--model", NEEDLE, "--samples", SAMPLES, "--max-len", "500" if decode else "900", "--limit", "8", "--holdout", "0",
                     "--chunk", "128", *(() if "--budget" in rule else ("--k", "3,6")), *rule]
@@ -243,7 +243,7 @@ class Calibrate(unittest.TestCase):
 
     def test_budget(self):
         """Each head keeps a k of its own at the density of one k for all; the file says so, and is read back."""
-        args = ("--task", "niah_", "--max-len", "1100", "--holdout", "2")
+        args = ("--task", "niah_", "--max-len", "1100", "--holdout", "2", "--device", "cpu")
         out, plain = os.path.join(self.dir, "t"), os.path.join(self.dir, "plain")
         folder = os.path.join(self.dir, "report")
         report = json.loads(self.run_ok(*args, "--budget", "0.7,0.4", "--out", out, "--json", "--report", folder))
