@@ -19,7 +19,7 @@ static const struct conf_opt opts[] = {
     {"device", CONF_TEXT, AT(device), "auto", 0, 0, {0}, "DEVICE", DEVICE_HELP},
     {"tp", CONF_TEXT, AT(tp), "1", 0, 0, {0}, "LIST", "numbers of ranks, one after the other"},
     {"prompt", CONF_TEXT, AT(prompt), "8192,32768,131072", 0, 0, {0}, "LIST", "prompts, tokens"},
-    {"chunk", CONF_INT, AT(chunk), "8192", 1, 1e6, {0}, "N", "tokens a step"},
+    {"chunk", CONF_INT, AT(chunk), "8192", 0, 1e6, {0}, "N", "tokens a step; 0: 8192 for each rank"},
     {"thresholds", CONF_TEXT, AT(thresholds), NULL, 0, 0, {0}, "FILE",
      "for --k and --density"},
     {"force-thresholds", CONF_BOOL, AT(force_thresholds), "false", 0, 0, {0}, NULL,

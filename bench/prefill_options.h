@@ -23,7 +23,7 @@ struct prefill_mode {
 struct prefill_options {
     char *model, *device, *thresholds, *tp, *prompt, *k, *density, *lambda, *sums, *shm;
     bool random_weights, force_thresholds, quick, json, verbose;
-    int64_t chunk, reps, threads, rank;
+    int64_t chunk, reps, threads, rank; /* chunk: prefill_chunk */
 
     /* what the texts say */
     int32_t tps[PREFILL_MAX_TPS], prompts[PREFILL_MAX_PROMPTS];
@@ -38,5 +38,12 @@ struct prefill_options {
 MUST_CHECK int prefill_options_read(struct prefill_options *o, int argc, char **argv,
                                     struct err_msg *why);
 void prefill_options_free(struct prefill_options *o);
+
+/* Tokens a step over tp ranks: with 0 as many for each rank, so that its parts of the products do
+ * not become small. */
+static inline int32_t prefill_chunk(const struct prefill_options *o, int32_t tp)
+{
+    return o->chunk ? (int32_t)o->chunk : 8192 * tp;
+}
 
 #endif

@@ -24,7 +24,7 @@ static int daemon_options_for(struct daemon_options *d, const struct prefill_opt
     d->tp = tp;
     d->rank = o->rank;
     d->threads = o->threads;
-    d->token_budget = o->chunk;
+    d->token_budget = prefill_chunk(o, tp);
     d->max_running = 1;
     d->max_model_len = o->longest;
     d->kv_pages = kv_pages_for(o->longest) + kv_pages_for(KV_BLOCK_TOKENS); /* sluiced's least */

@@ -118,17 +118,17 @@ prefill() {
 }
 
 ranks_comm() {
-    LIMIT=45 check comm_nccl "$bin/test_comm_nccl" ${COMM_TESTS:+"$COMM_TESTS"}
+    LIMIT=120 check comm_nccl "$bin/test_comm_nccl" ${COMM_TESTS:+"$COMM_TESTS"}
 }
 
 ranks_model() {
     LIMIT=15 check attn_ranks_cuda "$bin/test_attn_ranks_cuda"
-    LIMIT=35 check model_ranks_cuda "$bin/test_model_ranks_cuda"
+    LIMIT=90 check model_ranks_cuda "$bin/test_model_ranks_cuda"
 }
 
 ranks_prefill() {
     LIMIT=120 prefill scaling --tp "${TPS:-1,2}" --prompt "${PROMPTS:-8192,32768,131072}" --quick --thresholds "$model/t.safetensors" \
-        --force-thresholds --density 0.25
+        --force-thresholds --density 0.25 --chunk "${CHUNK:-8192}"
 }
 
 ranks_daemon() {
