@@ -338,6 +338,21 @@ static int check_given(const struct calibrate_options *o, const char *source, st
     return 0;
 }
 
+/* What `auto` is to mean. */
+static int check_auto(const struct calibrate_options *o, struct err_msg *why)
+{
+    const bool density = o->auto_density > 0, lambda = o->auto_lambda > 0;
+    if (density && o->rel == 0)
+        return err_set(why, ERR_CONFIG, "--auto-density needs --rel");
+    if (density && lambda)
+        return err_set(why, ERR_CONFIG, "--auto-density and --auto-lambda exclude each other");
+    if ((density || lambda) && !o->out)
+        return err_set(why, ERR_CONFIG, "--auto-%s needs --out", density ? "density" : "lambda");
+    if (o->auto_rows != 0 && !density && !lambda)
+        return err_set(why, ERR_CONFIG, "--auto-rows needs --auto-density or --auto-lambda");
+    return 0;
+}
+
 int calibrate_options_check(const struct calibrate_options *o, struct err_msg *why)
 {
     if (!o->model)
@@ -358,10 +373,7 @@ int calibrate_options_check(const struct calibrate_options *o, struct err_msg *w
                        o->k         ? "k"
                        : o->density ? "density"
                                     : "second-pass");
-    if (o->auto_density > 0 && o->rel == 0)
-        return err_set(why, ERR_CONFIG, "--auto-density needs --rel");
-    if (o->auto_density > 0 && o->auto_lambda > 0)
-        return err_set(why, ERR_CONFIG, "--auto-density and --auto-lambda exclude each other");
+    TRY(check_auto(o, why));
     if (o->chunk % KV_BLOCK_TOKENS) {
         return err_set(why, ERR_CONFIG, "--chunk: %lld is not a multiple of %d",
                        (long long)o->chunk, KV_BLOCK_TOKENS);

@@ -292,7 +292,7 @@ class Calibrate(unittest.TestCase):
     def test_rel(self):
         """The law of the REL gate is in the file, in the report, and meets what is wanted better than chance."""
         out = os.path.join(self.dir, "t")
-        args = ("--model", NEEDLE, "--samples", SAMPLES, "--max-len", "2500", "--task", "niah_", "--limit", "2", "--holdout", "2",
+        args = ("--model", NEEDLE, "--samples", SAMPLES, "--max-len", "900", "--task", "niah_", "--limit", "2", "--holdout", "2",
                 "--k", "6", "--rel", "2", "--rel-density", "0.75,0.6")
         r = calibrate(*args, "--auto-density", "0.6", "--out", out, "--json")
         self.assertEqual((r.returncode, r.stderr), (0, ""))
@@ -322,6 +322,8 @@ class Calibrate(unittest.TestCase):
         self.assertEqual((r.returncode, r.stderr), (0, ""))
         self.assertIn("auto: REL of 64 rows at lambda 3 from 77 tokens on", r.stdout)
         self.assertEqual(read_safetensors(again), ({**theirs, "auto_ln_lambda": "1.09861229", "auto_rows": "64"}, tensors))
+        self.refused("--auto-lambda needs --out", *args, "--auto-lambda", "3")
+        self.refused("--auto-rows needs --auto-density or --auto-lambda", *args, "--auto-rows", "64")
         self.refused("--auto-density and --auto-lambda exclude each other", *args, "--auto-density", "0.5", "--auto-lambda", "3")
         self.refused("--auto-k: 9999 is not one of the levels", "--model", NEEDLE, "--thresholds", out, *args[2:10], "--rel", "2", "--auto-k", "9999")
         r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:8], "--holdout", "2", "--rel-density", "0.75,0.6", "--json")
