@@ -79,7 +79,7 @@ class Answers(unittest.TestCase):
         self.assertAlmostEqual(kept[REL, 0.5], 0.5, delta=0.15)
 
     def test_auto(self):
-        """`auto` is what the file says, lambda 5 of 128 rows from 4096 tokens on, and shares pages with who names that."""
+        """`auto` is what the file says, lambda 5 of 128 rows from 3840 tokens on, and shares pages with who names that."""
         prompt = next(p for p, _ in prompts(9000) if len(p) > 5000)[:4230]
         named, asked = {0: REL, 2: math.log(5), 3: 128}, {"max_tokens": 4, "ignore_eos": True}
         c = self.client()
@@ -89,7 +89,7 @@ class Answers(unittest.TestCase):
         self.assertEqual((out, done[11], done[13]), (again, same[11], same[13]))
         _, shared = c.generate("shared", prompt, sparse=named, cache_salt=b"auto", **asked)
         self.assertEqual(shared[4], 4224)
-        _, short = c.generate("short", prompt[:4000], cache_salt=b"auto", **asked)
+        _, short = c.generate("short", prompt[:3839], cache_salt=b"auto", **asked)
         self.assertEqual((short[13], short.get(4, 0)), (short[11], 0))  # dense, and finds none of these pages
 
     def test_density_by_head(self):
