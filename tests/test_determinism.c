@@ -12,7 +12,7 @@
 #ifdef __SANITIZE_ADDRESS__
 enum { ROUNDS = 1 }; /* memory is what is looked at there, and all of it is slow */
 #else
-enum { ROUNDS = 3 };
+enum { ROUNDS = 2 };
 #endif
 enum { N_REQS = 8, MAX_PROMPT = 700, MAX_OUT = 80, MAX_TOTAL = 2048, N_BLOCKS = 4 };
 

@@ -293,7 +293,7 @@ class Calibrate(unittest.TestCase):
         """The law of the REL gate is in the file, in the report, and meets what is wanted better than chance."""
         out = os.path.join(self.dir, "t")
         args = ("--model", NEEDLE, "--samples", SAMPLES, "--max-len", "900", "--task", "niah_", "--limit", "2", "--holdout", "2",
-                "--k", "6", "--rel", "2", "--rel-density", "0.75,0.6")
+                "--k", "6", "--rel", "1", "--rel-density", "0.75,0.6")
         r = calibrate(*args, "--auto-density", "0.6", "--out", out, "--json")
         self.assertEqual((r.returncode, r.stderr), (0, ""))
         report = json.loads(r.stdout)
@@ -310,7 +310,7 @@ class Calibrate(unittest.TestCase):
             for a, b in zip(numbers, (fit["ln_a"], fit["b"], fit["r2"], fit["min"], fit["max"])):
                 self.assertAlmostEqual(a, b, delta=1e-4 * max(1, abs(b)))
         again = os.path.join(self.dir, "again")
-        r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:10], "--holdout", "0", "--rel", "2", "--out", again,
+        r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:10], "--holdout", "0", "--rel", "1", "--out", again,
                       "--auto-k", "0", "--auto-min", "77")
         self.assertEqual((r.returncode, r.stderr), (0, ""))
         self.assertNotEqual((meta["auto_k"], meta["auto_min"]), ("0", "77"))
@@ -325,7 +325,7 @@ class Calibrate(unittest.TestCase):
         self.refused("--auto-lambda needs --out", *args, "--auto-lambda", "3")
         self.refused("--auto-rows needs --auto-density or --auto-lambda", *args, "--auto-rows", "64")
         self.refused("--auto-density and --auto-lambda exclude each other", *args, "--auto-density", "0.5", "--auto-lambda", "3")
-        self.refused("--auto-k: 9999 is not one of the levels", "--model", NEEDLE, "--thresholds", out, *args[2:10], "--rel", "2", "--auto-k", "9999")
+        self.refused("--auto-k: 9999 is not one of the levels", "--model", NEEDLE, "--thresholds", out, *args[2:10], "--rel", "1", "--auto-k", "9999")
         r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:8], "--holdout", "2", "--rel-density", "0.75,0.6", "--json")
         self.assertEqual(json.loads(r.stdout)["rel"], report["rel"])  # the file's own law and knots
         self.refused("--rel-density: needs --rel", *args[:-4], "--rel-density", "0.5")
