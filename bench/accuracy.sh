@@ -3,7 +3,7 @@
 #   bench/accuracy.sh BIN|FILE OUT       BIN: a folder of programs, or the archive of scripts/gpu-check.sh
 # Sixteen niah prompts calibrate, by several rules; a daemon for each threshold file, and one with a sliding window, answer the
 # same prompts in turn (`sluice eval`). Writes OUT/accuracy.json, .jsonl (every answer) and .txt.
-#   CALIBRATE=niah TASKS=vt,fwe,qa LENGTHS=8k,16k,32k SAMPLES=200 LIMIT=240s POLICIES="mean=abs~0.5 ..." SEED=0
+#   CALIBRATE=niah BUDGET_LENGTH=8k TASKS=vt,fwe,qa LENGTHS=8k,16k,32k SAMPLES=200 LIMIT=340s POLICIES="mean=abs~0.5 ..." SEED=0
 # POLICIES are NAME=POLICY, NAME one of the files below (mean quantile rows64 smooth second rel budget) or window.
 # The swap: CALIBRATE=vt,fwe,qa CALIBRATE_SAMPLES=4 TASKS=niah.
 set -euo pipefail
@@ -88,5 +88,5 @@ done
 first=${names# }
 "$bin/sluice" eval --connect "unix:${first%% *}.sock" --tokens "$model/tokens.json" --tasks "${TASKS:-vt,fwe,qa}" \
     --lengths "${LENGTHS:-8k,16k,32k}" --samples "${SAMPLES:-200}" --seed "${SEED:-0}" --round "${ROUND:-40}" --concurrency 32 \
-    --limit "${LIMIT:-240s}" --policy "$policies" --json "$out/accuracy.json" --out "$out/accuracy.jsonl" >"$out/accuracy.txt"
+    --limit "${LIMIT:-340s}" --policy "$policies" --json "$out/accuracy.json" --out "$out/accuracy.jsonl" >"$out/accuracy.txt"
 tail -n "${TAIL:-60}" "$out/accuracy.txt"

@@ -5,7 +5,7 @@
 #   scripts/gpu-check.sh e2e BIN|FILE        the end-to-end tests with the model on one GPU
 #   scripts/gpu-check.sh ranks BIN|FILE      two GPUs: communicator, model and daemon over ranks, prefill on one and on two with a model
 #                                            of Llama-3.1-8B's shape (CSV in OUT, or build/), the mixed load under compute-sanitizer;
-#                                            ONLY="comm model prefill daemon load ways": some of it; TPS=1,2,4: on four as well
+#                                            ONLY="comm model prefill daemon load ways": some of it; TPS=1,2,4: on four as well; CHUNK=N
 #   scripts/gpu-check.sh sanitize BIN|FILE   the reduced sets under compute-sanitizer: memcheck, racecheck, synccheck
 # Exit status 1 when anything failed. A test that finds no device, or too few, counts as skipped.
 set -euo pipefail

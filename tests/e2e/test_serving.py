@@ -64,7 +64,7 @@ class Answers(unittest.TestCase):
             if mode and mode[0] == REL:
                 self.assertLess(done[13], done[11])  # kept < reachable
 
-    @unittest.skipIf(SANITIZED, "code that test_modes runs, at ten times the length")
+    @unittest.skipIf(SANITIZED, "long prompts, too slow there; other tests run the same gates")
     def test_density(self):
         """A request names a density: abs takes the smallest level that reaches it, rel the lambda that the file has for it."""
         prompt, want = prompts(4000)[2]
@@ -79,7 +79,7 @@ class Answers(unittest.TestCase):
         self.assertLess(kept[REL, 0.5], kept[REL, 0.9])
         self.assertAlmostEqual(kept[REL, 0.5], 0.5, delta=0.15)
 
-    @unittest.skipIf(SANITIZED, "code that test_modes runs, at ten times the length")
+    @unittest.skipIf(SANITIZED, "long prompts, too slow there; other tests run the same gates")
     def test_auto(self):
         """`auto` is what the file says, lambda 5 of 128 rows from 3840 tokens on, and shares pages with who names that."""
         prompt = next(p for p, _ in prompts(9000) if len(p) > 5000)[:4230]
