@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(SELECT_THREADS)
 /* ---- all other sequences ---- */
 
 /* Marks known and barred tokens in counts, for the sequences that need it. */
-__device__ void mark_tokens(const struct sampler_cuda_seq &p, const int32_t *tokens,
-                            uint32_t *counts, int32_t vocab, bool penalties)
+__device__ __noinline__ void mark_tokens(const struct sampler_cuda_seq &p, const int32_t *tokens,
+                                         uint32_t *counts, int32_t vocab, bool penalties)
 {
     for (int i = threadIdx.x; i < vocab; i += SELECT_THREADS)
         counts[i] = 0;
@@ -196,8 +196,8 @@ __device__ bool process(struct select_memory *m, struct vocabulary *v, int32_t *
 
 /* Fills m->all. Returns how many tokens min-p keeps (all, where it is off); *total is the weight of
  * all tokens. */
-__device__ uint64_t fill_bins(struct select_memory *m, const struct vocabulary &v, float min_p,
-                              uint64_t *total)
+__device__ __noinline__ uint64_t fill_bins(struct select_memory *m, const struct vocabulary &v,
+                                           float min_p, uint64_t *total)
 {
     uint64_t kept = 0, sum = 0;
     if (threadIdx.x == 0)
@@ -224,8 +224,8 @@ __device__ __forceinline__ uint64_t draw_target(const struct sampler_cuda_seq &p
 
 /* Draws from all tokens, in the order of their ids: a warp sums a stretch of them, then all threads
  * look into the stretch where the number falls. */
-__device__ int32_t draw_any(struct select_memory *m, const struct vocabulary &v,
-                            const struct sampler_cuda_seq &p)
+__device__ __noinline__ int32_t draw_any(struct select_memory *m, const struct vocabulary &v,
+                                         const struct sampler_cuda_seq &p)
 {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int stretch = (v.n + 4 * WARPS - 1) / (4 * WARPS) * 4;
@@ -260,9 +260,9 @@ __device__ int32_t draw_any(struct select_memory *m, const struct vocabulary &v,
 }
 
 /* Draws from what min-p, top-k and top-p leave, in descending order. m->all has been filled. */
-__device__ int32_t draw_truncated(struct select_memory *m, const struct vocabulary &v,
-                                  const struct sampler_cuda_seq &p, uint64_t min_p_keeps,
-                                  uint64_t total)
+__device__ __noinline__ int32_t draw_truncated(struct select_memory *m, const struct vocabulary &v,
+                                               const struct sampler_cuda_seq &p,
+                                               uint64_t min_p_keeps, uint64_t total)
 {
     const uint64_t n = (uint64_t)v.n;
     const uint64_t limit = p.top_k > 0 ? min((uint64_t)p.top_k, n) : n;
@@ -279,8 +279,9 @@ __device__ int32_t draw_truncated(struct select_memory *m, const struct vocabula
 }
 
 /* m->all has been filled; total as fill_bins gave it. */
-__device__ void log_probs(struct select_memory *m, struct vocabulary v, struct batch_token *out,
-                          int32_t token, int32_t n_logprobs, uint64_t total)
+__device__ __noinline__ void log_probs(struct select_memory *m, struct vocabulary v,
+                                       struct batch_token *out, int32_t token, int32_t n_logprobs,
+                                       uint64_t total)
 {
     const int32_t n = min(min(n_logprobs, (int32_t)BATCH_MAX_LOGPROBS), v.n);
     const uint64_t last = select_find(m, v, false, (uint64_t)n - 1).entry;

@@ -208,8 +208,8 @@ __device__ __forceinline__ void bins_add(struct bins *b, int bin, uint64_t weigh
 }
 
 /* The bin where the measure exceeds target, to m->bin. */
-__device__ void bins_find(struct select_memory *m, const struct bins *b, bool by_weight,
-                          uint64_t target)
+__device__ __noinline__ void bins_find(struct select_memory *m, const struct bins *b,
+                                       bool by_weight, uint64_t target)
 {
     uint64_t weight[BINS_EACH], measure[BINS_EACH], weights = 0, measures = 0, counts = 0;
     const int first = BINS_EACH * threadIdx.x;
@@ -250,7 +250,8 @@ __device__ __forceinline__ bool remains(const struct vocabulary &v, const struct
 
 /* Splits what remains evenly between its first and last entry; m->part has the bins. Returns the
  * binary logarithm of their width. */
-__device__ int split(struct select_memory *m, const struct vocabulary &v, struct remainder *r)
+__device__ __noinline__ int split(struct select_memory *m, const struct vocabulary &v,
+                                  struct remainder *r)
 {
     uint64_t least = ~0ull, most = 0;
     every_token(v, [&](float logit, int id) {
@@ -275,7 +276,7 @@ __device__ int split(struct select_memory *m, const struct vocabulary &v, struct
 }
 
 /* Sorts list [n] descending; n <= SELECT_LIST. Bitonic, over the next power of two. */
-__device__ void sort_list(uint64_t *list, uint32_t n)
+__device__ __noinline__ void sort_list(uint64_t *list, uint32_t n)
 {
     uint32_t size = 2;
     while (size < n)
@@ -316,8 +317,9 @@ __device__ __forceinline__ void collect(struct select_memory *m, const struct vo
 
 /* Looks for the place in the sorted list [n]; false when the measure does not reach target there.
  */
-__device__ bool list_find(struct select_memory *m, const struct vocabulary &v, uint32_t n,
-                          bool by_weight, uint64_t target, uint64_t weight_before)
+__device__ __noinline__ bool list_find(struct select_memory *m, const struct vocabulary &v,
+                                       uint32_t n, bool by_weight, uint64_t target,
+                                       uint64_t weight_before)
 {
     uint64_t weight[LIST_EACH], measure[LIST_EACH], weights = 0, measures = 0;
     const uint32_t first = LIST_EACH * threadIdx.x;
@@ -354,8 +356,8 @@ __device__ void make_prefix(struct select_memory *m, const struct vocabulary &v,
 
 /* The first entry of the descending order down to which the measure exceeds target (which is less
  * than the measure of the vocabulary). m->all has been filled, m->n_prefix is 0 at first. */
-__device__ struct found_entry select_find(struct select_memory *m, const struct vocabulary &v,
-                                          bool by_weight, uint64_t target)
+__device__ __noinline__ struct found_entry
+select_find(struct select_memory *m, const struct vocabulary &v, bool by_weight, uint64_t target)
 {
     __syncthreads();
     const uint32_t n_prefix = m->n_prefix;
