@@ -308,15 +308,29 @@ static int decode(const struct attn_cuda *a, int layer)
     return 0;
 }
 
-int attn_cuda_run(struct attn_cuda *a, int layer)
+static int prefill_all(struct attn_cuda *a, int layer, int first, int end)
 {
-    for (int i = LAUNCH_PREFILL; i < LAUNCH_DECODE; i++) {
+    for (int i = first; i < end; i++) {
         if (a->groups[i].n_tiles > 0)
             TRY(prefill(a, &a->groups[i], layer));
     }
+    return 0;
+}
+
+int attn_cuda_run(struct attn_cuda *a, int layer)
+{
+    TRY(prefill_all(a, layer, LAUNCH_PREFILL, LAUNCH_DECODE));
     if (a->groups[LAUNCH_DECODE].n_parts > 0 || attn_cuda_is_decode(a))
         TRY(decode(a, layer));
     return 0;
+}
+
+int attn_cuda_run_half(struct attn_cuda *a, int layer, int half)
+{
+    const int first = half == 0 ? LAUNCH_PREFILL : LAUNCH_SECOND;
+    ASSERT(attn_cuda_has_halves(a));
+    TRY(prefill_all(a, layer, first, first + LAUNCH_SECOND - LAUNCH_PREFILL));
+    return a->groups[LAUNCH_DECODE].n_parts > 0 && a->decode_half == half ? decode(a, layer) : 0;
 }
 
 int attn_cuda_head_counts(struct attn_cuda *a, struct attn_counts *out)

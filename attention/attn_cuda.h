@@ -47,8 +47,9 @@ size_t attn_cuda_upload_bytes(const struct attn_cuda *a);
 /* Counters of a step: this many bytes on the device, zero before it. */
 size_t attn_cuda_counts_bytes(const struct attn_cuda *a);
 
-/* Plans a step. counts: device memory of attn_cuda_counts_bytes. */
-void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_seqs,
+/* Plans a step. counts: device memory of attn_cuda_counts_bytes. cut > 0: rows before it and from
+ * it on can be run apart; a sequence that it divides is divided at a multiple of a block. */
+void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_seqs, int32_t cut,
                     struct upload *u, void *counts);
 /* Page maxima of prompt rows, on the device. max == NULL: none are wanted. */
 struct attn_cuda_probe {
@@ -64,6 +65,11 @@ struct attn_cuda_probe {
 void attn_cuda_set_probe(struct attn_cuda *a, const struct attn_cuda_probe *probe);
 /* Enqueues one layer of the planned step. ERR_UNSUPPORTED: a probe under the REL gate. */
 MUST_CHECK int attn_cuda_run(struct attn_cuda *a, int layer);
+/* The same in two halves, 0 and then 1, where the step was planned with a cut: rows before it,
+ * which see no keys of the others, and the rest. False where only the whole can be run: the decode
+ * kernel's rows are on both sides. */
+bool attn_cuda_has_halves(const struct attn_cuda *a);
+MUST_CHECK int attn_cuda_run_half(struct attn_cuda *a, int layer, int half);
 /* The planned step takes the decode kernel with a gate even if none of its rows has one: the same
  * bits. For a step that is captured empty, under a policy with decode thresholds. */
 void attn_cuda_use_decode_gate(struct attn_cuda *a);

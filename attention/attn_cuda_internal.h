@@ -15,8 +15,9 @@ struct attn_part {
 };
 
 /* One launch a layer. DECODE is the decode kernel's; those before it are the prefill kernel's, one
- * for each gate and gate_rows that a step has, and for all prompts without a gate the first. */
-enum attn_launch { LAUNCH_PREFILL, LAUNCH_DECODE = 4, N_LAUNCHES };
+ * for each gate and gate_rows that a step has, and for all prompts without a gate the first: those
+ * of rows before the cut, and from SECOND on those of the others. */
+enum attn_launch { LAUNCH_PREFILL, LAUNCH_SECOND = 4, LAUNCH_DECODE = 8, N_LAUNCHES };
 
 struct attn_group {
     struct attn_part *parts; /* [attn_cuda_max_parts] */
@@ -28,6 +29,7 @@ struct attn_group {
     const struct sm90_tile *tiles; /* device */
     int32_t n_tiles;
     struct sm90_counts *counts; /* device, [n_parts] */
+    int32_t first_count;        /* where they are among those of the step */
 };
 
 /* Thresholds of the rank's heads, densely, as struct attn_thresholds names their sizes. */
@@ -69,6 +71,8 @@ struct attn_cuda {
     struct attn_group groups[N_LAUNCHES];
     const struct dec_seq *dec_seqs; /* device */
     bool cut_runs;                  /* generated rows of one sequence are in several parts */
+    int32_t cut;                    /* the first row of the second half; 0: there is none */
+    int decode_half; /* where all generated rows are; -1: in both, or there are none */
 };
 
 /* attn_cuda_plan.c. Of a step in one launch. */

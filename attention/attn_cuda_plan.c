@@ -6,7 +6,7 @@
 
 static int32_t max_parts(const struct attn_cuda *a)
 {
-    return 2 * a->cfg.max_seqs; /* prompt rows and generated rows of each */
+    return 2 * a->cfg.max_seqs + 1; /* prompt and generated rows of each, one divided by the cut */
 }
 
 int32_t attn_cuda_max_parts(const struct attn_cuda *a, int launch)
@@ -17,9 +17,8 @@ int32_t attn_cuda_max_parts(const struct attn_cuda *a, int launch)
 
 size_t attn_cuda_counts_bytes(const struct attn_cuda *a)
 {
-    const size_t parts = (size_t)LAUNCH_DECODE * (size_t)max_parts(a) +
-                         (size_t)attn_cuda_max_parts(a, LAUNCH_DECODE);
-    return parts * sizeof(struct sm90_counts);
+    const int32_t parts = attn_cuda_max_parts(a, LAUNCH_DECODE) + max_parts(a);
+    return (size_t)parts * sizeof(struct sm90_counts);
 }
 
 /* Query blocks of a step: full ones, and two cut ones a part. */
@@ -53,19 +52,48 @@ static void add_part(struct attn_group *g, struct attn_part part)
         g->parts[g->n_parts++] = part;
 }
 
-/* Where the prompt rows of a sequence go: to the launch of their gate, or to one that has none yet.
- * Without a gate that is always the first. */
-static struct attn_group *group_of(struct attn_cuda *a, const struct attn_choice *c)
+/* Where the prompt rows of a sequence in one half go: to the launch of their gate, or to one that
+ * has none yet. Without a gate that is always the half's first. */
+static struct attn_group *group_of(struct attn_cuda *a, int first, const struct attn_choice *c)
 {
-    struct attn_group *g = &a->groups[LAUNCH_PREFILL];
+    struct attn_group *g = &a->groups[first];
     if (c->gate == ATTN_GATE_NONE)
         return g;
     while (g->gate != SM90_GATE_NONE && (g->gate != (int)c->gate || g->gate_rows != c->gate_rows))
         g++;
-    ASSERT(g < &a->groups[LAUNCH_DECODE]);
+    ASSERT(g < &a->groups[first + LAUNCH_SECOND - LAUNCH_PREFILL]);
     g->gate = (int)c->gate;
     g->gate_rows = c->gate_rows;
     return g;
+}
+
+/* Prompt rows, before the cut and behind it; c: their gate. */
+static void add_prefill(struct attn_cuda *a, struct attn_part p, const struct attn_choice *c)
+{
+    const int32_t before = a->cut <= p.row             ? 0
+                           : a->cut < p.row + p.n_rows ? a->cut - p.row
+                                                       : p.n_rows;
+    struct attn_part first = p;
+    first.n_rows = a->cut > 0 ? before : p.n_rows;
+    p.row += first.n_rows;
+    p.pos += first.n_rows;
+    p.n_rows -= first.n_rows;
+    ASSERT(first.n_rows == 0 || p.n_rows == 0 || p.pos % KV_BLOCK_TOKENS == 0);
+    if (first.n_rows > 0)
+        add_part(group_of(a, LAUNCH_PREFILL, c), first);
+    if (p.n_rows > 0)
+        add_part(group_of(a, LAUNCH_SECOND, c), p);
+}
+
+/* Generated rows for the decode kernel. */
+static void add_decode(struct attn_cuda *a, struct attn_part p)
+{
+    const int half = p.row >= a->cut, end = p.row + p.n_rows > a->cut;
+    if (p.n_rows == 0)
+        return;
+    const bool first = a->groups[LAUNCH_DECODE].n_parts == 0;
+    a->decode_half = half == end && (first || a->decode_half == half) ? half : -1;
+    add_part(&a->groups[LAUNCH_DECODE], p);
 }
 
 /* Where a sequence's generated rows begin in the step. */
@@ -87,20 +115,24 @@ static int32_t decode_parts(const struct attn_seq *s)
 static void split(struct attn_cuda *a, const struct attn_seq *s, int32_t index, const void *pages)
 {
     const int32_t cut = made_from(s), n = cut - s->pos, parts = decode_parts(s);
+    const struct attn_choice dense = {.gate = ATTN_GATE_NONE};
     const struct attn_part prompt = {index, s->row, n, s->pos, true, pages};
     struct attn_part made = {index, s->row + n, s->n_rows - n, cut, false, pages};
 
-    add_part(n > 0 ? group_of(a, &s->choice) : &a->groups[LAUNCH_PREFILL], prompt);
+    add_prefill(a, prompt, &s->choice);
     a->cut_runs |= parts > 1;
     for (int32_t i = 1; i < parts; i++) {
         struct attn_part full = made;
         full.n_rows = DEC_MAX_TOKENS;
-        add_part(&a->groups[LAUNCH_DECODE], full);
+        add_decode(a, full);
         made.row += DEC_MAX_TOKENS;
         made.pos += DEC_MAX_TOKENS;
         made.n_rows -= DEC_MAX_TOKENS;
     }
-    add_part(&a->groups[parts > 0 ? LAUNCH_DECODE : LAUNCH_PREFILL], made);
+    if (parts > 0)
+        add_decode(a, made);
+    else
+        add_prefill(a, made, &dense);
 }
 
 /* Page tables of all sequences, one after the other; then the parts that read them. */
@@ -223,7 +255,20 @@ static int32_t decode_room(const struct attn_cuda *a, const struct attn_seq *seq
     return n < a->cfg.max_seqs ? a->cfg.max_seqs : n;
 }
 
-void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_seqs,
+/* Counters of the decode kernel's parts, which a captured launch finds where they were; then those
+ * of the others. */
+static void place_counts(struct attn_cuda *a, struct sm90_counts *counts)
+{
+    int32_t at = attn_cuda_max_parts(a, LAUNCH_DECODE);
+    for (int i = 0; i < N_LAUNCHES; i++) {
+        struct attn_group *g = &a->groups[i];
+        g->first_count = i == LAUNCH_DECODE ? 0 : at;
+        g->counts = counts + g->first_count;
+        at += i == LAUNCH_DECODE ? 0 : g->n_parts;
+    }
+}
+
+void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_seqs, int32_t cut,
                     struct upload *u, void *counts)
 {
     const bool decode = any_generated(seqs, n_seqs);
@@ -235,9 +280,10 @@ void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_
         g->n_parts = g->n_tiles = 0;
         g->gate = SM90_GATE_NONE;
         g->gate_rows = a->probe.max ? a->probe.gate_rows : KV_BLOCK_TOKENS;
-        g->counts = (struct sm90_counts *)counts + (ptrdiff_t)i * max_parts(a);
     }
     a->cut_runs = false;
+    a->cut = cut;
+    a->decode_half = -1;
     struct upload fixed = *u;
     if (decode) { /* before everything whose size varies */
         dec_seqs = upload_take(u, (size_t)room * sizeof(struct dec_seq));
@@ -249,12 +295,18 @@ void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_
         }
     }
     pack_pages(a, seqs, n_seqs, u);
+    place_counts(a, counts);
     if (decode) {
         pack_decode_seqs(a, seqs, dec_seqs.host);
         pack_decode(a, &fixed, dec_seqs.host, room);
     }
     for (int i = LAUNCH_PREFILL; i < LAUNCH_DECODE; i++)
         pack_prefill(a, &a->groups[i], seqs, u);
+}
+
+bool attn_cuda_has_halves(const struct attn_cuda *a)
+{
+    return a->cut > 0 && (a->groups[LAUNCH_DECODE].n_parts == 0 || a->decode_half >= 0);
 }
 
 bool attn_cuda_is_decode(const struct attn_cuda *a)
@@ -277,8 +329,7 @@ void attn_cuda_counts(const struct attn_cuda *a, const void *counts, struct attn
     memset(out, 0, (size_t)n_seqs * sizeof *out);
     for (int i = 0; i < N_LAUNCHES; i++) {
         const struct attn_group *g = &a->groups[i];
-        const struct sm90_counts *c =
-            (const struct sm90_counts *)counts + (ptrdiff_t)i * max_parts(a);
+        const struct sm90_counts *c = (const struct sm90_counts *)counts + g->first_count;
         for (int32_t k = 0; k < g->n_parts; k++) {
             struct attn_counts *to = &out[g->parts[k].seq];
             to->reachable += c[k].reachable;

@@ -73,7 +73,8 @@ static size_t lay_out(struct llama_cuda_state *m, char *base)
 
     a->residual = carve(base, &used, rows, hidden, size);
     a->hidden = carve(base, &used, rows, hidden, size);
-    a->delta = carve(base, &used, rows, hidden, size);
+    /* between halves and behind them, room for parts of rows that ranks do not divide */
+    a->delta = carve(base, &used, rows + 2 * m->shard->n_ranks, hidden, size);
     a->qkv = carve(base, &used, rows, m->qkv_width, size);
     a->attn = carve(base, &used, rows, m->q_width, size);
     a->gate_up = carve(base, &used, rows, 2 * n_inter, size);
@@ -120,7 +121,7 @@ static int take_memory(struct llama_cuda_state *m, struct err_msg *why)
 static int make_marks(struct llama_cuda_state *m)
 {
     struct cuda_marks *k = &m->marks;
-    k->max = 27 * m->c->n_layers + 16; /* a split layer, and what is around layers */
+    k->max = 40 * m->c->n_layers + 16; /* a split layer, and what is around layers */
     k->events = mem_zalloc((size_t)k->max, sizeof *k->events);
     k->parts = mem_zalloc((size_t)k->max, sizeof *k->parts);
     for (int32_t i = 0; i < k->max; i++)
@@ -253,7 +254,7 @@ static int create(struct llama **out, const struct llama_setup *setup, struct er
     if (err == 0)
         err = make_marks(m);
     if (err == 0)
-        err = llama_cuda_reserve_sums(m, why);
+        err = llama_cuda_reserve_rows(m, why);
     if (err == 0)
         err = tune(m, why);
     if (err < 0) {

@@ -35,7 +35,9 @@ struct cuda_activations {
 
 /* Where a step's rows lie on the device, and on the host while they are packed. */
 struct cuda_rows {
-    int32_t n; /* with padding */
+    int32_t n;    /* with padding */
+    int32_t half; /* > 0: a long step over ranks, in two halves; rows of the first */
+    int32_t cut;  /* half, or 0: attention is not divided */
     const int32_t *ids, *positions, *slots, *tails;
     const int32_t *outputs; /* [n_outputs] */
     int32_t n_outputs;
@@ -116,14 +118,19 @@ MUST_CHECK int llama_cuda_wait(struct llama_cuda_state *m);
 MUST_CHECK int llama_cuda_run(struct llama *base, const struct llama_input *in,
                               struct llama_times *times);
 
-/* llama_cuda_split.c. Memory for the sums of the longest step that is split; collective. */
-MUST_CHECK int llama_cuda_reserve_sums(struct llama_cuda_state *m, struct err_msg *why);
-/* Rows of the first half of a step of `rows`; 0: it is not split. */
+/* llama_cuda_split.c. Memory for what ranks share out of the longest step that is split;
+ * collective. */
+MUST_CHECK int llama_cuda_reserve_rows(struct llama_cuda_state *m, struct err_msg *why);
+/* Rows of the first half of a step of `rows`, more or less; 0: it is not split. */
 int32_t llama_cuda_split_rows(const struct llama_cuda_state *m, int32_t rows);
-/* K and V into the cache, then attention, of all rows. */
-typedef int (*llama_cuda_layer_fn)(struct llama_cuda_state *m, int layer);
-/* All layers of the packed step, which llama_cuda_split_rows splits. */
-MUST_CHECK int llama_cuda_split_layers(struct llama_cuda_state *m, llama_cuda_layer_fn attend);
+/* Sets step.half and step.cut. in NULL: not split. */
+void llama_cuda_split_step(struct llama_cuda_state *m, const struct llama_input *in);
+/* K and V into the cache, then attention, of the rows of half 0 or 1, or of all. */
+enum { ATTEND_ALL = -1 };
+typedef int (*llama_cuda_attend_fn)(struct llama_cuda_state *m, int layer, int half);
+/* All layers of the packed step, whose half is > 0. The last norm of every row is left in hidden.
+ */
+MUST_CHECK int llama_cuda_split_layers(struct llama_cuda_state *m, llama_cuda_attend_fn attend);
 
 /* llama_cuda_times.c. Ends the part that runs and begins another; nothing while a step is not
  * timed. */

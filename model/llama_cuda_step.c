@@ -80,7 +80,9 @@ void llama_cuda_pack(struct llama_cuda_state *m, const struct llama_input *in, i
     pack_outputs(m, in, rows, all_outputs);
     if (in && in->draws)
         llama_cuda_pack_draws(m, in, draws.host);
-    attn_cuda_plan(m->attn, in ? in->seqs : NULL, in ? in->n_seqs : 0, &m->up, results.dev);
+    llama_cuda_split_step(m, in);
+    attn_cuda_plan(m->attn, in ? in->seqs : NULL, in ? in->n_seqs : 0, m->step.cut, &m->up,
+                   results.dev);
 }
 
 int llama_cuda_send(struct llama_cuda_state *m)
@@ -144,9 +146,15 @@ static struct kv_append append_of(const struct llama_cuda_state *m, int layer)
                               .head_dim = m->c->head_dim};
 }
 
-static int append(struct llama_cuda_state *m, int layer)
+/* Of rows [first, first + n). */
+static int append(struct llama_cuda_state *m, int layer, int32_t first, int32_t n)
 {
-    const struct kv_append p = append_of(m, layer);
+    struct kv_append p = append_of(m, layer);
+    p.qkv = (char *)p.qkv + (size_t)first * (size_t)m->qkv_width * dtype_bytes(m->dtype);
+    p.positions += first;
+    p.slots += first;
+    p.tails += first;
+    p.n_rows = n;
     CUDA_TRY(kv_append_cuda(&p, dev_cuda_dtype(m->dtype), m->stream));
     return 0;
 }
@@ -162,7 +170,7 @@ static int project(struct llama_cuda_state *m, int layer)
         return llama_cuda_mark(m, PART_OTHER);
     }
     TRY(product(m, m->qkv_plan, m->a.qkv, m->a.hidden, w->qkv, m->step.n));
-    return append(m, layer);
+    return append(m, layer, 0, m->step.n);
 }
 
 /* act = silu(gate(hidden)) * up(hidden) */
@@ -182,19 +190,21 @@ static int activate(struct llama_cuda_state *m, const struct llama_layer *w)
     return 0;
 }
 
-static int attention(struct llama_cuda_state *m, int layer)
+static int attention(struct llama_cuda_state *m, int layer, int half)
 {
     TRY(llama_cuda_mark(m, PART_ATTENTION));
-    TRY(attn_cuda_run(m->attn, layer));
+    TRY(half == ATTEND_ALL ? attn_cuda_run(m->attn, layer)
+                           : attn_cuda_run_half(m->attn, layer, half));
     TRY(llama_cuda_mark(m, PART_OTHER));
     return m->probed ? m->probed->on_tiles(m->probed->on_tiles_arg, layer) : 0;
 }
 
-/* K and V into the cache, then attention, of all rows. */
-static int attend(struct llama_cuda_state *m, int layer)
+static int attend(struct llama_cuda_state *m, int layer, int half)
 {
-    TRY(append(m, layer));
-    return attention(m, layer);
+    const int32_t first = half == 1 ? m->step.half : 0;
+    const int32_t end = half == 0 ? m->step.half : m->step.n;
+    TRY(append(m, layer, first, end - first));
+    return attention(m, layer, half);
 }
 
 /* delta = o(attention(norm(residual + delta))) */
@@ -205,7 +215,7 @@ static int attention_block(struct llama_cuda_state *m, int layer)
 
     TRY(add_norm(m, layer > 0 ? a->delta : NULL, layer > 0 ? w[-1].down_bias : NULL, w->attn_norm));
     TRY(project(m, layer));
-    TRY(attention(m, layer));
+    TRY(attention(m, layer, ATTEND_ALL));
     TRY(product(m, m->o_plan, a->delta, a->attn, w->o, m->step.n));
     return reduce(m);
 }
@@ -257,16 +267,19 @@ static int output_block(struct llama_cuda_state *m)
                                       .width = m->c->hidden_size,
                                       .eps = (float)m->c->rms_eps,
                                       .early = m->shard->n_ranks == 1};
+    const int dtype = dev_cuda_dtype(m->dtype);
     if (norm.n == 0)
         return 0;
-    CUDA_TRY(nn_cuda_residual_norm(&norm, dev_cuda_dtype(m->dtype), m->stream));
+    CUDA_TRY(m->step.half > 0 ? nn_cuda_gather(a->last, a->hidden, norm.rows, norm.n, norm.width,
+                                               m->step.n, dtype, m->stream)
+                              : nn_cuda_residual_norm(&norm, dtype, m->stream));
     TRY(product(m, m->head_plan, a->slice, a->last, m->w->lm_head, norm.n));
     return gather(m);
 }
 
 static int layers(struct llama_cuda_state *m)
 {
-    if (llama_cuda_split_rows(m, m->step.n) > 0)
+    if (m->step.half > 0)
         return llama_cuda_split_layers(m, attend);
     for (int layer = 0; layer < m->c->n_layers; layer++) {
         TRY(llama_cuda_mark_layer(m, layer));

@@ -99,7 +99,7 @@ __device__ __forceinline__ float block_sum(float x)
 /* One pack of residual and x. All of a thread's are loaded before the first is stored. */
 template <typename T, int W>
 struct operands {
-    pack<T, W> residual, x, more;
+    pack<T, W> residual, x;
 };
 
 template <typename T, int W>
@@ -109,8 +109,19 @@ __device__ __forceinline__ void load_operands(struct operands<T, W> *o,
     o->residual = *(const pack<T, W> *)((const T *)p.residual + at);
     if (p.x)
         o->x = *(const pack<T, W> *)((const T *)p.x + at);
-    if (p.more)
-        o->more = *(const pack<T, W> *)((const T *)p.more + at);
+}
+
+/* x, with its other shares. */
+template <typename T, int W>
+__device__ __forceinline__ void add_shares(float (&x)[W], const struct nn_cuda_norm &p, int64_t at)
+{
+    for (int j = 0; j < p.n_more; j++) {
+        float more[W];
+        load_pack<W>(more, (const T *)p.more + j * p.more_rows * p.width + at);
+#pragma unroll
+        for (int i = 0; i < W; i++)
+            x[i] += more[i];
+    }
 }
 
 /* residual + (x + more + bias) as it reads after rounding; stored where something was added. */
@@ -118,17 +129,17 @@ template <typename T, int W>
 __device__ __forceinline__ void add_operands(float (&sum)[W], struct operands<T, W> *o,
                                              const struct nn_cuda_norm &p, int64_t at, int col)
 {
-    float b[W] = {};
+    float x[W], b[W] = {};
     if (p.x) {
         if (p.bias)
             load_pack<W>(b, (const T *)p.bias + col);
 #pragma unroll
-        for (int i = 0; i < W; i++) {
-            float x = to_f32(o->x.v[i]);
-            if (p.more)
-                x += to_f32(o->more.v[i]);
-            from_f32(&o->residual.v[i], to_f32(o->residual.v[i]) + (x + b[i]));
-        }
+        for (int i = 0; i < W; i++)
+            x[i] = to_f32(o->x.v[i]);
+        add_shares<T, W>(x, p, at);
+#pragma unroll
+        for (int i = 0; i < W; i++)
+            from_f32(&o->residual.v[i], to_f32(o->residual.v[i]) + (x[i] + b[i]));
         *(pack<T, W> *)((T *)p.residual + at) = o->residual;
     }
 #pragma unroll

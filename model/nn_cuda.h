@@ -21,10 +21,13 @@ int nn_cuda_gather(void *out, const void *table, const int32_t *ids, int32_t n, 
 /* residual += x + more + bias, rounded once; out = residual / sqrt(mean(residual^2) + eps) *
  * weight, from the rounded sum, as transformers does. */
 struct nn_cuda_norm {
-    void *out;           /* [n, width]; NULL: only the sum */
-    void *residual;      /* [*, width], in and out; unchanged where x is NULL */
-    const void *x;       /* [*, width]; NULL: nothing is added */
-    const void *more;    /* [*, width] added to x, before the residual, or NULL; with x only */
+    void *out;        /* [n, width]; NULL: only the sum */
+    void *residual;   /* [*, width], in and out; unchanged where x is NULL */
+    const void *x;    /* [*, width]; NULL: nothing is added */
+    const void *more; /* added to x, before the residual: row r of share j at r + j * more_rows, j <
+                         n_more */
+    int32_t n_more;   /* 0: nothing; with x only */
+    int64_t more_rows;
     const void *bias;    /* [width] or NULL; with x only */
     const void *weight;  /* [width] */
     const int32_t *rows; /* NULL, or [n] distinct: out[i] comes from row rows[i] of residual and x,

@@ -55,19 +55,40 @@ int comm_all_gather_dev(struct comm *c, void *out, const void *in, size_t n, enu
                                   : ERR_UNSUPPORTED;
 }
 
-int comm_reserve_sums(struct comm *c, size_t max_bytes, struct err_msg *why)
+int comm_reduce_scatter_dev(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream)
 {
-    return c->ops->reserve_sums ? c->ops->reserve_sums(c, max_bytes, why) : 0;
+    return c->ops->reduce_scatter_dev ? c->ops->reduce_scatter_dev(c, buf, n, dt, stream)
+                                      : ERR_UNSUPPORTED;
 }
 
-int comm_sum_begin(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream)
+int comm_reserve_rows(struct comm *c, const struct comm_rows *rows, struct err_msg *why)
 {
-    return c->ops->sum_begin ? c->ops->sum_begin(c, buf, n, dt, stream) : ERR_UNSUPPORTED;
+    return c->ops->reserve_rows ? c->ops->reserve_rows(c, rows, why) : 0;
 }
 
-int comm_sum_end(struct comm *c, void *stream, const void **more)
+int comm_scatter_begin(struct comm *c, void *buf, int32_t n, void *stream)
 {
-    return c->ops->sum_end ? c->ops->sum_end(c, stream, more) : ERR_UNSUPPORTED;
+    return c->ops->scatter_begin ? c->ops->scatter_begin(c, buf, n, stream) : ERR_UNSUPPORTED;
+}
+
+int comm_scatter_end(struct comm *c, void *stream, struct comm_shares *out)
+{
+    return c->ops->scatter_end ? c->ops->scatter_end(c, stream, out) : ERR_UNSUPPORTED;
+}
+
+void *comm_gather_rows(struct comm *c)
+{
+    return c->ops->gather_rows ? c->ops->gather_rows(c) : NULL;
+}
+
+int comm_gather_begin(struct comm *c, int32_t n, void *stream)
+{
+    return c->ops->gather_begin ? c->ops->gather_begin(c, n, stream) : ERR_UNSUPPORTED;
+}
+
+int comm_gather_end(struct comm *c, void *stream)
+{
+    return c->ops->gather_end ? c->ops->gather_end(c, stream) : ERR_UNSUPPORTED;
 }
 
 bool comm_overlaps(const struct comm *c)

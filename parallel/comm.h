@@ -14,14 +14,27 @@
 
 struct comm;
 
-/* How sums that are begun and ended are made. */
+/* How scatters and gathers are made. */
 enum comm_overlap {
     COMM_OVERLAP_COPY, /* by copy engines where they can, else as COMM_OVERLAP_SUMS */
     COMM_OVERLAP_SUMS, /* by the communicator's kernels, beside those of the stream */
-    COMM_OVERLAP_NONE  /* not at all: sums are made in the stream's order */
+    COMM_OVERLAP_NONE  /* not at all: comm_overlaps is false */
 };
 
-enum { COMM_SUMS_OPEN = 2 /* begun and not ended at a time */ };
+/* Rows that the ranks share out: of n rows, a part of ceil(n / n_ranks) each in rank order, the
+ * last ones shorter or empty. */
+struct comm_rows {
+    int32_t max;   /* n of one call */
+    int32_t width; /* elements of a row */
+    enum dtype dt;
+};
+
+/* The other ranks' addends to a rank's part: row r of it at rows + (j * pitch + r) * width for each
+ * j < n. */
+struct comm_shares {
+    const void *rows; /* device */
+    int32_t n, pitch;
+};
 
 struct comm_ops {
     const char *name;
@@ -42,10 +55,15 @@ struct comm_ops {
     int (*all_reduce_dev)(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream);
     int (*all_gather_dev)(struct comm *c, void *out, const void *in, size_t n, enum dtype dt,
                           void *stream);
-    /* NULL: sums do not run beside other work */
-    int (*reserve_sums)(struct comm *c, size_t max_bytes, struct err_msg *why);
-    int (*sum_begin)(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream);
-    int (*sum_end)(struct comm *c, void *stream, const void **more);
+    /* buf [n_ranks, n] in place: slice `rank` becomes the sum of the ranks' */
+    int (*reduce_scatter_dev)(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream);
+    /* NULL: nothing runs beside other work */
+    int (*reserve_rows)(struct comm *c, const struct comm_rows *rows, struct err_msg *why);
+    int (*scatter_begin)(struct comm *c, void *buf, int32_t n, void *stream);
+    int (*scatter_end)(struct comm *c, void *stream, struct comm_shares *out);
+    void *(*gather_rows)(struct comm *c);
+    int (*gather_begin)(struct comm *c, int32_t n, void *stream);
+    int (*gather_end)(struct comm *c, void *stream);
     bool (*overlaps)(const struct comm *c);
     void (*set_overlap)(struct comm *c, enum comm_overlap way);
     int (*poll)(struct comm *c);
@@ -101,25 +119,50 @@ void comm_set_timeout(struct comm *c, int64_t timeout_ms);
  * comm_wait_stream. Sums run over the ranks in an order that depends on n, dt and n_ranks only; all
  * ranks get the same bits.
  *   all_reduce_dev   buf[n] = sum of the ranks' buf[n], in place
- *   all_gather_dev   out[n_ranks, n] from in[n]; in may be out + rank * n */
+ *   all_gather_dev   out[n_ranks, n] from in[n]; in may be out + rank * n
+ *   reduce_scatter_dev   buf[n_ranks, n]: slice `rank` = sum of the ranks' slices, the others may
+ * be overwritten */
 MUST_CHECK int comm_all_reduce_dev(struct comm *c, void *buf, size_t n, enum dtype dt,
                                    void *stream);
 MUST_CHECK int comm_all_gather_dev(struct comm *c, void *out, const void *in, size_t n,
                                    enum dtype dt, void *stream);
-/* Sums of device memory that run beside what the stream does next, of at most max_bytes each, which
- * comm_reserve_sums tells at start (a collective; it takes device memory). comm_sum_begin takes buf
- * as the stream leaves it; nobody may touch it until comm_sum_end has made the stream wait for the
- * sum. more NULL: buf then holds it. Otherwise buf may hold this rank's share yet, and *more points
- * at what must be added to it, in f32, by work that is enqueued before the next comm_sum_begin;
- * *more is NULL where there is nothing to add. Ends follow the order of begins, at most
- * COMM_SUMS_OPEN are open, and no other collective of device memory comes between. Not to be
- * captured. The bits are those of f32 sums of two ranks, else comm_all_reduce_dev's. */
-MUST_CHECK int comm_reserve_sums(struct comm *c, size_t max_bytes, struct err_msg *why);
-MUST_CHECK int comm_sum_begin(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream);
-MUST_CHECK int comm_sum_end(struct comm *c, void *stream, const void **more);
-/* False where comm_sum_begin cannot be called, or had better not. The same on all ranks. */
+MUST_CHECK int comm_reduce_scatter_dev(struct comm *c, void *buf, size_t n, enum dtype dt,
+                                       void *stream);
+
+/* Sums of rows of which each rank keeps a part, and gathers of what the ranks make of their parts:
+ * both run beside what the stream does next, so that products hide them. comm_reserve_rows tells at
+ * start how large they get (a collective; it takes device memory). At most one scatter and one
+ * gather are open at a time, no other collective of device memory comes between a begin and its
+ * end, and nothing of it can be captured.
+ *
+ * comm_scatter_begin takes buf [n, width], this rank's addends, as the stream leaves it; there is
+ * room for n_ranks - 1 rows more behind it. Nobody touches it until comm_scatter_end has made the
+ * stream wait. The sum of this rank's part is then that part of buf and the shares, to be added in
+ * f32 by work that is enqueued before the next comm_scatter_begin; the rest of buf is undefined.
+ *
+ * comm_gather_rows is device memory [max, width] of which the stream then writes this rank's part.
+ * comm_gather_begin takes that, and once comm_gather_end has made the stream wait all n rows are
+ * there; they may be read by work that is enqueued before the next comm_gather_begin. */
+MUST_CHECK int comm_reserve_rows(struct comm *c, const struct comm_rows *rows, struct err_msg *why);
+MUST_CHECK int comm_scatter_begin(struct comm *c, void *buf, int32_t n, void *stream);
+MUST_CHECK int comm_scatter_end(struct comm *c, void *stream, struct comm_shares *out);
+void *comm_gather_rows(struct comm *c);
+MUST_CHECK int comm_gather_begin(struct comm *c, int32_t n, void *stream);
+MUST_CHECK int comm_gather_end(struct comm *c, void *stream);
+/* Rows of a full part. */
+static inline int32_t comm_part(const struct comm *c, int32_t n)
+{
+    return (n + c->n_ranks - 1) / c->n_ranks;
+}
+/* Rows of a rank's part. */
+static inline int32_t comm_part_rows(const struct comm *c, int32_t n, int rank)
+{
+    const int32_t part = comm_part(c, n), left = n - rank * part;
+    return left < 0 ? 0 : left < part ? left : part;
+}
+/* False where they cannot be called, or had better not. The same on all ranks. */
 bool comm_overlaps(const struct comm *c);
-/* For benches and tests, on all ranks alike and with no sum open. */
+/* For benches and tests, on all ranks alike and with nothing open. */
 void comm_set_overlap(struct comm *c, enum comm_overlap way);
 /* Have the peers or the device's collectives failed? 0, ERR_PEER or ERR_NCCL; never blocks. For the
  * thread that runs the collectives. A peer that has left is a failure here. */

@@ -245,36 +245,74 @@ static int nccl_all_gather_dev(struct comm *c, void *out, const void *in, size_t
                     "all_gather");
 }
 
-static int nccl_reserve_sums(struct comm *c, size_t max_bytes, struct err_msg *why)
+static int nccl_reduce_scatter_dev(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream)
+{
+    struct comm_nccl *s = self(c);
+    if (!usable(s))
+        return fail(s, ERR_PEER);
+    if (n == 0)
+        return 0;
+    void *slice = (char *)buf + (size_t)c->rank * n * dtype_bytes(dt);
+    return launched(
+        s, s->lib.ReduceScatter(buf, slice, n, type_of(dt), ncclSum, s->nccl, (cudaStream_t)stream),
+        "reduce_scatter");
+}
+
+/* ---- beside the stream ---- */
+
+static int nccl_reserve_rows(struct comm *c, const struct comm_rows *rows, struct err_msg *why)
 {
     struct comm_nccl *s = self(c);
     const struct overlap_config cfg = {
-        .comm = c, .host = s->host, .one_host = s->one_host, .max_bytes = max_bytes};
+        .comm = c, .host = s->host, .one_host = s->one_host, .rows = *rows};
     ASSERT(!s->overlap);
     cudaError_t e = cudaSetDevice(s->device);
     if (e != cudaSuccess)
         return err_set(why, ERR_CUDA, "GPU %d: %s", s->device, cudaGetErrorString(e));
     TRY(overlap_create(&s->overlap, &cfg, why));
-    log_debug("rank=%d sums beside other work over %s", c->rank,
+    log_debug("rank=%d rows are shared out over %s", c->rank,
               overlap_copies(s->overlap) ? "copy engines" : "NCCL");
     return 0;
 }
 
-static int nccl_sum_begin(struct comm *c, void *buf, size_t n, enum dtype dt, void *stream)
+static int nccl_scatter_begin(struct comm *c, void *buf, int32_t n, void *stream)
 {
     struct comm_nccl *s = self(c);
     if (!usable(s))
         return fail(s, ERR_PEER);
-    int err = overlap_begin(s->overlap, buf, n, dt, s->way, stream);
+    int err = overlap_scatter_begin(s->overlap, buf, n, s->way, stream);
     return err < 0 ? fail(s, err) : 0;
 }
 
-static int nccl_sum_end(struct comm *c, void *stream, const void **more)
+static int nccl_scatter_end(struct comm *c, void *stream, struct comm_shares *out)
 {
     struct comm_nccl *s = self(c);
     if (!usable(s))
         return fail(s, ERR_PEER);
-    int err = overlap_end(s->overlap, stream, more);
+    int err = overlap_scatter_end(s->overlap, stream, out);
+    return err < 0 ? fail(s, err) : 0;
+}
+
+static void *nccl_gather_rows(struct comm *c)
+{
+    return overlap_gather_rows(self(c)->overlap);
+}
+
+static int nccl_gather_begin(struct comm *c, int32_t n, void *stream)
+{
+    struct comm_nccl *s = self(c);
+    if (!usable(s))
+        return fail(s, ERR_PEER);
+    int err = overlap_gather_begin(s->overlap, n, s->way, stream);
+    return err < 0 ? fail(s, err) : 0;
+}
+
+static int nccl_gather_end(struct comm *c, void *stream)
+{
+    struct comm_nccl *s = self(c);
+    if (!usable(s))
+        return fail(s, ERR_PEER);
+    int err = overlap_gather_end(s->overlap, stream);
     return err < 0 ? fail(s, err) : 0;
 }
 
@@ -418,9 +456,13 @@ static const struct comm_ops comm_nccl_ops = {
     .abort = nccl_abort,
     .all_reduce_dev = nccl_all_reduce_dev,
     .all_gather_dev = nccl_all_gather_dev,
-    .reserve_sums = nccl_reserve_sums,
-    .sum_begin = nccl_sum_begin,
-    .sum_end = nccl_sum_end,
+    .reduce_scatter_dev = nccl_reduce_scatter_dev,
+    .reserve_rows = nccl_reserve_rows,
+    .scatter_begin = nccl_scatter_begin,
+    .scatter_end = nccl_scatter_end,
+    .gather_rows = nccl_gather_rows,
+    .gather_begin = nccl_gather_begin,
+    .gather_end = nccl_gather_end,
     .overlaps = nccl_overlaps,
     .set_overlap = nccl_set_overlap,
     .poll = nccl_poll,

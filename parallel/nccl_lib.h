@@ -20,7 +20,8 @@
     XX(CommDestroy)                                                                                \
     XX(CommAbort)                                                                                  \
     XX(AllReduce)                                                                                  \
-    XX(AllGather)
+    XX(AllGather)                                                                                  \
+    XX(ReduceScatter)
 
 struct nccl_lib {
     void *handle;

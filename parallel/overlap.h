@@ -1,13 +1,15 @@
-/* Sums over the ranks that run beside the work of the stream they came from. Of two GPUs with peer
- * memory, each one's copy engine sends its share to the other over NVLink, which takes no
- * multiprocessor from the kernels meanwhile; the sum itself is a short kernel once both are there.
- * Otherwise the communicator's own sum runs on a stream of its own.
+/* Scatters and gathers of rows over the ranks that run beside the work of the stream they came from
+ * (comm_scatter_begin and what follows it in comm.h). Between GPUs of one host with peer memory a
+ * copy engine sends every other rank its part over NVLink, which takes no multiprocessor from the
+ * kernels meanwhile; what came is added by whoever reads it next. Otherwise the communicator's own
+ * kernels run on a stream of their own.
  *
- * Four slots hold what the peer sends. Share e goes to slot e mod 4 once the peer has said that it
- * has read share e - 4, and is followed by the number e, which the peer's stream waits for: the
- * streams of the two GPUs order themselves, no host does. What was read is told when the next sum
- * begins, which for four slots is early enough that nobody waits for it. Numbers are written and
- * awaited by the streams themselves (cuStreamWriteValue32), in device memory.
+ * A rank's region holds two slots of what the others send for each kind. Exchange e of a kind goes
+ * to slot e mod 2 once the receiver has said that it has read exchange e - 2, and is followed by
+ * the number e, which the receiver's side stream waits for: the streams of the GPUs order
+ * themselves, no host does. What was read is told when the next exchange of its kind begins, early
+ * enough for two slots. Numbers are written and awaited by the streams (cuStreamWriteValue32), in
+ * device memory.
  *
  * For comm_nccl, whose rules hold: all ranks make the same calls in the same order. */
 #ifndef PARALLEL_OVERLAP_H
@@ -18,20 +20,24 @@
 struct overlap;
 
 struct overlap_config {
-    struct comm *comm; /* makes the sums where copies cannot */
+    struct comm *comm; /* makes what copies cannot */
     struct comm *host; /* introduces the ranks */
     bool one_host;
-    size_t max_bytes; /* of one sum */
+    struct comm_rows rows;
 };
 
-/* Collective; the current device is the rank's. Takes four times max_bytes of its memory where
- * copies are used. */
+/* Collective; the current device is the rank's. Takes memory for two gathers, and where copies are
+ * used for two scatters. */
 MUST_CHECK int overlap_create(struct overlap **out, const struct overlap_config *cfg,
                               struct err_msg *why);
-/* comm.h's comm_sum_begin and comm_sum_end. way: COMM_OVERLAP_COPY falls back to _SUMS. */
-MUST_CHECK int overlap_begin(struct overlap *o, void *buf, size_t n, enum dtype dt,
-                             enum comm_overlap way, void *stream);
-MUST_CHECK int overlap_end(struct overlap *o, void *stream, const void **more);
+/* comm.h's. way: COMM_OVERLAP_COPY falls back to _SUMS. */
+MUST_CHECK int overlap_scatter_begin(struct overlap *o, void *buf, int32_t n, enum comm_overlap way,
+                                     void *stream);
+MUST_CHECK int overlap_scatter_end(struct overlap *o, void *stream, struct comm_shares *out);
+void *overlap_gather_rows(struct overlap *o);
+MUST_CHECK int overlap_gather_begin(struct overlap *o, int32_t n, enum comm_overlap way,
+                                    void *stream);
+MUST_CHECK int overlap_gather_end(struct overlap *o, void *stream);
 bool overlap_copies(const struct overlap *o);
 /* Lets streams that wait for a peer go, with garbage for a result. */
 void overlap_abort(struct overlap *o);

@@ -1,7 +1,8 @@
 /* The page policy over ranks: a rank that holds half of the heads decides for each of them, bit by
  * bit, as one that holds them all. The same q, K and V; thresholds are the rank's view of the same
- * tensor. Which pages a head kept shows in its counters, and in every bit of its output; generated
- * rows are cut into other pieces by a rank, so that of theirs it shows in the counters alone. */
+ * tensor, and one of them runs its steps in halves. Which pages a head kept shows in its counters,
+ * and in every bit of its output; generated rows are cut into other pieces by a rank, so that of
+ * theirs it shows in the counters alone. */
 #include "tests/cuda_case.h"
 
 #include "attention/attn_cuda.h"
@@ -13,14 +14,16 @@ enum {
     RANKS = 2,
     TOKENS = 1500,
     PAGES = (TOKENS + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS,
-    BLOCKS = 6,    /* of the thresholds; the last stands for the rest */
-    GENERATED = 8, /* rows of a step that the decode kernel takes */
+    BLOCKS = 6,                /* of the thresholds; the last stands for the rest */
+    GENERATED = 8,             /* rows of a step that the decode kernel takes */
+    CUT = 6 * KV_BLOCK_TOKENS, /* of a step in halves */
     MAX_DIM = 128
 };
 
 /* Of one share of the heads, on the device. */
 struct share {
     int32_t n_heads, n_kv_heads, head_dim;
+    int32_t cut; /* 0, or where its steps are divided */
     uint16_t *q, *out;
     void *k, *v;
     struct kv_view kv;
@@ -52,8 +55,10 @@ static void open_share(struct share *s, const struct inputs *in, int rank, int n
 {
     const size_t dim = (size_t)in->head_dim;
     struct err_msg why = {""};
-    *s = (struct share){
-        .n_heads = HEADS / n_ranks, .n_kv_heads = KV_HEADS / n_ranks, .head_dim = in->head_dim};
+    *s = (struct share){.n_heads = HEADS / n_ranks,
+                        .n_kv_heads = KV_HEADS / n_ranks,
+                        .head_dim = in->head_dim,
+                        .cut = rank == 1 ? CUT : 0};
     s->q = slice(in->q, TOKENS, HEADS, rank * s->n_heads, s->n_heads, dim);
     s->k = slice(in->k, PAGES, KV_HEADS, rank * s->n_kv_heads, s->n_kv_heads, KV_PAGE_TOKENS * dim);
     s->v = slice(in->v, PAGES, KV_HEADS, rank * s->n_kv_heads, s->n_kv_heads, KV_PAGE_TOKENS * dim);
@@ -97,9 +102,11 @@ static void run_share(struct share *s, const struct attn_choice *choice)
     u.host = host_alloc(u.bytes);
     u.dev = device_copy(u.host, u.bytes);
     const struct upload_piece results = upload_take(&u, counts);
-    attn_cuda_plan(s->attn, &seq, 1, &u, results.dev);
+    attn_cuda_plan(s->attn, &seq, 1, s->cut, &u, results.dev);
+    assert_true(attn_cuda_has_halves(s->attn) == (s->cut > 0));
     assert_ok(dev_upload(dev, u.dev, u.host, u.used));
-    assert_ok(attn_cuda_run(s->attn, 0));
+    for (int half = 0; half < (s->cut > 0 ? 2 : 1); half++)
+        assert_ok(s->cut > 0 ? attn_cuda_run_half(s->attn, 0, half) : attn_cuda_run(s->attn, 0));
     assert_ok(dev_download(dev, results.host, results.dev, counts));
     attn_cuda_counts(s->attn, results.host, &s->seq, 1);
     assert_ok(attn_cuda_head_counts(s->attn, s->heads));

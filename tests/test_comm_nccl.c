@@ -1,6 +1,7 @@
 /* parallel/comm_nccl: one process a GPU. Sums and gathers of device memory against sums in double
- * on the host, equal bits on all ranks, graphs, and what happens when a rank dies or stops. As in
- * test_comm.c every rank is a forked child whose exit status reports; only children touch CUDA. */
+ * on the host, equal bits on all ranks, rows beside the stream, graphs, and what happens when a
+ * rank dies or stops. As in test_comm.c every rank is a forked child whose exit status reports;
+ * only children touch CUDA. */
 #include "tests/test.h"
 
 #include "core/clock.h"
@@ -341,81 +342,190 @@ static void small_sums_are_in_rank_order(void **state)
     run_all(small_rank);
 }
 
-/* ---- sums beside the stream ---- */
+/* ---- rows beside the stream ---- */
 
-/* One after the other begun, both open at a time, as the halves of a layer are; the second is
- * shorter and begins at another place of the same buffer. */
-static int sums_once(struct comm *c, char *dev, void *host, size_t n, enum dtype dt, cudaStream_t s)
+enum { ROWS = 1000, WIDTH = 512 };
+
+static const struct comm_rows row_shape = {ROWS, WIDTH, DTYPE_BF16};
+
+struct rows_case {
+    struct comm *c;
+    cudaStream_t s;
+    char *dev; /* [ROWS + n_ranks, WIDTH] */
+    bool copies;
+};
+
+static size_t row_bytes(size_t n)
 {
-    const size_t size = dtype_bytes(dt), first = n / 2, bytes = n * size;
-    fill(host, n, dt, seed_of(n, dt), c->rank);
-    CUDA(cudaMemcpyAsync(dev, host, bytes, cudaMemcpyHostToDevice, s));
-    CHECK(comm_sum_begin(c, dev, first, dt, s) == 0);
-    CHECK(comm_sum_begin(c, dev + first * size, n - first, dt, s) == 0);
-    CHECK(comm_sum_end(c, s, NULL) == 0);
-    CHECK(comm_sum_end(c, s, NULL) == 0);
-    return read_sums(c, dev, host, n, dt, s);
+    return n * WIDTH * dtype_bytes(row_shape.dt);
 }
 
-/* Sums of sums without a wait of the host, one rank late by turns: stale halves would show. */
-static int sums_in_a_row(struct comm *c, float *dev, cudaStream_t s)
+/* What rank `from` adds to the part of rank `of`, among n rows. */
+static void fill_part(uint16_t *part, uint16_t *all, int32_t n, int from, const struct comm *c,
+                      int of)
 {
-    enum { N = MAX_N / 4, ROUNDS = 400, CALLS = 8 };
-    static float host[2 * N];
-    const float n = (float)c->n_ranks;
+    const size_t first = row_bytes((size_t)(of * comm_part(c, n)));
+    fill(all, (size_t)n * WIDTH, row_shape.dt, (uint64_t)n, from);
+    memcpy(part, (char *)all + first, row_bytes((size_t)comm_part_rows(c, n, of)));
+}
+
+/* The part of the sum that the communicator made, to the rounding of each addition. */
+static int check_summed(const struct rows_case *t, const uint16_t *got, int32_t n)
+{
+    static uint16_t all[ROWS * WIDTH], part[ROWS * WIDTH];
+    static double sum[ROWS * WIDTH], size[ROWS * WIDTH];
+    const struct comm *c = t->c;
+    const size_t len = (size_t)comm_part_rows(c, n, c->rank) * WIDTH;
+    memset(sum, 0, sizeof sum);
+    memset(size, 0, sizeof size);
+    for (int r = 0; r < c->n_ranks; r++) {
+        fill_part(part, all, n, r, c, c->rank);
+        for (size_t i = 0; i < len; i++) {
+            sum[i] += (double)value(part, i, row_shape.dt);
+            size[i] += fabs((double)value(part, i, row_shape.dt));
+        }
+    }
+    for (size_t i = 0; i < len; i++)
+        CHECK(fabs((double)value(got, i, row_shape.dt) - sum[i]) <=
+              size[i] * rounding(row_shape.dt) * (double)(c->n_ranks - 1));
+    return 0;
+}
+
+/* Its own part where it was, and the others' as they gave them. */
+static int check_shares(const struct rows_case *t, const uint16_t *got, int32_t n,
+                        const struct comm_shares *shares)
+{
+    static uint16_t all[ROWS * WIDTH], want[ROWS * WIDTH], share[ROWS * WIDTH];
+    const struct comm *c = t->c;
+    const size_t bytes = row_bytes((size_t)comm_part_rows(c, n, c->rank));
+    CHECK(shares->n == c->n_ranks - 1 && shares->pitch == comm_part(c, n));
+    fill_part(want, all, n, c->rank, c, c->rank);
+    CHECK(memcmp(got, want, bytes) == 0);
+    for (int j = 0; j < shares->n; j++) {
+        const char *at = (const char *)shares->rows + row_bytes((size_t)(j * shares->pitch));
+        CUDA(cudaMemcpy(share, at, bytes, cudaMemcpyDeviceToHost));
+        fill_part(want, all, n, j + (j >= c->rank), c, c->rank);
+        CHECK(memcmp(share, want, bytes) == 0);
+    }
+    return 0;
+}
+
+static int scatter_once(const struct rows_case *t, int32_t n)
+{
+    static uint16_t host[ROWS * WIDTH];
+    struct comm *c = t->c;
+    const size_t at = row_bytes((size_t)(c->rank * comm_part(c, n)));
+    struct comm_shares shares;
+    fill(host, (size_t)n * WIDTH, row_shape.dt, (uint64_t)n, c->rank);
+    CUDA(cudaMemcpyAsync(t->dev, host, row_bytes((size_t)n), cudaMemcpyHostToDevice, t->s));
+    CHECK(comm_scatter_begin(c, t->dev, n, t->s) == 0);
+    CHECK(comm_scatter_end(c, t->s, &shares) == 0);
+    CHECK(comm_wait_stream(c, t->s, 0) == 0);
+    memset(host, 0xff, sizeof host);
+    CUDA(cudaMemcpy(host, t->dev + at, row_bytes((size_t)comm_part_rows(c, n, c->rank)),
+                    cudaMemcpyDeviceToHost));
+    CHECK((shares.n > 0) == t->copies);
+    return t->copies ? check_shares(t, host, n, &shares) : check_summed(t, host, n);
+}
+
+static int gather_once(const struct rows_case *t, int32_t n)
+{
+    static uint16_t host[ROWS * WIDTH], all[ROWS * WIDTH], part[ROWS * WIDTH];
+    struct comm *c = t->c;
+    char *rows = comm_gather_rows(c);
+    const size_t pitch = row_bytes((size_t)comm_part(c, n));
+    CHECK((uintptr_t)rows % 256 == 0);
+    CUDA(cudaMemsetAsync(rows, 0xff, row_bytes((size_t)n), t->s));
+    fill_part(part, all, n, c->rank, c, c->rank);
+    CUDA(cudaMemcpyAsync(rows + (size_t)c->rank * pitch, part,
+                         row_bytes((size_t)comm_part_rows(c, n, c->rank)), cudaMemcpyHostToDevice,
+                         t->s));
+    CHECK(comm_wait_stream(c, t->s, 0) == 0);
+    CHECK(comm_barrier(c) == 0); /* nobody sends before all have cleared */
+    CHECK(comm_gather_begin(c, n, t->s) == 0);
+    CHECK(comm_gather_end(c, t->s) == 0);
+    CHECK(comm_wait_stream(c, t->s, 0) == 0);
+    CUDA(cudaMemcpy(host, rows, row_bytes((size_t)n), cudaMemcpyDeviceToHost));
+    for (int r = 0; r < c->n_ranks; r++) {
+        fill_part(part, all, n, r, c, r);
+        CHECK(memcmp((char *)host + (size_t)r * pitch, part,
+                     row_bytes((size_t)comm_part_rows(c, n, r))) == 0);
+    }
+    return 0;
+}
+
+/* What a byte of a rank's addends is in a round. */
+static int mark_of(int round, int rank)
+{
+    return (round * 11 + rank * 3) % 251;
+}
+
+/* Many rounds without a wait of the host, one rank late by turns: what is read too late or sent too
+ * early would show. What a rank makes of its part is the share of the first other rank. */
+static int rows_in_a_row(const struct rows_case *t)
+{
+    enum { ROUNDS = 240 };
+    struct comm *c = t->c;
+    char *log, *host;
+    CUDA(cudaMalloc((void **)&log, (size_t)ROUNDS * ROWS));
+    CUDA(cudaMallocHost((void **)&host, (size_t)ROUNDS * ROWS));
     for (int round = 0; round < ROUNDS; round++) {
-        for (size_t i = 0; i < 2 * N; i++)
-            host[i] = (float)(round % 5 + 1 + (i >= N));
-        CUDA(cudaMemcpyAsync(dev, host, sizeof host, cudaMemcpyHostToDevice, s));
+        const int32_t n = ROWS - round % 7 * 13;
+        const size_t part = row_bytes((size_t)comm_part(c, n));
+        struct comm_shares shares;
         if (round % 16 == c->rank)
             usleep(3000);
-        CHECK(comm_sum_begin(c, dev, N, DTYPE_F32, s) == 0);
-        CHECK(comm_sum_begin(c, dev + N, N, DTYPE_F32, s) == 0);
-        for (int k = 0; k < CALLS; k++) {
-            CHECK(comm_sum_end(c, s, NULL) == 0);
-            CHECK(comm_sum_begin(c, dev + (size_t)(k % 2) * N, N - 4 * (size_t)k, DTYPE_F32, s) ==
-                  0);
-        }
-        CHECK(comm_sum_end(c, s, NULL) == 0 && comm_sum_end(c, s, NULL) == 0);
-        CUDA(cudaMemcpyAsync(host, dev, sizeof host, cudaMemcpyDeviceToHost, s));
-        CHECK(comm_wait_stream(c, s, 0) == 0);
-        for (size_t i = 0; i < 2 * N; i++) {
-            const size_t half = i >= N, at = i % N;
-            float want = (float)(round % 5 + 1 + (int)half) * n;
-            for (size_t k = half; k < CALLS; k += 2)
-                want *= at < N - 4 * k ? n : 1.0f;
-            CHECK(host[i] == want);
-        }
+        CUDA(cudaMemsetAsync(t->dev, mark_of(round, c->rank), row_bytes((size_t)n), t->s));
+        CHECK(comm_scatter_begin(c, t->dev, n, t->s) == 0);
+        CHECK(comm_scatter_end(c, t->s, &shares) == 0);
+        char *rows = comm_gather_rows(c);
+        CUDA(cudaMemcpyAsync(rows + (size_t)c->rank * part, shares.rows,
+                             row_bytes((size_t)comm_part_rows(c, n, c->rank)),
+                             cudaMemcpyDeviceToDevice, t->s));
+        CHECK(comm_gather_begin(c, n, t->s) == 0);
+        CHECK(comm_gather_end(c, t->s) == 0);
+        /* the last byte of every row */
+        CUDA(cudaMemcpy2DAsync(log + (size_t)round * ROWS, 1, rows + row_bytes(1) - 1, row_bytes(1),
+                               1, (size_t)n, cudaMemcpyDeviceToDevice, t->s));
+    }
+    CHECK(comm_wait_stream(c, t->s, 0) == 0);
+    CUDA(cudaMemcpy(host, log, (size_t)ROUNDS * ROWS, cudaMemcpyDeviceToHost));
+    for (int round = 0; round < ROUNDS; round++) {
+        const int32_t n = ROWS - round % 7 * 13;
+        for (int32_t row = 0; row < n; row++)
+            CHECK((unsigned char)host[round * ROWS + row] ==
+                  mark_of(round, row / comm_part(c, n) == 0 ? 1 : 0));
     }
     return 0;
 }
 
 static int beside_rank(struct job *j, struct comm *c)
 {
-    static float host[MAX_N];
+    static const int32_t rows[] = {1, 2, 7, 64, 513, ROWS - 1, ROWS};
+    struct rows_case t = {.c = c};
     struct err_msg why = {""};
-    char *dev;
-    cudaStream_t s;
     (void)j;
-    CUDA(cudaMalloc((void **)&dev, sizeof host));
-    CUDA(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
+    CUDA(cudaMalloc((void **)&t.dev, row_bytes((size_t)(ROWS + c->n_ranks))));
+    CUDA(cudaStreamCreateWithFlags(&t.s, cudaStreamNonBlocking));
     CHECK(!comm_overlaps(c));
-    CHECK(comm_reserve_sums(c, sizeof host / 2 + 16, &why) == 0);
+    CHECK(comm_reserve_rows(c, &row_shape, &why) == 0);
     for (enum comm_overlap way = COMM_OVERLAP_COPY; way <= COMM_OVERLAP_SUMS; way++) {
         comm_set_overlap(c, way);
         CHECK(comm_overlaps(c));
-        for (int dt = 0; dt < N_TYPES; dt++) {
-            for (size_t i = 1; i < N_SIZES; i++)
-                CHECK(sums_once(c, dev, host, sizes[i], (enum dtype)dt, s) == 0);
+        t.copies = way == COMM_OVERLAP_COPY; /* GPUs of one host: otherwise not tested at all */
+        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+            CHECK(scatter_once(&t, rows[i]) == 0);
+            CHECK(gather_once(&t, rows[i]) == 0);
         }
-        CHECK(sums_in_a_row(c, (float *)(void *)dev, s) == 0);
+        if (t.copies)
+            CHECK(rows_in_a_row(&t) == 0);
     }
     comm_set_overlap(c, COMM_OVERLAP_NONE);
     CHECK(!comm_overlaps(c));
     return 0;
 }
 
-static void sums_run_beside_the_stream(void **state)
+static void rows_go_beside_the_stream(void **state)
 {
     (void)state;
     run_all(beside_rank);
@@ -483,10 +593,13 @@ static void graphs_replay(void **state)
 
 /* ---- failures ---- */
 
-static int sum_beside(struct comm *c, float *dev, size_t n, cudaStream_t s)
+static int scatter_and_gather(struct comm *c, float *dev, int32_t n, cudaStream_t s)
 {
-    TRY(comm_sum_begin(c, dev, n, DTYPE_F32, s));
-    return comm_sum_end(c, s, NULL);
+    struct comm_shares shares;
+    TRY(comm_scatter_begin(c, dev, n, s));
+    TRY(comm_scatter_end(c, s, &shares));
+    TRY(comm_gather_begin(c, n, s));
+    return comm_gather_end(c, s);
 }
 
 static int reduce_until_failure(struct job *j, struct comm *c)
@@ -494,16 +607,17 @@ static int reduce_until_failure(struct job *j, struct comm *c)
     float *dev;
     cudaStream_t s;
     int err = 0;
-    CUDA(cudaMalloc((void **)&dev, j->n * sizeof *dev));
+    const struct comm_rows rows = {(int32_t)(j->n / WIDTH), WIDTH, DTYPE_F32};
+    CUDA(cudaMalloc((void **)&dev, (j->n + MAX_RANKS * WIDTH) * sizeof *dev));
     CUDA(cudaMemset(dev, 0, j->n * sizeof *dev));
     CUDA(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
     if (j->beside)
-        CHECK(comm_reserve_sums(c, j->n * sizeof *dev, NULL) == 0);
+        CHECK(comm_reserve_rows(c, &rows, NULL) == 0);
     if (write(j->pipe[1], "x", 1) != 1)
         return 3;
     while (err == 0) {
         for (int k = 0; k < 8 && err == 0; k++)
-            err = j->beside ? sum_beside(c, dev, j->n, s)
+            err = j->beside ? scatter_and_gather(c, dev, rows.max, s)
                             : comm_all_reduce_dev(c, dev, j->n, DTYPE_F32, s);
         if (err == 0)
             err = comm_wait_stream(c, s, j->timeout_ms);
@@ -605,7 +719,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(sums_match_the_host),
         cmocka_unit_test(gathers_keep_rank_order),
         cmocka_unit_test(small_sums_are_in_rank_order),
-        cmocka_unit_test(sums_run_beside_the_stream),
+        cmocka_unit_test(rows_go_beside_the_stream),
         cmocka_unit_test(graphs_replay),
         cmocka_unit_test(a_killed_rank_fails_the_others),
         cmocka_unit_test(a_stopped_rank_fails_the_others),

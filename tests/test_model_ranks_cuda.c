@@ -177,10 +177,13 @@ struct told_mode {
     struct batch_counts prompt; /* of its chunks */
 };
 
+enum { MIXED_PROMPT = 1536, MIXED_KNOWN = 100, MIXED_PAGES = LONG_PROMPT / 64 + 2 };
+
 struct told {
     int32_t vocab;
     bool split; /* the steps ran in halves */
     struct told_mode modes[N_MODES];
+    float mixed[N_MODES][2][MAX_VOCAB];
 };
 
 static const struct batch_policy long_policies[N_MODES] = {
@@ -219,14 +222,60 @@ static int tell_mode(struct model_case *c, struct told_mode *out, const struct b
     return 0;
 }
 
+/* A generated row before a prompt's: halves then begin at an odd row, inside the prompt. */
+static int tell_mixed(struct model_case *c, float out[2][MAX_VOCAB],
+                      const struct batch_policy *policy, int32_t vocab)
+{
+    static int32_t known[MIXED_KNOWN + 1], prompt[MIXED_PROMPT], pages[MIXED_PAGES];
+    const int32_t own = MIXED_KNOWN / 64 + 1;
+    struct rng g = {12};
+    for (int32_t i = 0; i < MIXED_PAGES; i++)
+        pages[i] = (i * 5 + 3) % MIXED_PAGES;
+    for (int32_t i = 0; i < MIXED_PROMPT; i++)
+        prompt[i] = 3 + (int32_t)(rng_u64(&g) % (uint64_t)(vocab - 3));
+    memcpy(known, prompt + 7, sizeof known);
+    struct batch_seq first = case_seq(known, 0, MIXED_KNOWN, MIXED_KNOWN, pages, own);
+    first.policy = *policy;
+    CHECK(case_step(c, &first, 1) == 0);
+    struct batch_seq both[2] = {
+        case_seq(known, MIXED_KNOWN, 1, MIXED_KNOWN, pages, own),
+        case_seq(prompt, 0, MIXED_PROMPT, MIXED_PROMPT, pages + own, MIXED_PAGES - own)};
+    for (int i = 0; i < 2; i++) {
+        both[i].id = (uint64_t)i + 1;
+        both[i].policy = *policy;
+        both[i].sample = true;
+    }
+    CHECK(case_step(c, both, 2) == 0);
+    for (int i = 0; i < 2; i++)
+        memcpy(out[i], model_last_logits(c->model, i), (size_t)vocab * sizeof(float));
+    return 0;
+}
+
 static int tell(struct model_case *c, struct told *out, const struct comm *comm)
 {
     out->vocab = model_info(c->model)->vocab_size;
     out->split = comm && comm_overlaps(comm);
     CHECK(out->vocab <= MAX_VOCAB);
-    for (int i = 0; i < N_MODES; i++)
+    for (int i = 0; i < N_MODES; i++) {
         CHECK(tell_mode(c, &out->modes[i], &long_policies[i], out->vocab) == 0);
+        CHECK(tell_mixed(c, out->mixed[i], &long_policies[i], out->vocab) == 0);
+    }
     return 0;
+}
+
+static void compare_mixed(const struct told *one, const struct told *many, int mode)
+{
+    for (int s = 0; s < 2; s++) {
+        const float *a = one->mixed[mode][s], *b = many->mixed[mode][s];
+        double worst = 0.0, most = 0.0;
+        for (int32_t k = 0; k < one->vocab; k++) {
+            assert_true(isfinite(a[k]) && isfinite(b[k]));
+            most = fmax(most, fabs((double)a[k]));
+            worst = fmax(worst, fabs((double)a[k] - (double)b[k]));
+        }
+        printf("# mixed, sequence %d: logits within %.2g of %.2g\n", s, worst, most);
+        assert_true(most > 0.0 && worst <= 0.05 * most);
+    }
 }
 
 /* Tokens are the same; where the lead is within the error of 16-bit sums they may part, and what
@@ -344,8 +393,10 @@ static void compare_ranks(const char *dir)
         memset(told[1], 0, bytes);
         live_together(j);
         assert_true(told[1]->split && !told[0]->split);
-        for (int mode = 0; mode < N_MODES; mode++)
+        for (int mode = 0; mode < N_MODES; mode++) {
             compare_mode(told[0], told[1], mode, dir);
+            compare_mixed(told[0], told[1], mode);
+        }
     }
     for (int i = 0; i < 2; i++)
         (void)munmap(told[i], bytes);

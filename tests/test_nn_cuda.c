@@ -62,10 +62,12 @@ static void test_gather(void **state)
 struct norm_case {
     int dtype;
     int32_t width;
-    bool add, more, bias, pick, sum_only; /* pick: rows of a larger matrix */
+    bool add;
+    int more;                  /* shares */
+    bool bias, pick, sum_only; /* pick: rows of a larger matrix */
 };
 
-enum { NORM_ROWS = 21, NORM_ALL = 40 };
+enum { NORM_ROWS = 21, NORM_ALL = 40, NORM_SHARES = 3 };
 
 struct norm_data {
     uint16_t *residual, *x, *more, *bias, *weight; /* host */
@@ -81,7 +83,8 @@ static void run_norm(const struct norm_case *c, const struct norm_data *data, in
     struct nn_cuda_norm p = {.out = c->sum_only ? NULL : d_out,
                              .residual = device_copy(data->residual, bytes),
                              .x = device_copy(data->x, bytes),
-                             .more = device_copy(data->more, bytes),
+                             .more = device_copy(data->more, NORM_SHARES * bytes),
+                             .more_rows = NORM_ALL,
                              .bias = device_copy(data->bias, w * 2),
                              .weight = device_copy(data->weight, w * 2),
                              .rows = device_copy(data->rows + first, (size_t)n * 4),
@@ -90,7 +93,7 @@ static void run_norm(const struct norm_case *c, const struct norm_data *data, in
                              .eps = 1e-5f};
     struct nn_cuda_norm q = p;
     q.x = c->add ? p.x : NULL;
-    q.more = c->more ? p.more : NULL;
+    q.n_more = c->more;
     q.bias = c->bias ? p.bias : NULL;
     q.rows = c->pick ? p.rows : NULL;
     assert_int_equal(nn_cuda_residual_norm(&q, c->dtype, stream), 0);
@@ -111,7 +114,8 @@ static void check_norm_row(const struct norm_case *c, const struct norm_data *da
         if (c->add) {
             float b = c->bias ? from16(data->bias[j], c->dtype) : 0.0f;
             float x = from16(data->x[row * w + j], c->dtype);
-            x += c->more ? from16(data->more[row * w + j], c->dtype) : 0.0f;
+            for (size_t k = 0; k < (size_t)c->more; k++)
+                x += from16(data->more[(k * NORM_ALL + row) * w + j], c->dtype);
             s += x + b;
         }
         assert_int_equal(residual[row * w + j], to16(s, c->dtype)); /* the sum, rounded once */
@@ -134,7 +138,7 @@ static void check_norm(const struct norm_case *c, struct rng *rng)
     const size_t w = (size_t)c->width;
     struct norm_data data = {.residual = random16(NORM_ALL * w, c->dtype, 2.0, rng),
                              .x = random16(NORM_ALL * w, c->dtype, 1.0, rng),
-                             .more = random16(NORM_ALL * w, c->dtype, 1.0, rng),
+                             .more = random16(NORM_SHARES * NORM_ALL * w, c->dtype, 1.0, rng),
                              .bias = random16(w, c->dtype, 1.0, rng),
                              .weight = random16(w, c->dtype, 1.0, rng)};
     uint16_t *residual, *out, *one_residual, *one_out;
@@ -169,8 +173,8 @@ static void test_norm(void **state)
         {.add = false},
         {.add = true},
         {.add = true, .bias = true},
-        {.add = true, .more = true},
-        {.add = true, .more = true, .bias = true, .pick = true},
+        {.add = true, .more = 1},
+        {.add = true, .more = NORM_SHARES, .bias = true, .pick = true},
         {.add = true, .pick = true},
         {.pick = true},
         {.add = true, .sum_only = true},
