@@ -3,7 +3,8 @@
 
 The solver below knows only the notation of tokens.json, not the generator: it parses the facts out
 of the prompt and answers the question. samples.jsonl was written by the program that trained the
-model, so a solver that agrees with it is a fair judge of make_prompts.py.
+model, so a solver that agrees with it is a fair judge of make_prompts.py. Where there is PyTorch, the
+rows that the model is trained on and the prompts that its training asks are solved too.
 usage: test_prompts.py ROOT"""
 import json
 import os
@@ -91,6 +92,51 @@ def check(lines, what):
     return n
 
 
+def check_row(row, weights, what):
+    """Every question of a training row: its answer is right, and nothing but answers has weight."""
+    begin = at = next(i for i, t in enumerate(row) if t in TAILS)
+    assert not any(weights[:begin]), (what, 'a context with weight')
+    while at < len(row):
+        end = row.index(EOS, at) + 1
+        answered = next((i for i in range(at, end) if weights[i]), end)
+        answer, _ = solve(row[:begin] + row[at:answered])
+        assert answer == row[answered:end] and all(weights[answered:end]), (what, row[at:end])
+        at = end
+
+
+def check_training(folder):
+    """-> rows and prompts checked, or 0 without PyTorch"""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return 0
+    sys.path.insert(0, folder)
+    sys.dont_write_bytecode = True
+    import make_prompts
+    import needle_data
+    import needle_eval
+    data, n = needle_data.Data('cpu', 3, 1 << 16), 0
+    kinds = dict.fromkeys(k for mix in needle_data.MIXES.values() for k in mix)
+    for kind in kinds:
+        for length in [512] * 6 + [2048] * 3:
+            for row, weights, filler in zip(*(x.tolist() for x in data.rows(kind, 2, length))):
+                check_row(row, weights, kind)
+                assert not any(w and f for w, f in zip(weights, filler)), kind
+                n += 1
+    for task in needle_data.TASKS:
+        for prompt, expected in zip(*(x.tolist() for x in data.prompts(task, 3, 1024))):
+            answer, refs = solve(prompt)
+            assert answer == expected and refs == needle_eval.refs_of(task, expected), task
+            assert needle_eval.ruler(refs, answer) == 1 and needle_eval.ruler(refs, [EOS] + answer) == 0, task
+            assert needle_eval.ruler(refs, refs[0]) == 1 / len(refs), task
+            n += 1
+    ours = make_prompts.make(make_prompts.Random(3), 'cwe', 2048)['prompt']
+    theirs = data.prompts('cwe', 1, 2048 - 128)[0][0].tolist()
+    assert len(set(ours[1:60])) > 20 and len(set(theirs[1:60])) > 20, 'words in order'
+    assert sorted(map(ours.count, set(ours))) == sorted(map(theirs.count, set(theirs))), 'cwe of other counts'
+    return n
+
+
 def main(root):
     folder = os.path.join(root, 'models', 'needle')
 
@@ -116,6 +162,8 @@ def main(root):
     calibration = made('--calibration', '--length', '16384').splitlines()
     assert len(calibration) == 16
     n += check(calibration, 'calibration set')
+    trained = check_training(folder)
+    print('%d rows and prompts of the training solved' % trained if trained else 'no PyTorch: training rows are not checked')
     print('%d prompts solved' % n)
 
 

@@ -26,9 +26,19 @@ NIAH = {  # haystack, needles (0: as many as fit), values a key, key length, val
     'niah_single_3': ('essay', 1, 1, 3, 7), 'niah_multikey_1': ('essay', 4, 1, 3, 5),
     'niah_multikey_2': ('pack', 0, 1, 3, 5), 'niah_multikey_3': ('pack', 0, 1, 6, 7),
     'niah_multivalue': ('essay', 1, 4, 3, 5), 'niah_multiquery': ('essay', 4, 1, 3, 5)}
-TASKS = list(NIAH) + ['vt', 'qa_1', 'qa_2', 'fwe']
-MIX = {'niah': .34, 'mv': .25, 'vt': .13, 'qa': .20, 'fwe': .08}  # kinds of training rows, and their shares
+TASKS = list(NIAH) + ['vt', 'qa_1', 'qa_2', 'fwe', 'cwe']
+MIXES = {  # kinds of training rows, and their shares
+    'facts': {'niah': .34, 'mv': .25, 'vt': .13, 'qa': .20, 'fwe': .08},
+    'words': {'niah': .10, 'mv': .05, 'mv_few': .15, 'vt': .05, 'qa': .07, 'fwe_heavy': .20, 'cwe': .38},
+    'all': {'niah': .17, 'mv': .10, 'mv_few': .20, 'vt': .10, 'qa': .13, 'fwe_heavy': .14, 'cwe': .16}}
 FWE_WEIGHT = 20.  # of an answer token: a row has three of them, other rows hundreds
+HEAVY = 1 / 3     # of the tokens that other rows have for questions: the weight of a whole row of few answers
+COMMON, RATIO = 10, 10  # cwe: common words, and how often one comes for each time that another does
+
+
+def question_tokens(n):
+    """What questions with their answers may take of a row."""
+    return max(160, min(n * 3 // 8, 1536))
 
 
 def successor(atom, rank):
@@ -120,7 +130,7 @@ class Data:
         table = [[successor(a, r) for r in range(SUCCESSORS)] for a in range(N_FILL)]
         self.successors = torch.tensor(table, device=device).view(-1)
         self.essay_cdf = zipf_cdf(SUCCESSORS, 1.2).to(device)
-        self.word_cdf = zipf_cdf(N_KEY, 2).to(device)
+        self.word_cdf = {x: zipf_cdf(N_KEY, x).to(device) for x in (1.5, 2, 2.5)}
         self._make_pool(pool_tokens)
 
     def ints(self, low, high, *shape):
@@ -233,15 +243,29 @@ class Data:
         facts = torch.cat([const_like(DOC, s), s, r[..., None], o, const_like(END, s)], -1)
         return s, r, o, facts.reshape(n_rows, n_groups * 4, 9), self.units(n_rows, n_groups * 4)
 
-    def words(self, n_rows, n):
+    def from_host(self, x):
+        return x if self.device == 'cpu' else x.pin_memory().to(self.device, non_blocking=True)
+
+    def words(self, n_rows, n, exponent=2):
         """n words by Zipf's law, and the three most frequent; ties to the lower token."""
         permutation = self.units(n_rows, N_KEY).argsort(1)
-        ranks = torch.searchsorted(self.word_cdf, self.units(n_rows, n)).clamp(max=N_KEY - 1)
+        ranks = torch.searchsorted(self.word_cdf[exponent], self.units(n_rows, n)).clamp(max=N_KEY - 1)
         words = permutation.gather(1, ranks)
         counts = torch.zeros(n_rows, N_KEY, device=self.device)
         counts = counts.scatter_add_(1, words, torch.ones(n_rows, n, device=self.device))
         top = (counts * 256 - self.arange(N_KEY)).topk(3, 1)[1]
         return words + KEY0, top + KEY0
+
+    def common_words(self, n_rows, n, n_others=N_KEY - COMMON, ratio=RATIO):
+        """n words, and the COMMON of them that come `ratio` times as often as n_others, ascending. What is left over goes to
+        the others, one each."""
+        permutation = self.units(n_rows, N_KEY).argsort(1)
+        times = n // (COMMON * ratio + n_others)
+        each, more = divmod(n - times * COMMON * ratio, n_others)
+        counts = [times * ratio] * COMMON + [each + 1] * more + [each] * (n_others - more)
+        ranks = self.from_host(torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)))
+        words = permutation.gather(1, ranks[self.units(n_rows, n).argsort(1)])
+        return words + KEY0, permutation[:, :COMMON].sort(1)[0] + KEY0
 
     def pick(self, lists, n):
         """n random entries of dimension 1, the same of every list, others in every row."""
@@ -316,6 +340,16 @@ class Data:
         blocks = [(t, question) for t in tokens.unbind(1)]
         return haystack, facts, self.const(width, n_rows, n_keys * n_values), places, blocks
 
+    def _few_values_rows(self, n_rows, n, budget):
+        """As the prompts have it: few keys, whose values lie far apart."""
+        py = self.py
+        value_len, n_values, n_keys = py.choice([4, 5, 5, 6, 7]), py.choice([3, 4, 4, 4]), py.choice([1, 1, 2, 3, 4])
+        haystack = py.choices(['essay', 'noise'], [.85, .15])[0]
+        key, values, facts, places = self.needles(n_rows, n_keys, n_values, 3, value_len)
+        tokens, question = ask_multivalue(key, values)
+        blocks = [(t, question) for t in tokens.unbind(1)]
+        return haystack, facts, self.const(6 + value_len, n_rows, n_keys * n_values), places, blocks
+
     def _chain_rows(self, n_rows, n, budget):
         py = self.py
         hops, value_len = py.choice([2, 3, 4, 4]), py.choice([4, 5, 5, 6])
@@ -354,20 +388,30 @@ class Data:
         blocks += [(t, question) for t in tokens.unbind(1)]
         return haystack, facts, self.const(9, n_rows, n_groups * 4), places, blocks
 
-    def _word_rows(self, n_rows, n):
-        context, top = self.words(n_rows, n - 7)
-        tail = torch.cat([self.const(QFWE, n_rows, 1), self.const(ANS, n_rows, 1), top, self.const(EOS, n_rows, 1)], 1)
+    def _word_rows(self, kind, n_rows, n):
+        py, heavy = self.py, HEAVY * question_tokens(n)
+        if kind == 'fwe':
+            context, top, marks, weight = *self.words(n_rows, n - 7), [QFWE, ANS], FWE_WEIGHT
+        elif kind == 'fwe_heavy':
+            context, top = self.words(n_rows, n - 7, py.choice([2, 2, 2, 1.5, 2.5]))
+            marks, weight = [QFWE, ANS], heavy / 4
+        else:
+            easier = (py.choice([20, 40, 80]), py.choice([RATIO, 2 * RATIO])) if py.random() < .3 else ()
+            context, top = self.common_words(n_rows, n - 5 - COMMON, *easier)
+            marks, weight = [QFWE, SEP, ANS], heavy / (COMMON + 1)
+        tail = torch.cat([self.const(m, n_rows, 1) for m in marks] + [top, self.const(EOS, n_rows, 1)], 1)
         weights = torch.zeros(n_rows, n, device=self.device)
-        weights[:, -4:] = FWE_WEIGHT
+        weights[:, -top.shape[1] - 1:] = weight
         tokens = torch.cat([self.const(BOS, n_rows, 1), context, tail], 1)
         return tokens, weights, torch.zeros(n_rows, n, device=self.device)
 
     def rows(self, kind, n_rows, n):
         """-> tokens, weights of answer tokens, weights of filler tokens, each [n_rows, n]"""
-        if kind == 'fwe':
-            return self._word_rows(n_rows, n)
-        make = {'niah': self._niah_rows, 'mv': self._multivalue_rows, 'vt': self._chain_rows, 'qa': self._question_rows}
-        haystack, facts, lengths, places, blocks = make[kind](n_rows, n, max(160, min(n * 3 // 8, 1536)))
+        if kind in ('fwe', 'fwe_heavy', 'cwe'):
+            return self._word_rows(kind, n_rows, n)
+        make = {'niah': self._niah_rows, 'mv': self._multivalue_rows, 'mv_few': self._few_values_rows,
+                'vt': self._chain_rows, 'qa': self._question_rows}
+        haystack, facts, lengths, places, blocks = make[kind](n_rows, n, question_tokens(n))
         self.py.shuffle(blocks)
         size = n - 1 - sum(tokens.shape[1] for tokens, _ in blocks)
         context, is_fact = self.context(size, haystack, facts, lengths, places)
@@ -375,20 +419,19 @@ class Data:
         mask = [0.] * (1 + size)
         for block, question in blocks:
             mask += [0.] * question + [1.] * (block.shape[1] - question)
-        answers = torch.tensor(mask)
-        if self.device != 'cpu':
-            answers = answers.pin_memory().to(self.device, non_blocking=True)
+        weight = max(1., HEAVY * question_tokens(n) / sum(mask)) if kind == 'mv_few' else 1.
+        answers = self.from_host(torch.tensor(mask) * weight)
         filler = torch.zeros(n_rows, n, device=self.device)
         if haystack != 'pack':
             filler[:, 1:1 + size] = (is_fact == 0).float()
         return tokens, answers[None].expand(n_rows, -1), filler
 
-    def batch(self, n_tokens, n, n_parts=4, max_position=32768, gapped=.5):
+    def batch(self, n_tokens, n, mix='facts', n_parts=4, max_position=32768, gapped=.5):
         """-> tokens, positions, answer weights, filler weights [n_tokens / n, n]; a share `gapped` of the rows has four random
         gaps in its positions (PoSE), so that short rows show all distances."""
         n_rows = n_tokens // n
         n_parts = min(n_parts, n_rows)
-        kinds = self.py.choices(list(MIX), list(MIX.values()), k=n_parts)
+        kinds = self.py.choices(list(MIXES[mix]), list(MIXES[mix].values()), k=n_parts)
         parts = [self.rows(kind, n_rows // n_parts, n) for kind in kinds]
         tokens, answers, filler = (torch.cat(x, 0) for x in zip(*parts))
         n_rows = tokens.shape[0]
@@ -440,6 +483,10 @@ class Data:
             context, top = self.words(n_rows, n - 3)
             tail = [self.const(QFWE, n_rows, 1), self.const(ANS, n_rows, 1), top, self.const(EOS, n_rows, 1)]
             tokens, question = torch.cat(tail, 1)[:, None], 2
+        elif task == 'cwe':
+            context, top = self.common_words(n_rows, n - 4)
+            tail = [self.const(m, n_rows, 1) for m in (QFWE, SEP, ANS)] + [top, self.const(EOS, n_rows, 1)]
+            tokens, question = torch.cat(tail, 1)[:, None], 3
         else:
             context, (tokens, question) = self._question_prompts(task, n_rows, n)
         tokens = tokens[:, 0]

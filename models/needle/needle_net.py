@@ -111,6 +111,13 @@ def attention(q, k, v):
     return (scores.softmax(-1) @ v.float()).to(q.dtype)
 
 
+def attention_of_one(q, k, v):
+    """q [B, heads, 64] of one token, k and v [B, KV heads, N, 64] -> [B, heads * 64]"""
+    grouped = q.view(q.shape[0], k.shape[1], -1, HEAD_DIM).float()
+    scores = (grouped @ k.float().transpose(2, 3)) / math.sqrt(HEAD_DIM)
+    return (scores.softmax(-1) @ v.float()).reshape(q.shape[0], -1).to(q.dtype)
+
+
 class Net:
     def __init__(self, cfg, params, dtype=torch.bfloat16, compiled=False):
         self.cfg, self.params, self.dtype = cfg, params, dtype
@@ -127,7 +134,7 @@ class Net:
                     wd=p['wd'].to(dt).unbind(0), ln1=p['ln1'].unbind(0), ln2=p['ln2'].unbind(0), lnf=p['lnf'])
 
     def trunk(self, tokens, positions, weights=None, plain=False, seen=None):
-        """-> [B * N, hidden] before the last norm, weights; seen(q, k): called with every layer's queries and keys"""
+        """-> [B * N, hidden] before the last norm, weights; seen(q, k, v): called with every layer's"""
         cfg, (n_rows, n) = self.cfg, tokens.shape
         w = weights or self.weights()
         before, after, emb = (before_attention, after_attention, embed) if plain else (self.before, self.after, self.embed)
@@ -137,7 +144,7 @@ class Net:
             qkv = before(x, w['ln1'][i], w['wqkv'][i], cos, sin, cfg.heads, cfg.kv_heads)
             q, k, v = (t.view(n_rows, n, -1, HEAD_DIM).transpose(1, 2) for t in qkv)
             if seen:
-                seen(q, k)
+                seen(q, k, v)
             a = attention(q, k, v).transpose(1, 2).reshape(n_rows * n, cfg.heads * HEAD_DIM)
             x = after(x, a, w['wo'][i], w['ln2'][i], w['wgu'][i], w['wd'][i])
         return x, w
@@ -167,13 +174,38 @@ class Net:
         return torch.cat(out)
 
     @torch.no_grad()
+    def greedy(self, prompts, n_steps, weights, chunk=1 << 18):
+        """[rows, n_steps] the likeliest tokens one after another, with a cache of keys and values"""
+        cfg, n, out = self.cfg, prompts.shape[1], []
+        per = max(1, chunk // (n + n_steps))
+        for i in range(0, prompts.shape[0], per):
+            cache = []
+
+            def seen(_, k, v):
+                cache.append([torch.cat([t, t.new_zeros(t.shape[0], t.shape[1], n_steps, HEAD_DIM)], 2) for t in (k, v)])
+            positions = torch.arange(n, device=prompts.device)[None].expand(prompts[i:i + per].shape[0], -1)
+            x, w = self.trunk(prompts[i:i + per], positions, weights, plain=True, seen=seen)
+            x, taken = x.view(positions.shape[0], n, -1)[:, -1], []
+            for at in range(n, n + n_steps):
+                taken.append(F.linear(rms_norm(x, w['lnf']), w['emb']).float().argmax(-1))
+                x = embed(taken[-1], w['emb'])
+                cos, sin = rope_tables(positions[:, :1] + at, cfg)
+                for layer, (keys, values) in enumerate(cache):
+                    q, keys[:, :, at], values[:, :, at] = before_attention(x, w['ln1'][layer], w['wqkv'][layer], cos, sin,
+                                                                           cfg.heads, cfg.kv_heads)
+                    a = attention_of_one(q, keys[:, :, :at + 1], values[:, :, :at + 1])
+                    x = after_attention(x, a, w['wo'][layer], w['ln2'][layer], w['wgu'][layer], w['wd'][layer])
+            out.append(torch.stack(taken, 1))
+        return torch.cat(out)
+
+    @torch.no_grad()
     def largest_logits(self, tokens, positions):
         """[layers, heads]: largest scaled attention logit that causality allows"""
         n, group = tokens.shape[1], self.cfg.heads // self.cfg.kv_heads
         later = torch.ones(n, n, dtype=torch.bool, device=tokens.device).triu(1)
         out = []
 
-        def seen(q, k):
+        def seen(q, k, _):
             k = k.repeat_interleave(group, 1)
             heads = [(q[:, h] @ k[:, h].transpose(1, 2)).float().mul_(HEAD_DIM ** -.5).masked_fill_(later, -1e30).amax()
                      for h in range(self.cfg.heads)]

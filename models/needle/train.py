@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
-"""Trains the needle model from nothing, on one H200 (others were not tried), in three runs of 960 seconds together:
+"""Trains the needle model from nothing, on one H200 (others were not tried), in three runs of 960 seconds together, and
+a fourth of 440:
 
   train.py --run 1 --out run1
   train.py --run 2 --out run2 --resume run1/model.safetensors
-  train.py --run 3 --out needle --resume run2/model.safetensors
+  train.py --run 3 --out run3 --resume run2/model.safetensors
+  train.py --run 4 --out needle --resume run3/model.safetensors
 
 The first learns to copy on short rows, the second stretches that to 32K, the third repeats it under a falling cap of the
-attention logits. Runs are bounded by time, not by steps: a slower card sees fewer tokens, and wants a longer --time.
+attention logits, the fourth adds common words (cwe) and has more of what was weak, several values of one key and frequent
+words. Its log ends with a table of greedy answers before and after. Runs are bounded by time, not by steps: a slower card
+sees fewer tokens, and wants a longer --time.
 Every option has its value from the run and can be set by itself. --out gets config.json, model.safetensors (bfloat16), train.log, train.json.
 Needs PyTorch >= 2.5 with CUDA, safetensors, and nothing else: all rows are drawn on the device (needle_data.py)."""
 import argparse
@@ -19,21 +23,28 @@ import time
 
 import torch
 
-from needle_data import TASKS, Data
+from needle_data import MIXES, TASKS, Data
+from needle_eval import scores, table
 from needle_net import HEAD_DIM, Config, Net, Optimiser, init_params, load_params, save_model
 
 # least, most: share of the time after which a stage may end (once `advance` of the answer tokens are right) and must end.
 # decay: the learning rate is whole until the first share, falls to a tenth at the second, to a hundredth at the end.
 # clip: attention logits are capped at the first number, falling to the second at this share of the time.
+# mixes: kinds of rows, a name of needle_data.MIXES for every stage.
+# earlier: share of the steps that go back to a shorter stage.
+# table: nominal lengths of the prompts asked before and after.
+FACTS = dict(mixes=['facts'] * 5, earlier=.25, table=[])
 RUNS = {
     1: dict(time=95, stages=[512, 2048], least=[.3, .2], most=[.7, 1.], advance=.95, decay=[.4, .9],
-            lr=.02, adam_lr=3e-3, seed=1, clip=[]),
+            lr=.02, adam_lr=3e-3, seed=1, clip=[], **FACTS),
     2: dict(time=480, stages=[512, 2048, 8192, 16384, 32768], least=[.05, .12, .2, .2, .2], most=[.1, .25, .5, .8, 1.],
-            advance=.985, decay=[.35, .92], lr=.02, adam_lr=3e-3, seed=7, clip=[]),
+            advance=.985, decay=[.35, .92], lr=.02, adam_lr=3e-3, seed=7, clip=[], **FACTS),
     3: dict(time=385, stages=[2048, 8192, 16384, 32768], least=[.9, .9, .9, .9], most=[.35, .6, .8, 1.], advance=2.,
-            decay=[.5, .95], lr=.012, adam_lr=2e-3, seed=11, clip=[700., 40., .4]),
+            decay=[.5, .95], lr=.012, adam_lr=2e-3, seed=11, clip=[700., 40., .4], **FACTS),
+    4: dict(time=440, stages=[512, 2048, 8192, 16384, 32768], least=[.9] * 5, most=[.2, .4, .6, .8, 1.], advance=2.,
+            decay=[.5, .95], lr=.01, adam_lr=1.6e-3, seed=17, clip=[40., 40., 1.],
+            mixes=['words', 'all', 'all', 'all', 'all'], earlier=.5, table=[8192, 16384, 32768]),
 }
-EARLIER = .25        # share of the steps that go back to a shorter stage
 CLIP_EVERY = 20      # steps
 LOOK_EVERY = 50      # steps between looks at the losses, which wait for the device
 TELL_EVERY = 200     # steps between lines of the log
@@ -54,6 +65,9 @@ def arguments():
     ap.add_argument('--advance', type=float, help='share of right answer tokens that ends a stage; above 1: never')
     ap.add_argument('--decay', type=numbers(float))
     ap.add_argument('--clip', type=numbers(float), help='FROM,TO,SHARE: cap of the attention logits')
+    ap.add_argument('--mixes', type=numbers(str), help='kinds of rows, a name of MIXES for every stage')
+    ap.add_argument('--earlier', type=float, help='share of the steps that go back to a shorter stage')
+    ap.add_argument('--table', type=numbers(int), help='lengths of prompts to ask before and after')
     ap.add_argument('--lr', type=float, help='of Muon')
     ap.add_argument('--adam-lr', type=float)
     ap.add_argument('--seed', type=int)
@@ -68,6 +82,8 @@ def arguments():
     a = ap.parse_args()
     if len(a.least) < len(a.stages) or len(a.most) < len(a.stages):
         ap.error('--least and --most need a share for each of --stages')
+    if len(a.mixes) < len(a.stages) or not set(a.mixes) <= set(MIXES):
+        ap.error('--mixes needs one of %s for each of --stages' % ', '.join(MIXES))
     return a
 
 
@@ -104,6 +120,8 @@ class Training:
         self.optimiser = Optimiser(self.params, a.lr, a.adam_lr)
         self.data = Data(a.device, a.seed, 1 << 24 if on_gpu else 1 << 20)
         self.prompts = Data(a.device, 777, 1 << 20)  # evaluated in every run
+        self.mix = dict(zip(a.stages, a.mixes))
+        self.tasks = [t for t in TASKS if t != 'cwe' or any('cwe' in MIXES[m] for m in self.mix.values())]
         self.random = random.Random(a.seed)
         self.stage, self.stage_began, self.step = 0, 0.0, 0
         self.tokens_seen = {}                # by length
@@ -115,7 +133,7 @@ class Training:
         stages = self.a.stages
         if self.step < 3:  # which compile
             return stages[0]
-        if self.stage > 0 and self.random.random() < EARLIER:
+        if self.stage > 0 and self.random.random() < self.a.earlier:
             return self.random.choice(stages[:self.stage])
         return stages[self.stage]
 
@@ -123,7 +141,7 @@ class Training:
         """Scales down the queries of heads whose largest logit passes the cap (QK-clip)."""
         start, end, until = self.a.clip
         cap = max(end, start * math.exp(math.log(end / start) * min(1.0, share / until)))
-        tokens, positions, _, _ = self.data.batch(4096, 4096)
+        tokens, positions, _, _ = self.data.batch(4096, 4096, self.mix[self.a.stages[-1]])
         largest = self.net.largest_logits(tokens, positions)
         with torch.no_grad():
             scale = (cap / largest).clamp(max=1.0)
@@ -133,7 +151,7 @@ class Training:
 
     def train_step(self, share):
         n = self.length()
-        tokens, positions, answers, filler = self.data.batch(self.a.tokens, n)
+        tokens, positions, answers, filler = self.data.batch(self.a.tokens, n, self.mix[n])
         loss, of_answers, of_filler, right = self.net.loss(tokens, positions, answers, filler)
         loss.backward()
         self.optimiser.step(learning_rate(share, self.step, self.a.decay))
@@ -163,11 +181,20 @@ class Training:
 
     def evaluate(self, n, count):
         weights, out = self.net.weights(), []
-        for task in TASKS:
+        for task in self.tasks:
             right = self.net.teacher_forced(*self.prompts.prompts(task, count, n), weights)
             out.append('%s %.2f' % (task.replace('niah_', ''), right[:, :-1].all(1).float().mean().item()))
         self.log.say('exact answers at %d, %d prompts a task: %s' % (n, count, ' '.join(out)))
         self.evaluated_at = time.time()
+
+    def asked(self):
+        """Scores of --table's prompts, or None; the parameters as they are saved, rounded."""
+        a, begin = self.a, self.log.seconds()
+        if not a.table or not a.evaluate:
+            return None
+        out = scores(self.net, a.device, a.table, a.evaluate)
+        self.log.say('%d prompts of each task and length asked in %.1f s' % (a.evaluate, self.log.seconds() - begin))
+        return out
 
     def advance(self, share):
         """The next stage, when this one has had its time."""
@@ -208,6 +235,7 @@ def main():
     training = Training(a, log)
     log.say(sum(p.numel() for p in training.params.values()), 'parameters, torch', torch.__version__)
     log.say(json.dumps(vars(a)))
+    before = training.asked() if a.resume else None
     if not training.run():
         log.say('the loss is not a number: nothing written')
         return 1
@@ -215,12 +243,18 @@ def main():
     save_model(training.params, training.cfg, a.out)
     # what is judged is what was written, rounded
     training.net.params = load_params(os.path.join(a.out, 'model.safetensors'), training.cfg, a.device)
-    for n in a.stages[-2:] if a.evaluate else []:
+    for n in a.stages[-2:] if a.evaluate and not a.table else []:
         training.evaluate(n - 128, min(a.evaluate, 16))
+    after = training.asked()
+    if after:
+        log.say('greedy answers of %d prompts: RULER score (exact)%s' % (a.evaluate, ', before -> after' if before else ''))
+        for line in table(a.table, before, after):
+            log.say(line)
     with open(os.path.join(a.out, 'train.log'), 'w', encoding='ascii') as f:
         f.write('\n'.join(log.lines) + '\n')
     with open(os.path.join(a.out, 'train.json'), 'w', encoding='ascii') as f:
-        json.dump(dict(options=vars(a), steps=training.step, tokens_seen=training.tokens_seen, seconds=log.seconds()), f)
+        json.dump(dict(options=vars(a), steps=training.step, tokens_seen=training.tokens_seen, seconds=log.seconds(),
+                       before=before, after=after), f)
     return 0
 
 
