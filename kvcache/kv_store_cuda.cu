@@ -7,6 +7,7 @@
  * latency; many: small thread blocks, so that an SM has many rows in different stages.
  *
  * copy: a thread block moves 16 KiB of one pool's page, four 16-byte loads in flight a thread. */
+#include "core/early.cuh"
 #include "core/pack.cuh"
 #include "kvcache/kv_store_cuda.h"
 
@@ -99,6 +100,8 @@ __global__ void __launch_bounds__(APPEND_THREADS, 2)
     int u = threadIdx.x, head = u / lanes, i = u % lanes * W;
     T *row = (T *)a.qkv + n * a.stride;
     struct pairs<T, W> x;
+    begin_next();
+    wait_for_inputs();
     if (u < units) /* asked for before the slot is known */
         x = load_pairs<T, W>(row + head * a.head_dim + i, half);
     const int slot = a.slots[n];
@@ -129,11 +132,8 @@ static cudaError_t launch_append(const struct kv_append *a, cudaStream_t stream)
     const int units = wide ? pairs / PACK : pairs;
     const int most = a->n_rows < APPEND_MANY_ROWS ? APPEND_THREADS : APPEND_MANY;
     const int threads = units < most ? (units + 31) / 32 * 32 : most;
-    if (wide)
-        append_row<T, PACK><<<a->n_rows, threads, 0, stream>>>(*a);
-    else
-        append_row<T, 1><<<a->n_rows, threads, 0, stream>>>(*a);
-    return cudaGetLastError();
+    const struct launch l = {dim3((unsigned)a->n_rows), (unsigned)threads, 0, true, stream};
+    return wide ? launch_early(append_row<T, PACK>, l, *a) : launch_early(append_row<T, 1>, l, *a);
 }
 
 int kv_append_cuda(const struct kv_append *a, int dtype, void *stream)
