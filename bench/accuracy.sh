@@ -3,9 +3,9 @@
 #   bench/accuracy.sh BIN|FILE OUT       BIN: a folder of programs, or the archive of scripts/gpu-check.sh
 # Sixteen niah prompts calibrate, by several rules; a daemon for each threshold file, and one with a sliding window, answer the
 # same prompts in turn (`sluice eval`). Writes OUT/accuracy.json, .jsonl (every answer) and .txt.
-#   CALIBRATE=niah BUDGET_LENGTH=8k TASKS=vt,fwe,qa LENGTHS=8k,16k,32k SAMPLES=200 LIMIT=340s POLICIES="mean=abs~0.5 ..." SEED=0
+#   CALIBRATE=niah BUDGET_LENGTH=8k TASKS=vt,cwe,fwe,qa LENGTHS=8k,16k,32k SAMPLES=200 LIMIT=470s POLICIES="mean=abs~0.5 ..." SEED=0
 # POLICIES are NAME=POLICY, NAME one of the files below (mean quantile rows64 smooth second rel budget) or window.
-# The swap: CALIBRATE=vt,fwe,qa CALIBRATE_SAMPLES=4 TASKS=niah.
+# The swap: CALIBRATE=vt,cwe,fwe,qa CALIBRATE_SAMPLES=4 TASKS=niah.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 out=${2:?OUT}
@@ -70,7 +70,7 @@ fi
 policies=
 names=
 for p in ${POLICIES:-mean=abs~0.5 mean=abs~0.25 quantile=abs~0.15 rows64=abs~0.25 smooth=abs~0.25 second=abs~0.25 budget=abs~0.25 \
-    rel=rel~0.2 rel=rel~0.1 rel=rel:-0.001/64 rel=rel=2/64 rel=rel=2 rel=rel=3 rel=rel=5 rel=rel=10 rel=rel=20 window=dense}; do
+    rel=rel~0.2 rel=rel~0.1 rel=rel:-0.001/64 rel=rel=2/64 rel=rel:-0.001 rel=rel=2 rel=rel=3 rel=rel=5 rel=rel=10 window=dense}; do
     names+=" ${p%%=*}"
     policies+=${policies:+,}${p#*=}@unix:${p%%=*}.sock
 done
@@ -86,7 +86,7 @@ for name in $(tr ' ' '\n' <<<"$names" | sort -u); do
         { tail -n 5 "$name.log"; exit 1; }
 done
 first=${names# }
-"$bin/sluice" eval --connect "unix:${first%% *}.sock" --tokens "$model/tokens.json" --tasks "${TASKS:-vt,fwe,qa}" \
+"$bin/sluice" eval --connect "unix:${first%% *}.sock" --tokens "$model/tokens.json" --tasks "${TASKS:-vt,cwe,fwe,qa}" \
     --lengths "${LENGTHS:-8k,16k,32k}" --samples "${SAMPLES:-200}" --seed "${SEED:-0}" --round "${ROUND:-40}" --concurrency 32 \
-    --limit "${LIMIT:-340s}" --policy "$policies" --json "$out/accuracy.json" --out "$out/accuracy.jsonl" >"$out/accuracy.txt"
+    --limit "${LIMIT:-470s}" --policy "$policies" --json "$out/accuracy.json" --out "$out/accuracy.jsonl" >"$out/accuracy.txt"
 tail -n "${TAIL:-60}" "$out/accuracy.txt"

@@ -8,7 +8,8 @@
 
 enum { FIRST_LENGTH = 1024, N_BINS = CALIB_REL_BELOW_1 + 1 };
 
-static const float ln_4 = 1.3863f; /* and a little more: lengths are whole numbers */
+static const float same_length = 0.02f; /* of logarithms */
+static const float ln_8 = 2.0795f;      /* and a little more: lengths are whole numbers */
 
 /* ln of 1e-6, 5e-6, ... 5e-3, then of what large sparsity takes, up to the most that a density may
  * get. */
@@ -193,46 +194,79 @@ double calib_rel_skipped(const struct calib_rel *r, int32_t gate_rows, int32_t t
     return skipped / all;
 }
 
-/* S at ln(lambda * L) = x, on average over the prompts and beginnings of at least a quarter of the
- * longest, where the trials reach it; -1 where there is none. */
-static double mean_skipped(const struct calib_rel *r, int which, double x)
+/* ln(lambda) where a curve first skips s; NAN where its trials do not say. */
+static double crossing(const struct curve *c, double s)
 {
-    const struct curve *c = r->curves[which];
-    double sum = 0;
-    int32_t n = 0;
-    for (int32_t i = 0; i < r->n_curves[which]; i++) {
-        const double at = x - (double)c[i].ln_length;
-        int32_t t = 0;
-        if (c[i].ln_length < r->longest[which] - ln_4)
-            continue;
-        while (t < CALIB_REL_TRIALS && (double)trials[t] <= at)
-            t++;
-        if (t == CALIB_REL_TRIALS || isnan(c[i].skipped[t]))
-            continue;
-        double s = (double)c[i].skipped[t];
-        if (t > 0) {
-            const double before = (double)c[i].skipped[t - 1], from = (double)trials[t - 1];
-            s = before + (s - before) * (at - from) / ((double)trials[t] - from);
-        }
-        sum += s;
-        n++;
-    }
-    return n ? sum / n : -1;
+    int32_t t = 0;
+    while (t < CALIB_REL_TRIALS && (double)c->skipped[t] < s)
+        t++;
+    if (t == 0 || t == CALIB_REL_TRIALS || isnan(c->skipped[t]) || isnan(c->skipped[t - 1]))
+        return NAN;
+    const double before = (double)c->skipped[t - 1], after = (double)c->skipped[t];
+    const double from = (double)trials[t - 1], to = (double)trials[t];
+    return from + (to - from) * (s - before) / (after - before);
 }
 
-/* Where the mean first reaches S = 0.1, 0.2, ...; beyond what is reached, as the law goes on. */
+/* The mean of the curves of about the length of curve i, of which that is the first; how many, or 0
+ * where an earlier one is. A trial that one of them lacks is NAN. */
+static int32_t mean_curve(const struct calib_rel *r, int which, int32_t i, struct curve *mean)
+{
+    const struct curve *c = r->curves[which];
+    int32_t n = 0;
+    *mean = (struct curve){.ln_length = c[i].ln_length};
+    for (int32_t k = 0; k < r->n_curves[which]; k++) {
+        if (fabsf(c[k].ln_length - c[i].ln_length) > same_length)
+            continue;
+        if (k < i)
+            return 0;
+        n++;
+        for (int32_t t = 0; t < CALIB_REL_TRIALS; t++)
+            mean->skipped[t] += c[k].skipped[t];
+    }
+    for (int32_t t = 0; t < CALIB_REL_TRIALS; t++)
+        mean->skipped[t] /= (float)n;
+    return n;
+}
+
+/* The line of ln(lambda * L) over ln(L) through mean curves of at least an eighth of the longest,
+ * where they skip s: its height at the longest, and its slope. False where none says. */
+static bool find_knot(const struct calib_rel *r, int which, double s, double *knot, double *slope)
+{
+    const double longest = (double)r->longest[which];
+    double n = 0, x = 0, y = 0, xx = 0, xy = 0;
+    for (int32_t i = 0; i < r->n_curves[which]; i++) {
+        struct curve c;
+        const double weight = mean_curve(r, which, i, &c);
+        const double off = (double)c.ln_length - longest, ln_lambda = crossing(&c, s);
+        if (weight == 0 || off < -(double)ln_8 || isnan(ln_lambda))
+            continue;
+        n += weight;
+        x += weight * off;
+        y += weight * (ln_lambda + (double)c.ln_length);
+        xx += weight * off * off;
+        xy += weight * off * (ln_lambda + (double)c.ln_length);
+    }
+    if (n == 0)
+        return false;
+    const double spread = xx - x * x / n;
+    *slope = spread > 1e-6 * n ? (xy - x * y / n) / spread : 0;
+    *knot = (y - *slope * x) / n;
+    return true;
+}
+
+/* At S = 0.1, 0.2, ...; beyond what is reached, as the law goes on. */
 static void find_knots(const struct calib_rel *r, int which, struct thresholds_rel *fit)
 {
-    const double step = 0.01;
-    const double end = (double)r->longest[which] + (double)trials[CALIB_REL_TRIALS - 1];
-    double x = (double)trials[0];
+    const double least = 0.01; /* between knots, which increase */
+    fit->ln_tokens = (double)r->longest[which];
     for (int i = 0; i < THRESHOLDS_REL_KNOTS; i++) {
-        while (x < end && mean_skipped(r, which, x) < (i + 1) / 10.0)
-            x += step;
-        fit->knots[i] = x;
-        if (x >= end)
-            fit->knots[i] = (i > 0 ? fit->knots[i - 1] : fit->ln_a) + fit->b / 10;
-        x += step; /* so that knots increase */
+        const double law = (i > 0 ? fit->knots[i - 1] : fit->ln_a) + fit->b / 10;
+        if (!find_knot(r, which, (i + 1) / 10.0, &fit->knots[i], &fit->slopes[i])) {
+            fit->knots[i] = law;
+            fit->slopes[i] = i > 0 ? fit->slopes[i - 1] : 0;
+        }
+        if (i > 0 && fit->knots[i] < fit->knots[i - 1] + least)
+            fit->knots[i] = fit->knots[i - 1] + least;
     }
 }
 

@@ -1,10 +1,11 @@
-/* How the REL gate's lambda reaches a density: lambda * L is a function of S alone, where L is the
- * prompt's length in tokens and S the share of its pages, diagonal ones among all, that the gate
- * skips. Taken from what prompts and their beginnings show at trial lambdas: as the published law
- * a * exp(b * S), fitted in logarithms, and as knots of the mean curve, which bends where the law
- * is straight. At lambda = 1 a page is skipped as soon as none of it exceeds what was seen before;
- * the trials go on beyond. Source: BLASST (arXiv 2512.12087); its published calibrator for trials
- * up to 1 and bounds of S. */
+/* How the REL gate's lambda reaches a density. L is the prompt's length in tokens, S the share of
+ * its pages, diagonal ones among all, that the gate skips. Taken from what prompts and their
+ * beginnings show at trial lambdas: as the published law lambda * L = a * exp(b * S), fitted in
+ * logarithms, and as knots: where the mean curve reaches S = 0.1, 0.2, ..., and how that moves with
+ * L. The curve bends where the law is straight, and its length need not enter as a factor. At
+ * lambda = 1 a page is skipped as soon as none of it exceeds what was seen before; the trials go on
+ * beyond. Source: BLASST (arXiv 2512.12087); its published calibrator for trials up to 1 and bounds
+ * of S. */
 #ifndef CALIBRATION_CALIB_REL_H
 #define CALIBRATION_CALIB_REL_H
 
@@ -37,8 +38,9 @@ void calib_rel_gated(struct calib_rel *r, int32_t gate_rows, int32_t trial, doub
  * counted. */
 double calib_rel_skipped(const struct calib_rel *r, int32_t gate_rows, int32_t trial, int32_t layer,
                          int32_t head);
-/* The law by least squares over the points with S from 0.1 to 0.9; the knots where the mean is S
- * over the prompts no shorter than a quarter of the longest, as far as the trials reach.
+/* The law by least squares over the points with S from 0.1 to 0.9; each knot a line over ln(L),
+ * likewise, through prompts and beginnings no shorter than an eighth of the longest, as far as the
+ * trials reach.
  * ERR_INVALID where the points are fewer than four, or all alike, or S falls as lambda grows. */
 MUST_CHECK int calib_rel_fit(const struct calib_rel *r, int32_t gate_rows,
                              struct thresholds_rel *fit, struct err_msg *why);

@@ -133,23 +133,28 @@ static bool parse_numbers(const char *text, double *out, int n)
 static int rel_field(const struct reader *r, const char *field, struct thresholds_rel *out)
 {
     const char *text = safetensors_metadata(r->st, field);
-    enum { LAW = 5, N = LAW + THRESHOLDS_REL_KNOTS };
-    double v[N];
+    enum { LAW = 5, N = LAW + THRESHOLDS_REL_KNOTS, ALL = N + 1 + THRESHOLDS_REL_KNOTS };
+    double v[ALL] = {0};
     *out = (struct thresholds_rel){0};
     if (!text)
         return 0;
-    bool good = parse_numbers(text, v, N) && v[1] > 0;
-    for (int i = 0; good && i < N; i++)
-        good = fabs(v[i]) <= 1e6;
+    const bool all = parse_numbers(text, v, ALL) && v[N] > 0;
+    bool good = (all || parse_numbers(text, v, N)) && v[1] > 0;
+    for (int i = 0; good && i < ALL; i++)
+        good = fabs(v[i]) <= (i < N ? 1e6 : 100);
     for (int i = LAW + 1; good && i < N; i++)
         good = v[i] > v[i - 1];
     if (!good)
         return err_set(r->why, ERR_FORMAT,
                        "%s: metadata %s is '%.120s', not a fit: ln a, b > 0, r2, least and most S, "
-                       "9 increasing knots",
+                       "9 increasing knots; or these, ln tokens > 0, 9 slopes",
                        r->name, field, text);
     *out = (struct thresholds_rel){.ln_a = v[0], .b = v[1], .r2 = v[2], .min = v[3], .max = v[4]};
     memcpy(out->knots, v + LAW, sizeof out->knots);
+    if (all) {
+        out->ln_tokens = v[N];
+        memcpy(out->slopes, v + N + 1, sizeof out->slopes);
+    }
     return 0;
 }
 
@@ -556,17 +561,32 @@ int thresholds_check(const struct thresholds *t, const struct thresholds_expect 
 
 /* ---- densities of the REL gate -------------------------------------------------------------- */
 
+/* The knots of prompts of exp(ln_tokens); where lines of other slopes cross, none falls. */
+static void knots_at(const struct thresholds_rel *r, double ln_tokens,
+                     double out[THRESHOLDS_REL_KNOTS])
+{
+    const double far = log(64), off = r->ln_tokens > 0 ? ln_tokens - r->ln_tokens : 0;
+    const double by = off > far ? far : off < -far ? -far : off;
+    for (int i = 0; i < THRESHOLDS_REL_KNOTS; i++) {
+        out[i] = r->knots[i] + r->slopes[i] * by;
+        if (i > 0 && out[i] < out[i - 1])
+            out[i] = out[i - 1];
+    }
+}
+
 double thresholds_rel_ln_lambda(const struct thresholds_rel *r, double density, int64_t n_tokens)
 {
     const double at = (1 - density) * 10 - 1; /* in knots */
-    double ln = -log((double)(n_tokens > 0 ? n_tokens : 1));
+    const double ln_tokens = log((double)(n_tokens > 0 ? n_tokens : 1));
+    double knots[THRESHOLDS_REL_KNOTS], ln = -ln_tokens;
+    knots_at(r, ln_tokens, knots);
     if (at <= 0) {
-        ln += r->knots[0] + r->b * at / 10;
+        ln += knots[0] + r->b * at / 10;
     } else if (at >= THRESHOLDS_REL_KNOTS - 1) {
-        ln += r->knots[THRESHOLDS_REL_KNOTS - 1] + r->b * (at - (THRESHOLDS_REL_KNOTS - 1)) / 10;
+        ln += knots[THRESHOLDS_REL_KNOTS - 1] + r->b * (at - (THRESHOLDS_REL_KNOTS - 1)) / 10;
     } else {
         const int i = (int)at;
-        ln += r->knots[i] + (r->knots[i + 1] - r->knots[i]) * (at - i);
+        ln += knots[i] + (knots[i + 1] - knots[i]) * (at - i);
     }
     if (ln > (double)THRESHOLDS_REL_LN_MAX)
         return (double)THRESHOLDS_REL_LN_MAX;

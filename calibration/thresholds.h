@@ -4,7 +4,8 @@
  * calibration set, 16 hex digits), auto_k (level that `--sparse auto` chooses), auto_min (prompt
  * tokens below which auto is dense), and source "imported" where another program's file was
  * converted (import.h): samples may then be 0, unknown. Optional, and ignored by readers that do
- * not know them: rel_128 and rel_64 (struct thresholds_rel, 14 numbers), auto_density or
+ * not know them: rel_128 and rel_64 (struct thresholds_rel, 24 numbers, or 14: without
+ * what follows the knots), auto_density or
  * auto_ln_lambda and auto_rows, head_k (S * L * H whole numbers, where each head keeps pages of its
  * own: k then only names the level). Two
  * more tensors, both or neither: `decode` f32 [S', L, H, NB'] and `decode_k` i32 [S'], the same for
@@ -36,12 +37,15 @@ struct thresholds_rel {
     double ln_a, b;  /* the law, a exp(b S) */
     double r2;       /* share of the variance of ln(lambda * tokens) that the law explains */
     double min, max; /* S of the points it was fitted to */
-    double knots[THRESHOLDS_REL_KNOTS]; /* what was seen: ln(lambda * tokens) at S = 0.1, 0.2, ...,
-                                           0.9; increasing */
+    double knots[THRESHOLDS_REL_KNOTS];  /* what was seen: ln(lambda * tokens) at S = 0.1, 0.2, ...,
+                                            0.9 of prompts of exp(ln_tokens); increasing */
+    double ln_tokens;                    /* 0: of any length, as the law has it */
+    double slopes[THRESHOLDS_REL_KNOTS]; /* by which a knot grows with ln(tokens) */
 };
 
-/* ln(lambda) for a density in (0, 1] at n_tokens: between the knots, and beyond them as the law
- * goes on. At most THRESHOLDS_REL_LN_MAX, at least -60. */
+/* ln(lambda) for a density in (0, 1] at n_tokens: between the knots of that length, and beyond them
+ * as the law goes on. Slopes hold for lengths up to 64 times apart. At most THRESHOLDS_REL_LN_MAX,
+ * at least -60. */
 double thresholds_rel_ln_lambda(const struct thresholds_rel *r, double density, int64_t n_tokens);
 
 /* Thresholds of generated rows: t [n_levels, n_layers, n_heads, n_blocks], k [n_levels] pages that

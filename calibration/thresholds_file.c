@@ -78,6 +78,10 @@ static const char *rel_text(const struct thresholds_rel *r, char *text, size_t s
     int at = snprintf(text, size, "%.9g %.9g %.6g %.6g %.6g", r->ln_a, r->b, r->r2, r->min, r->max);
     for (int i = 0; i < THRESHOLDS_REL_KNOTS && (size_t)at < size; i++)
         at += snprintf(text + at, size - (size_t)at, " %.6g", r->knots[i]);
+    if (r->ln_tokens > 0 && (size_t)at < size)
+        at += snprintf(text + at, size - (size_t)at, " %.6g", r->ln_tokens);
+    for (int i = 0; i < THRESHOLDS_REL_KNOTS && r->ln_tokens > 0 && (size_t)at < size; i++)
+        at += snprintf(text + at, size - (size_t)at, " %.6g", r->slopes[i]);
     return r->b > 0 ? text : NULL;
 }
 
@@ -96,7 +100,7 @@ static char *head_k_text(const struct thresholds_meta *m, const struct shape *s)
 
 static json_t *make_meta(const struct thresholds_meta *m, const struct shape *s)
 {
-    char rel_128[256], rel_64[256], density[32], lambda[32], rows[12];
+    char rel_128[512], rel_64[512], density[32], lambda[32], rows[12];
     const bool rel = m->auto_rows > 0, by_density = rel && m->auto_density > 0;
     char model[17], set[17], gate_rows[12], scale[32], n_max[12], samples[12], auto_k[12],
         auto_min[12];

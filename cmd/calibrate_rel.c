@@ -41,10 +41,11 @@ static int measure_one(struct calibrate_work *w, int32_t target, int32_t i, stru
 {
     const struct sample *s = &w->samples.items[w->split.held_out[i]];
     const double wanted = w->rel_targets[target];
-    const struct batch_policy policy = {
-        .gate = BATCH_REL,
-        .gate_rows = 64,
-        .ln_lambda = (float)thresholds_rel_ln_lambda(&w->rel_64, wanted, s->n_tokens)};
+    const bool whole = w->o.auto_rows == 0;
+    const struct batch_policy policy = {.gate = BATCH_REL,
+                                        .gate_rows = whole ? 128 : 64,
+                                        .ln_lambda = (float)thresholds_rel_ln_lambda(
+                                            whole ? &w->rel_128 : &w->rel_64, wanted, s->n_tokens)};
     struct batch_counts counts;
     int err = calib_run_prompt(w->run, s->tokens, s->n_tokens, policy, &counts);
     if (err < 0)

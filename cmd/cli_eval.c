@@ -23,7 +23,7 @@ static const struct conf_opt options[] = {
     CLI_TARGET_OPTS(O),
     CLI_TEXT(O, tokens, "tokens", "models/needle/tokens.json", "FILE",
              "vocabulary of the tasks: that of the model"),
-    CLI_TEXT(O, tasks, "tasks", "niah,vt,fwe,qa", "LIST",
+    CLI_TEXT(O, tasks, "tasks", "niah,vt,cwe,fwe,qa", "LIST",
              "tasks by their names in that file, or niah (all eight), qa (both), all"),
     CLI_TEXT(O, lengths, "lengths", "8192", "LIST",
              "lengths, 8192 or 8k; a prompt has 128 tokens less, which leaves room to answer"),

@@ -161,12 +161,41 @@ static void a_bent_curve(void **state)
     calib_rel_destroy(r);
 }
 
+/* Where the length enters otherwise than the law says, knots know it. */
+static void length_is_no_factor(void **state)
+{
+    (void)state;
+    struct calib_rel *r = NULL;
+    struct thresholds_rel f;
+    calib_rel_create(&r, LAYERS, HEADS);
+    for (int e = 0; e < CALIB_REL_TRIALS; e++) {
+        for (int32_t at = 1024; at <= 16384;
+             at *= 2) { /* ln(lambda) = -9 + 11 S - 0.4 ln(at / 16384) */
+            const double s = ((double)calib_rel_trials()[e] + 9 + 0.4 * log(at / 16384.0)) / 11;
+            calib_rel_gated(r, 128, e, 1 - s, at, at == 16384);
+        }
+    }
+    assert_ok(calib_rel_fit(r, 128, &f, NULL));
+    assert_close(f.ln_tokens, log(16384), 1e-6, 0);
+    for (int i = 1; i < THRESHOLDS_REL_KNOTS; i++)
+        assert_close(f.slopes[i], 0.6, 1e-3, 0);
+    for (int64_t n = 2048; n <= 131072; n *= 4)
+        for (double density = 0.25; density < 0.8; density += 0.1)
+            assert_close(thresholds_rel_ln_lambda(&f, density, n),
+                         -9 + 11 * (1 - density) - 0.4 * log((double)n / 16384), 0.02, 0);
+    calib_rel_destroy(r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(trials_increase), cmocka_unit_test(the_law_comes_back),
-        cmocka_unit_test(from_gated_runs), cmocka_unit_test(beyond_1),
-        cmocka_unit_test(no_law),          cmocka_unit_test(a_bent_curve),
+        cmocka_unit_test(length_is_no_factor),
+        cmocka_unit_test(trials_increase),
+        cmocka_unit_test(the_law_comes_back),
+        cmocka_unit_test(from_gated_runs),
+        cmocka_unit_test(beyond_1),
+        cmocka_unit_test(no_law),
+        cmocka_unit_test(a_bent_curve),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -398,6 +398,10 @@ static const struct bad_field {
     {"0.125 0.75", "0.125 0.75 1", ERR_FORMAT, "not a fit"},
     {" 4 4.5", " 4.5 4", ERR_FORMAT, "not a fit"},
     {" 8 9", " 8 8", ERR_FORMAT, "not a fit"},
+    {" 8 9", " 8 9 9.7", ERR_FORMAT, "not a fit"},
+    {" 8 9", " 8 9 9.7 0 0 0 0 0 0 0 0", ERR_FORMAT, "not a fit"},
+    {" 8 9", " 8 9 -9.7 0 0 0 0 0 0 0 0 0", ERR_FORMAT, "not a fit"},
+    {" 8 9", " 8 9 9.7 0 0 0 0 0 0 0 0 101", ERR_FORMAT, "not a fit"},
     {"\"rel_64\":\"1.5 ", "\"rel_64\":\" 1.5 ", ERR_FORMAT, "rel_64 is ' 1.5"},
     {"\"rel_64\":", "\"rel_128\":\"x\",\"rel_64\":", ERR_FORMAT, "rel_128 is 'x', not a fit"},
     {"\"head_k\":\"1 2 ", "\"head_k\":\"1 ", ERR_FORMAT, "head_k is '1 3 4"},
@@ -570,6 +574,38 @@ static void rel_density(void **state)
     assert_true(thresholds_rel_ln_lambda(&low, 1, 10) == -60);
 }
 
+/* Knots that move with the length, through a file and back; lines that cross; lengths far off. */
+static void rel_lengths(void **state)
+{
+    (void)state;
+    struct thresholds_meta m = meta0;
+    struct thresholds *t = NULL;
+    struct err_msg why = {""};
+    float values_t[N_T];
+    size_t len;
+    m.rel_128 = m.rel_64;
+    m.rel_128.ln_tokens = 9.5;
+    for (int i = 0; i < THRESHOLDS_REL_KNOTS; i++)
+        m.rel_128.slopes[i] = i == 4 ? -0.5 : 0.25 * i;
+    values(values_t, 1);
+    char *data = saved(&m, values_t, ks, &len);
+    assert_ok(thresholds_parse(&t, data, len, "FILE", &why));
+    const struct thresholds_rel *r = &thresholds_meta(t)->rel_128;
+    assert_memory_equal(r, &m.rel_128, sizeof *r);
+    assert_memory_equal(&thresholds_meta(t)->rel_64, &meta0.rel_64, sizeof *r);
+    const int64_t same = llround(exp(9.5)), longer = 4 * same, far = 256 * same;
+    assert_close(thresholds_rel_ln_lambda(r, 0.8, same), 4 - 9.5, 1e-4, 0);
+    assert_close(thresholds_rel_ln_lambda(r, 0.8, longer), 4 + 0.25 * log(4) - log(4) - 9.5, 1e-4,
+                 0);
+    /* knot 4 falls below knot 3, which then stands for both */
+    assert_close(thresholds_rel_ln_lambda(r, 0.5, longer), 5 + 0.75 * log(4) - log(4) - 9.5, 1e-4,
+                 0);
+    assert_close(thresholds_rel_ln_lambda(r, 0.8, far), 4 + 0.25 * log(64) - log(256) - 9.5, 1e-4,
+                 0);
+    thresholds_free(t);
+    free(data);
+}
+
 static void density_published(void **state)
 {
     (void)state;
@@ -653,6 +689,7 @@ int main(void)
         cmocka_unit_test(files),
         cmocka_unit_test(identity),
         cmocka_unit_test(rel_density),
+        cmocka_unit_test(rel_lengths),
         cmocka_unit_test(density_published),
         cmocka_unit_test(density_brute),
         cmocka_unit_test(density_of_heads),

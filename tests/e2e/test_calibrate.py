@@ -2,6 +2,7 @@
 import collections
 import io
 import json
+import math
 import os
 import pickle
 import struct
@@ -305,8 +306,9 @@ class Calibrate(unittest.TestCase):
         self.assertEqual((meta["version"], meta["auto_density"], meta["auto_rows"]), ("1", "0.6", "128"))
         for fit in report["rel"]["fits"]:
             numbers = [float(x) for x in meta["rel_%d" % fit["gate_rows"]].split()]
-            self.assertEqual(len(numbers), 14)
-            self.assertEqual(sorted(numbers[5:]), numbers[5:])
+            self.assertEqual(len(numbers), 24)
+            self.assertEqual(sorted(numbers[5:14]), numbers[5:14])
+            self.assertAlmostEqual(math.exp(numbers[14]), 896, delta=5)  # tokens of the one sample
             for a, b in zip(numbers, (fit["ln_a"], fit["b"], fit["r2"], fit["min"], fit["max"])):
                 self.assertAlmostEqual(a, b, delta=1e-4 * max(1, abs(b)))
         again = os.path.join(self.dir, "again")
