@@ -36,7 +36,7 @@ static const struct conf_opt options[] = {
              "passed on to sluiced: auto, cpu, cuda or cuda:N"),
     CLI_OPT(O, density, "density", CONF_FLOAT, "0.35", 0, 1, "SHARE",
             "the ABS level is the one predicted closest to this density"),
-    CLI_OPT(O, lambda, "lambda", CONF_FLOAT, "5", 0, 1000, "L", "of the REL gate, not 1"),
+    CLI_OPT(O, lambda, "lambda", CONF_FLOAT, "3", 0, 1000, "L", "of the REL gate, not 1"),
     CLI_INT(O, threads, "threads", "0", 0, 1024, "worker threads; 0 is one per processor"),
     CLI_TEXT(O, json, "json", NULL, "FILE", "write everything measured as one JSON object too"),
     CLI_MS(O, stall_ms, "stall", "120s", "give up after so long without a sign of life"),

@@ -475,7 +475,7 @@ static void demo_shows_three_modes(void **state)
                                         "disconnected after",
                                         "dense",
                                         "ABS k=",
-                                        "REL 5",
+                                        "REL 3",
                                         "mean time to first token",
                                         "measured density",
                                         "0.400",
