@@ -198,7 +198,7 @@ class Calibrate(unittest.TestCase):
         """Killed in the middle, a run goes on where it was and writes the same bytes, under every rule."""
         for n, rule in enumerate((("--smooth", "--aggregate", "quantile", "--device", "cpu", "--decode-k", "1"), ("--second-pass",), ("--budget", "0.6", "--device", "cpu"))):
             decode = "--decode-k" in rule  # killed in its pass, which comes last
-            args = ["--model", NEEDLE, "--samples", SAMPLES, "--max-len", "500" if decode else "900", "--limit", "8", "--holdout", "0",
+            args = ["--model", NEEDLE, "--samples", SAMPLES, "--max-len", "500" if decode else "900", "--limit", "6", "--holdout", "0",
                     "--chunk", "128", *(() if "--budget" in rule else ("--k", "3,6")), *rule]
             whole, cut = (os.path.join(self.dir, "%s%d" % (name, n)) for name in ("whole", "cut"))
             r = calibrate(*args, "--out", whole)
