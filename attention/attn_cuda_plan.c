@@ -70,11 +70,9 @@ static struct attn_group *group_of(struct attn_cuda *a, int first, const struct 
 /* Prompt rows, before the cut and behind it; c: their gate. */
 static void add_prefill(struct attn_cuda *a, struct attn_part p, const struct attn_choice *c)
 {
-    const int32_t before = a->cut <= p.row             ? 0
-                           : a->cut < p.row + p.n_rows ? a->cut - p.row
-                                                       : p.n_rows;
+    const int32_t before = a->cut > 0 ? a->cut - p.row : p.n_rows;
     struct attn_part first = p;
-    first.n_rows = a->cut > 0 ? before : p.n_rows;
+    first.n_rows = before < 0 ? 0 : before < p.n_rows ? before : p.n_rows;
     p.row += first.n_rows;
     p.pos += first.n_rows;
     p.n_rows -= first.n_rows;

@@ -36,7 +36,8 @@ struct kv_append {
 };
 
 /* Adds the bias, rotates q and k (element i pairs with i + head_dim / 2), stores k and v. In f32,
- * rounded once. head_dim is even; 16-byte accesses where it divides by 16 and stride by 8. */
+ * rounded once. head_dim is even; 16-byte accesses where it divides by 16 and stride by 8. Begins
+ * while a kernel before it ends (core/early.cuh). */
 int kv_append_cuda(const struct kv_append *a, int dtype, void *stream);
 
 /* Copies whole pages over all layers, K and V. pairs [n_pairs, 2]: dst, src; no page is written

@@ -37,7 +37,6 @@ struct cuda_activations {
 struct cuda_rows {
     int32_t n;    /* with padding */
     int32_t half; /* > 0: a long step over ranks, in two halves; rows of the first */
-    int32_t cut;  /* half, or 0: attention is not divided */
     const int32_t *ids, *positions, *slots, *tails;
     const int32_t *outputs; /* [n_outputs] */
     int32_t n_outputs;
@@ -111,6 +110,9 @@ struct llama_cuda_state {
 void llama_cuda_pack(struct llama_cuda_state *m, const struct llama_input *in, int32_t rows,
                      bool all_outputs);
 MUST_CHECK int llama_cuda_send(struct llama_cuda_state *m);
+/* y = x w^T of so many rows, timed as a product. */
+MUST_CHECK int llama_cuda_product(struct llama_cuda_state *m, const struct gemm_cublas_plan *plan,
+                                  void *y, const void *x, const void *w, int32_t rows);
 /* Enqueues all kernels of the packed step up to the logits. */
 MUST_CHECK int llama_cuda_layers(struct llama_cuda_state *m);
 /* Waits for all that is enqueued; a peer that dies does not leave us waiting. */
@@ -123,8 +125,9 @@ MUST_CHECK int llama_cuda_run(struct llama *base, const struct llama_input *in,
 MUST_CHECK int llama_cuda_reserve_rows(struct llama_cuda_state *m, struct err_msg *why);
 /* Rows of the first half of a step of `rows`, more or less; 0: it is not split. */
 int32_t llama_cuda_split_rows(const struct llama_cuda_state *m, int32_t rows);
-/* Sets step.half and step.cut. in NULL: not split. */
-void llama_cuda_split_step(struct llama_cuda_state *m, const struct llama_input *in);
+/* Sets step.half; returns it where attention can be divided there too, else 0. in NULL: not split.
+ */
+int32_t llama_cuda_split_step(struct llama_cuda_state *m, const struct llama_input *in);
 /* K and V into the cache, then attention, of the rows of half 0 or 1, or of all. */
 enum { ATTEND_ALL = -1 };
 typedef int (*llama_cuda_attend_fn)(struct llama_cuda_state *m, int layer, int half);

@@ -60,20 +60,30 @@ static bool begins_anywhere(const struct llama_cuda_state *m)
 
 /* A sequence is divided between blocks, so that gates decide about the same rows and no page is
  * half filled when the first half's attention reads it. */
-void llama_cuda_split_step(struct llama_cuda_state *m, const struct llama_input *in)
+static int32_t between_blocks(const struct llama_input *in, int32_t row)
+{
+    for (int32_t i = 0; i < in->n_seqs; i++) {
+        const struct attn_seq *s = &in->seqs[i];
+        const int32_t end = s->row + s->n_rows, over = (s->pos + row - s->row) % KV_BLOCK_TOKENS;
+        if (row <= s->row || row >= end || over == 0)
+            continue;
+        const int32_t cut = row + KV_BLOCK_TOKENS - over;
+        return cut < end ? cut : end;
+    }
+    return row;
+}
+
+int32_t llama_cuda_split_step(struct llama_cuda_state *m, const struct llama_input *in)
 {
     const int32_t first = in ? llama_cuda_split_rows(m, in->n_rows) : 0;
-    int32_t cut = first;
-    for (int32_t i = 0; first > 0 && i < in->n_seqs; i++) {
-        const struct attn_seq *s = &in->seqs[i];
-        const int32_t end = s->row + s->n_rows, over = (s->pos + first - s->row) % KV_BLOCK_TOKENS;
-        if (s->row < first && first < end && over > 0)
-            cut = first + KV_BLOCK_TOKENS - over;
-        cut = s->row < first && cut > end && first < end ? end : cut;
-    }
-    const bool apart = !m->probed && (cut % KV_BLOCK_TOKENS == 0 || begins_anywhere(m));
-    m->step.half = apart ? cut : first;
-    m->step.cut = apart ? cut : 0;
+    m->step.half = first;
+    if (first == 0 || m->probed)
+        return 0;
+    const int32_t cut = between_blocks(in, first);
+    if (cut % KV_BLOCK_TOKENS != 0 && !begins_anywhere(m))
+        return 0;
+    m->step.half = cut;
+    return cut;
 }
 
 /* ---- rows ---- */
@@ -81,14 +91,6 @@ void llama_cuda_split_step(struct llama_cuda_state *m, const struct llama_input 
 static void *at(const struct llama_cuda_state *m, const void *rows, int32_t row, int32_t width)
 {
     return (char *)rows + (size_t)row * (size_t)width * dtype_bytes(m->dtype);
-}
-
-static int product(struct llama_cuda_state *m, const struct gemm_cublas_plan *plan, void *y,
-                   const void *x, const void *w, int32_t rows)
-{
-    TRY(llama_cuda_mark(m, PART_GEMM));
-    TRY(gemm_cublas_run(m->gemm, plan, y, x, w, rows));
-    return llama_cuda_mark(m, PART_OTHER);
 }
 
 /* The input of a half's next product is there. */
@@ -156,22 +158,23 @@ static int first_norm(struct llama_cuda_state *m, struct half *h)
 static int qkv(struct llama_cuda_state *m, const struct llama_layer *w, struct half *h)
 {
     TRY(arrive(m, h));
-    return product(m, m->qkv_plan, at(m, m->a.qkv, h->first, m->qkv_width), h->hidden, w->qkv,
-                   h->n);
+    return llama_cuda_product(m, m->qkv_plan, at(m, m->a.qkv, h->first, m->qkv_width), h->hidden,
+                              w->qkv, h->n);
 }
 
 static int o(struct llama_cuda_state *m, const struct llama_layer *w, const struct half *h)
 {
-    TRY(product(m, m->o_plan, at(m, m->a.delta, h->delta, m->c->hidden_size),
-                at(m, m->a.attn, h->first, m->q_width), w->o, h->n));
+    TRY(llama_cuda_product(m, m->o_plan, at(m, m->a.delta, h->delta, m->c->hidden_size),
+                           at(m, m->a.attn, h->first, m->q_width), w->o, h->n));
     return scatter(m, h);
 }
 
 static int gate_up(struct llama_cuda_state *m, const struct llama_layer *w, struct half *h)
 {
     TRY(arrive(m, h));
-    return product(m, m->gate_up_plan, at(m, m->a.gate_up, h->first, 2 * m->shard->n_inter),
-                   h->hidden, w->gate_up, h->n);
+    return llama_cuda_product(m, m->gate_up_plan,
+                              at(m, m->a.gate_up, h->first, 2 * m->shard->n_inter), h->hidden,
+                              w->gate_up, h->n);
 }
 
 static int down(struct llama_cuda_state *m, const struct llama_layer *w, const struct half *h)
@@ -180,8 +183,8 @@ static int down(struct llama_cuda_state *m, const struct llama_layer *w, const s
     void *act = at(m, m->a.act, h->first, n_inter);
     CUDA_TRY(nn_cuda_swiglu(act, at(m, m->a.gate_up, h->first, 2 * n_inter), w->gate_up_bias, h->n,
                             n_inter, dev_cuda_dtype(m->dtype), m->stream));
-    TRY(product(m, m->down_plan, at(m, m->a.delta, h->delta, m->c->hidden_size), act, w->down,
-                h->n));
+    TRY(llama_cuda_product(m, m->down_plan, at(m, m->a.delta, h->delta, m->c->hidden_size), act,
+                           w->down, h->n));
     return scatter(m, h);
 }
 
@@ -190,7 +193,7 @@ static int down(struct llama_cuda_state *m, const struct llama_layer *w, const s
 static int layer(struct llama_cuda_state *m, int l, struct half *h, llama_cuda_attend_fn attend)
 {
     const struct llama_layer *w = &m->w->layers[l];
-    const bool halves = m->step.cut > 0 && attn_cuda_has_halves(m->attn);
+    const bool halves = attn_cuda_has_halves(m->attn);
     const void *next_norm = l + 1 < m->c->n_layers ? w[1].attn_norm : m->w->norm;
 
     TRY(qkv(m, w, &h[0]));

@@ -80,9 +80,8 @@ void llama_cuda_pack(struct llama_cuda_state *m, const struct llama_input *in, i
     pack_outputs(m, in, rows, all_outputs);
     if (in && in->draws)
         llama_cuda_pack_draws(m, in, draws.host);
-    llama_cuda_split_step(m, in);
-    attn_cuda_plan(m->attn, in ? in->seqs : NULL, in ? in->n_seqs : 0, m->step.cut, &m->up,
-                   results.dev);
+    const int32_t cut = llama_cuda_split_step(m, in);
+    attn_cuda_plan(m->attn, in ? in->seqs : NULL, in ? in->n_seqs : 0, cut, &m->up, results.dev);
 }
 
 int llama_cuda_send(struct llama_cuda_state *m)
@@ -92,8 +91,8 @@ int llama_cuda_send(struct llama_cuda_state *m)
 
 /* ---- kernels ---- */
 
-static int product(struct llama_cuda_state *m, const struct gemm_cublas_plan *plan, void *y,
-                   const void *x, const void *w, int32_t rows)
+int llama_cuda_product(struct llama_cuda_state *m, const struct gemm_cublas_plan *plan, void *y,
+                       const void *x, const void *w, int32_t rows)
 {
     TRY(llama_cuda_mark(m, PART_GEMM));
     TRY(gemm_cublas_run(m->gemm, plan, y, x, w, rows));
@@ -169,7 +168,7 @@ static int project(struct llama_cuda_state *m, int layer)
         TRY(gemm_cublas_append(m->gemm, m->qkv_plan, m->a.hidden, w->qkv, &p));
         return llama_cuda_mark(m, PART_OTHER);
     }
-    TRY(product(m, m->qkv_plan, m->a.qkv, m->a.hidden, w->qkv, m->step.n));
+    TRY(llama_cuda_product(m, m->qkv_plan, m->a.qkv, m->a.hidden, w->qkv, m->step.n));
     return append(m, layer, 0, m->step.n);
 }
 
@@ -184,7 +183,7 @@ static int activate(struct llama_cuda_state *m, const struct llama_layer *w)
                                w->gate_up_bias, n));
         return llama_cuda_mark(m, PART_OTHER);
     }
-    TRY(product(m, m->gate_up_plan, a->gate_up, a->hidden, w->gate_up, n));
+    TRY(llama_cuda_product(m, m->gate_up_plan, a->gate_up, a->hidden, w->gate_up, n));
     CUDA_TRY(nn_cuda_swiglu(a->act, a->gate_up, w->gate_up_bias, n, m->shard->n_inter,
                             dev_cuda_dtype(m->dtype), m->stream));
     return 0;
@@ -216,7 +215,7 @@ static int attention_block(struct llama_cuda_state *m, int layer)
     TRY(add_norm(m, layer > 0 ? a->delta : NULL, layer > 0 ? w[-1].down_bias : NULL, w->attn_norm));
     TRY(project(m, layer));
     TRY(attention(m, layer, ATTEND_ALL));
-    TRY(product(m, m->o_plan, a->delta, a->attn, w->o, m->step.n));
+    TRY(llama_cuda_product(m, m->o_plan, a->delta, a->attn, w->o, m->step.n));
     return reduce(m);
 }
 
@@ -228,7 +227,7 @@ static int mlp_block(struct llama_cuda_state *m, int layer)
 
     TRY(add_norm(m, a->delta, w->o_bias, w->mlp_norm));
     TRY(activate(m, w));
-    TRY(product(m, m->down_plan, a->delta, a->act, w->down, m->step.n));
+    TRY(llama_cuda_product(m, m->down_plan, a->delta, a->act, w->down, m->step.n));
     return reduce(m);
 }
 
@@ -273,7 +272,7 @@ static int output_block(struct llama_cuda_state *m)
     CUDA_TRY(m->step.half > 0 ? nn_cuda_gather(a->last, a->hidden, norm.rows, norm.n, norm.width,
                                                m->step.n, dtype, m->stream)
                               : nn_cuda_residual_norm(&norm, dtype, m->stream));
-    TRY(product(m, m->head_plan, a->slice, a->last, m->w->lm_head, norm.n));
+    TRY(llama_cuda_product(m, m->head_plan, a->slice, a->last, m->w->lm_head, norm.n));
     return gather(m);
 }
 

@@ -20,7 +20,7 @@ struct overlap_region {
         uint32_t arrived[PEER_MAX]; /* that the peer has sent here */
         uint32_t read[PEER_MAX];    /* of ours that the peer has read */
     } told[N_KINDS];
-    char pad[ALIGN - N_KINDS * 2 * PEER_MAX * sizeof(uint32_t)];
+    char pad[ALIGN - sizeof(uint32_t) * N_KINDS * 2 * PEER_MAX];
 };
 _Static_assert(sizeof(struct overlap_region) == ALIGN, "slots follow, and products read them");
 
@@ -31,10 +31,10 @@ struct stream_values { /* of the driver, through the runtime's entry-point query
 
 /* The exchanges of a kind, counted from 1. */
 struct exchanges {
-    cudaEvent_t ready, done;  /* what the stream gives is there; the side is through */
-    uint32_t n_begun, n_told; /* told: read, as the peers know */
-    bool open, copied;        /* the last one */
-    int32_t rows;             /* of it */
+    cudaEvent_t ready, done; /* what the stream gives is there; the side is through */
+    uint32_t n_begun;
+    bool open, copied; /* the last one */
+    int32_t rows;      /* of it */
 };
 
 struct overlap {
@@ -151,13 +151,10 @@ static int begin(struct overlap *o, enum kind kind, int32_t n, enum comm_overlap
 /* Tells all peers that what they sent before was read: its readers came before this exchange. */
 static int tell_read(struct overlap *o, enum kind kind)
 {
-    struct exchanges *e = &o->kinds[kind];
+    const uint32_t before = o->kinds[kind].n_begun - 1;
     const int me = o->comm->rank, n = o->comm->n_ranks;
-    if (e->n_told == e->n_begun - 1)
-        return 0;
-    e->n_told = e->n_begun - 1;
-    for (int i = 1; i < n; i++)
-        TRY(tell(o, o->side, &region(o, (me + i) % n)->told[kind].read[me], e->n_told));
+    for (int i = 1; i < n && before > 0; i++)
+        TRY(tell(o, o->side, &region(o, (me + i) % n)->told[kind].read[me], before));
     return 0;
 }
 
