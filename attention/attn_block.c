@@ -14,6 +14,7 @@
  * - V is packed when the first row group keeps the page: a page all groups skip is never read. */
 #include "attention/attn_block.h"
 
+#include "attention/attn_lost.h"
 #include "attention/attn_walk.h"
 
 #include <float.h>
@@ -35,6 +36,7 @@ struct scratch {
     float *row_max;             /* [PANEL_ROWS] */
     float *weight;              /* [PANEL_ROWS] of the page, in units of the row's l */
     int32_t *limit;             /* [PANEL_ROWS] visible keys of the page */
+    float *lse;                 /* [ATTN_TASK_ROWS] of a measured row, per head */
     struct attn_counts *counts; /* [ATTN_TASK_ROWS] per head */
 };
 
@@ -53,6 +55,8 @@ struct block {
     const float *v; /* the packed page, or NULL while nobody has kept it */
     float k_max;
     int32_t page;
+    int32_t measured;       /* the row whose lost mass is measured */
+    uint64_t sampled, lost; /* see attn_counts */
 };
 
 static void *take(char **at, size_t bytes)
@@ -78,6 +82,7 @@ static void carve(struct scratch *x, char **at, int32_t head_dim)
     x->row_max = take(at, PANEL_ROWS * f);
     x->weight = take(at, PANEL_ROWS * f);
     x->limit = take(at, PANEL_ROWS * sizeof(int32_t));
+    x->lse = take(at, rows * f);
     x->counts = take(at, rows * sizeof(struct attn_counts));
 }
 
@@ -156,6 +161,19 @@ static int32_t clamp(int32_t x, int32_t lo, int32_t hi)
     return x < hi ? x : hi;
 }
 
+/* The first n keys of a page are visible. */
+static void mask_row(float *s, float *row_max, int32_t n)
+{
+    float top = -INFINITY;
+    if (n == KV_PAGE_TOKENS)
+        return;
+    for (int32_t j = 0; j < n; j++)
+        top = s[j] > top ? s[j] : top;
+    for (int32_t j = n; j < KV_PAGE_TOKENS; j++)
+        s[j] = -INFINITY;
+    *row_max = top;
+}
+
 /* Fills limit and turns the scores of keys a row may not see into -inf. Returns the first row that
  * sees any. Off the diagonal every key is visible. */
 static void mask_panel(struct block *b, int32_t rows)
@@ -163,16 +181,8 @@ static void mask_panel(struct block *b, int32_t rows)
     const int32_t base = b->task->pos + 1 - b->page * KV_PAGE_TOKENS;
     for (int32_t r = 0; r < rows; r++) {
         const int32_t n = clamp(base + r % b->task->n_rows, 0, KV_PAGE_TOKENS);
-        float *s = b->x.s + (size_t)r * KV_PAGE_TOKENS;
-        float top = -INFINITY;
         b->x.limit[r] = n;
-        if (n == KV_PAGE_TOKENS)
-            continue;
-        for (int32_t j = 0; j < n; j++)
-            top = s[j] > top ? s[j] : top;
-        for (int32_t j = n; j < KV_PAGE_TOKENS; j++)
-            s[j] = -INFINITY;
-        b->x.row_max[r] = top;
+        mask_row(b->x.s + (size_t)r * KV_PAGE_TOKENS, b->x.row_max + r, n);
     }
 }
 
@@ -465,17 +475,75 @@ static void store_rows(const struct block *b)
     }
 }
 
+/* ---- the walk of one row over all its pages: what the block did not use of its softmax ---- */
+
+/* As run_panel and accumulate do it without a gate, but for PV: the sums have the same bits. */
+static void measure_panel(struct block *b, int32_t h, int32_t h1)
+{
+    const int32_t pos = b->task->pos + b->measured;
+    const int32_t keys = clamp(pos + 1 - b->page * KV_PAGE_TOKENS, 0, KV_PAGE_TOKENS);
+    for (int32_t i = h; i < h1; i++) {
+        const int32_t row = i * b->task->n_rows + b->measured;
+        b->job->tile->qk(b->x.s, b->x.row_max, b->x.q + (size_t)row * (size_t)b->head_dim, b->x.kt,
+                         1, b->head_dim);
+        mask_row(b->x.s, b->x.row_max, keys);
+        b->job->tile->softmax(b->x.s, b->x.m + row, b->x.l + row, b->x.alpha + row, b->x.row_max,
+                              1);
+    }
+}
+
+/* The block's rows are stored: the state of row r serves again. */
+static void measure_row(struct block *b, int32_t r)
+{
+    const int32_t n_heads = b->task->n_heads, n = b->task->n_rows;
+    const struct attn_head_policy *heads = b->heads;
+    struct attn_walk walk;
+    for (int32_t h = 0; h < n_heads; h++) {
+        const int32_t row = h * n + r;
+        b->x.lse[h] = b->x.m[row] + logf(b->x.l[row]);
+        b->x.m[row] = -INFINITY;
+        b->x.l[row] = 0.0f;
+    }
+    b->measured = r;
+    b->heads = NULL;
+    attn_walk_init(&walk, b->job->policy->order, b->diag, (b->task->pos + r) / KV_PAGE_TOKENS, NULL,
+                   n_heads);
+    run_walk(b, &walk, measure_panel);
+    b->heads = heads;
+    for (int32_t h = 0; h < n_heads; h++) {
+        const int32_t row = h * n + r;
+        b->lost += attn_lost_units(b->x.lse[h], b->x.m[row] + logf(b->x.l[row]));
+    }
+}
+
+/* Sampled rows of the block; where every page is used, there is nothing to compute. */
+static void measure(struct block *b)
+{
+    const struct attn_task *t = b->task;
+    const int32_t end = t->pos + t->n_rows;
+    for (int32_t pos = t->pos; pos < end; pos++) {
+        pos = attn_sample_next(pos, b->seq->prompt_end);
+        if (pos >= end)
+            return;
+        b->sampled += (uint64_t)t->n_heads;
+        if (b->gate != ATTN_GATE_NONE || b->heads)
+            measure_row(b, pos - t->pos);
+    }
+}
+
 static void add_counts(struct attn_counts *to, const struct attn_counts *c)
 {
     (void)__atomic_fetch_add(&to->reachable, c->reachable, __ATOMIC_RELAXED);
     (void)__atomic_fetch_add(&to->visited, c->visited, __ATOMIC_RELAXED);
     (void)__atomic_fetch_add(&to->kept, c->kept, __ATOMIC_RELAXED);
+    (void)__atomic_fetch_add(&to->sampled, c->sampled, __ATOMIC_RELAXED);
+    (void)__atomic_fetch_add(&to->lost, c->lost, __ATOMIC_RELAXED);
 }
 
 static void publish_counts(struct block *b)
 {
     const struct attn_problem *p = b->job->p;
-    struct attn_counts sum = {0};
+    struct attn_counts sum = {.sampled = b->sampled, .lost = b->lost};
     uint64_t reachable = 0;
     for (int32_t g = 0; g < n_groups(b); g++)
         reachable += (uint64_t)((b->task->pos + group_end(b, g) - 1) / KV_PAGE_TOKENS) + 1;
@@ -527,5 +595,7 @@ void attn_block_run(void *arg, int task, int worker)
     store_rows(&b);
     if (b.job->p->tile_max && b.job->p->tile_max->mass && !b.task->generated)
         run_walk(&b, &walk, weigh_panel);
+    if (b.seq->choice.lost_mass && !b.task->generated)
+        measure(&b);
     publish_counts(&b);
 }

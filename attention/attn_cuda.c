@@ -44,21 +44,24 @@ static int take(struct attn_cuda *a, void **out, size_t bytes, const char *what,
     return err < 0 ? err_set(why, err, "%s: %.300s", what, err_why(&inner, err)) : 0;
 }
 
-/* One piece of zeroed memory: work queue, arrivals, parts of cut tasks, counters. */
+/* One piece of zeroed memory: work queue, arrivals, parts of cut tasks, counters, LSEs. */
 static int take_scratch(struct attn_cuda *a, struct err_msg *why)
 {
     const size_t queue = upload_round(2 * sizeof *a->queue);
     const size_t arrived = upload_round((size_t)a->dec_shape.n_shares * sizeof *a->arrived);
     const size_t parts = upload_round(dec_workspace_bytes(&a->dec_shape));
     const size_t counts =
-        (size_t)a->cfg.kv->n_layers * (size_t)a->cfg.n_heads * sizeof *a->head_counts;
-    a->scratch_bytes = queue + arrived + parts + counts;
+        upload_round((size_t)a->cfg.kv->n_layers * (size_t)a->cfg.n_heads * sizeof *a->head_counts);
+    const size_t lse = (size_t)a->cfg.max_rows * (size_t)a->cfg.n_heads * sizeof(float);
+    a->scratch_bytes = queue + arrived + parts + counts + 2 * lse;
     TRY(take(a, &a->scratch, a->scratch_bytes, "attention workspace", why));
     char *p = a->scratch;
     a->queue = (void *)p;
     a->arrived = (void *)(p + queue);
     a->workspace = (void *)(p + queue + arrived);
     a->head_counts = (void *)(p + queue + arrived + parts);
+    a->samples.dense = (void *)(p + queue + arrived + parts + counts);
+    a->samples.kept = (void *)(p + queue + arrived + parts + counts + lse);
     return 0;
 }
 
@@ -256,6 +259,7 @@ static int prefill(const struct attn_cuda *a, const struct attn_group *g, int la
         .seqs = g->seqs + (ptrdiff_t)layer * g->seq_stride,
         .visit = visit_of(a, layer),
         .out = c->out,
+        .lse = a->samples.n > 0 ? a->samples.kept : NULL,
         .out_stride = c->out_stride,
         .n_heads = c->n_heads,
         .n_kv_heads = c->kv->n_kv_heads,
@@ -308,6 +312,49 @@ static int decode(const struct attn_cuda *a, int layer)
     return 0;
 }
 
+/* The sampled rows over all pages, before the prompts' rows are written where it writes. */
+static int measure_begin(const struct attn_cuda *a, int layer)
+{
+    const struct attn_cuda_config *c = &a->cfg;
+    const struct attn_samples *s = &a->samples;
+    const struct dec_args args = {
+        .pieces = s->pieces,
+        .first = s->first,
+        .seqs = s->seqs,
+        .q = c->q,
+        .out = c->out,
+        .lse = s->dense,
+        .q_stride = c->q_stride,
+        .out_stride = c->out_stride,
+        .n_heads = c->n_heads,
+        .n_kv_heads = c->kv->n_kv_heads,
+        .n_shares = a->dec_shape.n_shares,
+        .scale = c->scale,
+        .workspace = a->workspace,
+        .arrived = a->arrived,
+    };
+    if (s->n == 0)
+        return 0;
+    CUDA_TRY(decode_sm90_launch(&a->maps[layer], &args, c->kv->head_dim, a->shape.dtype,
+                                SM90_GATE_NONE, dev_cuda_stream(c->dev)));
+    return 0;
+}
+
+static int measure_end(const struct attn_cuda *a)
+{
+    const struct attn_samples *s = &a->samples;
+    const struct attn_lost_args args = {.rows = s->rows,
+                                        .n_rows = s->n,
+                                        .n_heads = a->cfg.n_heads,
+                                        .kept = s->kept,
+                                        .dense = s->dense,
+                                        .counts = a->counts};
+    if (s->n == 0)
+        return 0;
+    CUDA_TRY(attn_lost_launch(&args, dev_cuda_stream(a->cfg.dev)));
+    return 0;
+}
+
 static int prefill_all(struct attn_cuda *a, int layer, int first, int end)
 {
     for (int i = first; i < end; i++) {
@@ -319,7 +366,9 @@ static int prefill_all(struct attn_cuda *a, int layer, int first, int end)
 
 int attn_cuda_run(struct attn_cuda *a, int layer)
 {
+    TRY(measure_begin(a, layer));
     TRY(prefill_all(a, layer, LAUNCH_PREFILL, LAUNCH_DECODE));
+    TRY(measure_end(a));
     if (a->groups[LAUNCH_DECODE].n_parts > 0 || attn_cuda_is_decode(a))
         TRY(decode(a, layer));
     return 0;
@@ -329,7 +378,11 @@ int attn_cuda_run_half(struct attn_cuda *a, int layer, int half)
 {
     const int first = half == 0 ? LAUNCH_PREFILL : LAUNCH_SECOND;
     ASSERT(attn_cuda_has_halves(a));
+    if (half == 1) /* by then, what the first half left has been read */
+        TRY(measure_begin(a, layer));
     TRY(prefill_all(a, layer, first, first + LAUNCH_SECOND - LAUNCH_PREFILL));
+    if (half == 1)
+        TRY(measure_end(a));
     return a->groups[LAUNCH_DECODE].n_parts > 0 && a->decode_half == half ? decode(a, layer) : 0;
 }
 

@@ -12,6 +12,10 @@
  * have addresses that depend only on how much was packed before, so a captured launch replays with
  * new plans.
  *
+ * Rows whose lost softmax mass is measured (attn_lost.h) are computed twice: by the decode kernel
+ * without a gate, whose output is then overwritten, and by the prefill kernel; their two
+ * LSEs make the figure. A step in which no row is measured launches nothing for it.
+ *
  * Counters are those of attention.h, but for densely recomputed generated rows, which count in row
  * groups of 128. */
 #ifndef ATTENTION_ATTN_CUDA_H

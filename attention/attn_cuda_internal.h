@@ -4,14 +4,16 @@
 
 #include "attention/attn_cuda.h"
 #include "attention/attn_decode_sm90.h"
+#include "attention/attn_lost_cuda.h"
 #include "attention/attn_sm90_plan.h"
 
 /* Consecutive rows of one sequence that one kernel takes. */
 struct attn_part {
     int32_t seq; /* of the step */
     int32_t row, n_rows, pos;
-    bool prompt;       /* under the sequence's gate */
-    const void *pages; /* device */
+    bool prompt;        /* under the sequence's gate */
+    int32_t sample_end; /* > 0: lost mass is measured on rows of a prompt that ends there */
+    const void *pages;  /* device */
 };
 
 /* One launch a layer. DECODE is the decode kernel's; those before it are the prefill kernel's, one
@@ -45,6 +47,18 @@ struct attn_dec_plan {
     const int32_t *first;
 };
 
+/* Rows whose lost mass is measured. The decode kernel computes them without a gate, each a sequence
+ * of its own, for their LSE; their output, which the prefill kernel then overwrites, is nobody's.
+ */
+struct attn_samples {
+    int32_t n;
+    const struct dec_seq *seqs; /* device, as all that follows */
+    const struct dec_piece *pieces;
+    const int32_t *first;
+    const struct attn_lost_row *rows;
+    float *dense, *kept; /* [max_rows, n_heads] LSE */
+};
+
 struct attn_cuda {
     struct attn_cuda_config cfg;
     struct sm90_shape shape;
@@ -67,9 +81,11 @@ struct attn_cuda {
     float *workspace;
     struct sm90_counts *head_counts; /* [n_layers, n_heads] */
     struct attn_cuda_probe probe;
+    struct attn_samples samples;
     /* the step */
     struct attn_group groups[N_LAUNCHES];
     const struct dec_seq *dec_seqs; /* device */
+    struct sm90_counts *counts;     /* device, of all parts */
     bool cut_runs;                  /* generated rows of one sequence are in several parts */
     int32_t cut;                    /* the first row of the second half; 0: there is none */
     int decode_half; /* where all generated rows are; -1: in both, or there are none */

@@ -1,5 +1,6 @@
 /* The plan of a step: which kernel takes which rows, tile lists, work plans, page tables. */
 #include "attention/attn_cuda_internal.h"
+#include "attention/attn_lost.h"
 
 #include <math.h>
 #include <string.h>
@@ -33,6 +34,26 @@ static size_t max_pieces(const struct attn_cuda *a, int32_t parts)
     return dec_plan_max_pieces(&a->dec_shape, parts, DEC_MAX_TOKENS);
 }
 
+/* Each sequence's prompt is one part, and one of them two. */
+static int32_t max_samples(const struct attn_cuda *a)
+{
+    return attn_sample_most(a->cfg.max_rows, a->cfg.max_seqs + 1);
+}
+
+static size_t sample_pieces_bytes(const struct attn_cuda *a, int32_t n)
+{
+    return dec_plan_max_pieces(&a->dec_shape, n, 1) * sizeof(struct dec_piece);
+}
+
+static size_t samples_bytes(const struct attn_cuda *a)
+{
+    const int32_t n = max_samples(a);
+    return upload_round((size_t)n * sizeof(struct dec_seq)) +
+           upload_round((size_t)n * sizeof(struct attn_lost_row)) +
+           upload_round(sample_pieces_bytes(a, n)) +
+           upload_round((size_t)(a->dec_shape.n_shares + 1) * sizeof(int32_t));
+}
+
 size_t attn_cuda_upload_bytes(const struct attn_cuda *a)
 {
     const size_t seqs = (size_t)a->cfg.max_seqs, layers = (size_t)a->cfg.kv->n_layers;
@@ -42,6 +63,7 @@ size_t attn_cuda_upload_bytes(const struct attn_cuda *a)
     return (size_t)a->n_plans * plan + upload_round((size_t)made * sizeof(struct dec_seq)) +
            upload_round(max_tiles(a) * sizeof(struct sm90_tile)) +
            upload_round(layers * (size_t)max_parts(a) * sizeof(struct sm90_seq)) +
+           samples_bytes(a) +
            (size_t)LAUNCH_DECODE * 2 * UPLOAD_ALIGN + /* the groups' tiles and sequences apart */
            upload_round(seqs * (size_t)kv_pages_for(a->cfg.max_position) * sizeof(int32_t));
 }
@@ -114,8 +136,9 @@ static void split(struct attn_cuda *a, const struct attn_seq *s, int32_t index, 
 {
     const int32_t cut = made_from(s), n = cut - s->pos, parts = decode_parts(s);
     const struct attn_choice dense = {.gate = ATTN_GATE_NONE};
-    const struct attn_part prompt = {index, s->row, n, s->pos, true, pages};
-    struct attn_part made = {index, s->row + n, s->n_rows - n, cut, false, pages};
+    const int32_t sample_end = s->choice.lost_mass ? s->prompt_end : 0;
+    const struct attn_part prompt = {index, s->row, n, s->pos, true, sample_end, pages};
+    struct attn_part made = {index, s->row + n, s->n_rows - n, cut, false, 0, pages};
 
     add_prefill(a, prompt, &s->choice);
     a->cut_runs |= parts > 1;
@@ -197,6 +220,68 @@ static void pack_prefill(struct attn_cuda *a, struct attn_group *g, const struct
     g->tiles = made.dev;
 }
 
+/* Whether the part has rows that are measured and may lose something. */
+static bool may_lose(const struct attn_cuda *a, const struct attn_part *p,
+                     const struct attn_seq *seqs)
+{
+    return p->sample_end > 0 && (a->policy.heads || seqs[p->seq].choice.gate != ATTN_GATE_NONE);
+}
+
+/* Appends a part's sampled rows; its counters are the counts-th. */
+static void add_samples(struct attn_samples *to, const struct attn_part *p, int32_t counts,
+                        struct dec_seq *seqs, struct attn_lost_row *rows)
+{
+    for (int32_t pos = p->pos; pos < p->pos + p->n_rows; pos++) {
+        pos = attn_sample_next(pos, p->sample_end);
+        if (pos >= p->pos + p->n_rows)
+            return;
+        const int32_t row = p->row + pos - p->pos;
+        seqs[to->n] = (struct dec_seq){
+            .row = row, .n_rows = 1, .pos = pos, .ln_lambda = -INFINITY, .pages = p->pages};
+        rows[to->n++] = (struct attn_lost_row){row, counts};
+    }
+}
+
+static int32_t count_samples(const struct attn_cuda *a, const struct attn_seq *seqs)
+{
+    int32_t n = 0;
+    for (int i = LAUNCH_PREFILL; i < LAUNCH_DECODE; i++) {
+        const struct attn_group *g = &a->groups[i];
+        for (int32_t k = 0; k < g->n_parts; k++) {
+            const struct attn_part *p = &g->parts[k];
+            n += may_lose(a, p, seqs) ? attn_sample_count(p->pos, p->n_rows, p->sample_end) : 0;
+        }
+    }
+    return n;
+}
+
+static void pack_samples(struct attn_cuda *a, const struct attn_seq *seqs, struct upload *u)
+{
+    struct attn_samples *s = &a->samples;
+    const int32_t n = count_samples(a, seqs);
+    s->n = 0;
+    if (n == 0)
+        return;
+    struct upload_piece made = upload_take(u, (size_t)n * sizeof(struct dec_seq));
+    struct upload_piece rows = upload_take(u, (size_t)n * sizeof(struct attn_lost_row));
+    struct upload_piece pieces = upload_take(u, sample_pieces_bytes(a, n));
+    struct upload_piece first =
+        upload_take(u, (size_t)(a->dec_shape.n_shares + 1) * sizeof(int32_t));
+    struct dec_plan plan = {pieces.host, first.host};
+    for (int i = LAUNCH_PREFILL; i < LAUNCH_DECODE; i++) {
+        const struct attn_group *g = &a->groups[i];
+        for (int32_t k = 0; k < g->n_parts; k++) {
+            if (may_lose(a, &g->parts[k], seqs))
+                add_samples(s, &g->parts[k], g->first_count + k, made.host, rows.host);
+        }
+    }
+    (void)dec_plan_make(&plan, &a->dec_shape, made.host, n, NULL);
+    s->seqs = made.dev;
+    s->rows = rows.dev;
+    s->pieces = pieces.dev;
+    s->first = first.dev;
+}
+
 /* One row with a gate decides the kernel for all; in that, the others have no thresholds. */
 static void pack_decode_seqs(struct attn_cuda *a, const struct attn_seq *seqs, struct dec_seq *s)
 {
@@ -258,6 +343,7 @@ static int32_t decode_room(const struct attn_cuda *a, const struct attn_seq *seq
 static void place_counts(struct attn_cuda *a, struct sm90_counts *counts)
 {
     int32_t at = attn_cuda_max_parts(a, LAUNCH_DECODE);
+    a->counts = counts;
     for (int i = 0; i < N_LAUNCHES; i++) {
         struct attn_group *g = &a->groups[i];
         g->first_count = i == LAUNCH_DECODE ? 0 : at;
@@ -300,6 +386,7 @@ void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_
     }
     for (int i = LAUNCH_PREFILL; i < LAUNCH_DECODE; i++)
         pack_prefill(a, &a->groups[i], seqs, u);
+    pack_samples(a, seqs, u);
 }
 
 bool attn_cuda_has_halves(const struct attn_cuda *a)
@@ -324,15 +411,21 @@ void attn_cuda_use_decode_gate(struct attn_cuda *a)
 void attn_cuda_counts(const struct attn_cuda *a, const void *counts, struct attn_counts *out,
                       int32_t n_seqs)
 {
+    const uint64_t units = (uint64_t)a->cfg.kv->n_layers * (uint64_t)a->cfg.n_heads;
     memset(out, 0, (size_t)n_seqs * sizeof *out);
     for (int i = 0; i < N_LAUNCHES; i++) {
         const struct attn_group *g = &a->groups[i];
         const struct sm90_counts *c = (const struct sm90_counts *)counts + g->first_count;
         for (int32_t k = 0; k < g->n_parts; k++) {
-            struct attn_counts *to = &out[g->parts[k].seq];
+            const struct attn_part *p = &g->parts[k];
+            struct attn_counts *to = &out[p->seq];
             to->reachable += c[k].reachable;
             to->visited += c[k].visited;
             to->kept += c[k].kept;
+            to->lost += c[k].lost;
+            if (p->sample_end > 0)
+                to->sampled +=
+                    units * (uint64_t)attn_sample_count(p->pos, p->n_rows, p->sample_end);
         }
     }
 }

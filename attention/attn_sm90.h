@@ -37,9 +37,9 @@ struct sm90_visit {
     int32_t sink, local;
 };
 
-/* reachable, visited, kept: see struct attn_counts. */
+/* See struct attn_counts. The kernels count the first three. */
 struct sm90_counts {
-    unsigned long long reachable, visited, kept;
+    unsigned long long reachable, visited, kept, sampled, lost;
 };
 
 /* Boxes: of q 128 rows of half a head (64 elements), of k and v a whole page of a KV head. */

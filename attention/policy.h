@@ -71,6 +71,7 @@ struct attn_choice {
     float ln_lambda;
     int16_t decode_gate; /* of generated rows: ATTN_GATE_NONE or ATTN_GATE_ABS */
     int16_t decode_level;
+    int32_t lost_mass; /* not 0: measure what its prompt rows lose (attn_lost.h) */
 };
 
 /* What all sequences of a model share. */
@@ -85,11 +86,13 @@ struct attn_policy {
 
 /* Decisions counted in (page, row group) units: a row group is gate_rows query rows (128 where
  * there is no gate), a generated row is a group of its own. Diagonal pages count in all three.
- * Density = kept / reachable. */
+ * Density = kept / reachable. The last two are of sequences alone, and of those that ask. */
 struct attn_counts {
     uint64_t reachable; /* causally reachable */
     uint64_t visited;   /* QK computed */
     uint64_t kept;      /* exp, V and PV done */
+    uint64_t sampled;   /* rows and heads whose lost softmax mass is measured */
+    uint64_t lost;      /* its sum over them, in units of 1 / ATTN_LOST_ONE (attn_lost.h) */
 };
 
 #endif

@@ -87,6 +87,7 @@ static void on_done(struct bench *b, int32_t i, const struct sluice_event *e)
     s->kept = e->u.done.kept;
     s->decode_reachable = e->u.done.decode_reachable;
     s->decode_kept = e->u.done.decode_kept;
+    s->lost_mass = e->u.done.lost_mass;
     s->decode_s = (double)e->u.done.decode_us * 1e-6;
     s->preemptions = e->u.done.preemptions;
     bool ok = reason == SLUICE_STOP || reason == SLUICE_LENGTH || reason == SLUICE_CAPACITY;

@@ -15,6 +15,7 @@ struct eval_options {
     char *tokens, *tasks, *lengths, *policy, *json, *out, *print;
     int64_t samples, seed, concurrency, round, num_warmups, limit_ms;
     int set;
+    bool lost_mass;
 };
 
 #define O struct eval_options
@@ -50,6 +51,8 @@ static const struct conf_opt options[] = {
             "prompts of each length and policy before the measured ones"),
     CLI_MS(O, limit_ms, "limit", "0",
            "begin no round after this time, and report what was asked; 0 is no limit"),
+    CLI_BOOL(O, lost_mass, "lost-mass", "false",
+             "measure on a sample of each prompt's rows the softmax mass of the pages not used"),
     CLI_TEXT(O, out, "out", NULL, "FILE", "write every answer and its figures, JSON lines"),
     CLI_TEXT(O, json, "json", NULL, "FILE",
              "write the figures as one JSON object; - is standard output, instead of the table"),
@@ -145,6 +148,7 @@ static int make_plan(struct eval_plan *p, const struct eval_options *o, char *po
                             .limit_ms = o->limit_ms,
                             .seed = (uint64_t)o->seed,
                             .set = (enum ruler_set)o->set,
+                            .lost_mass = o->lost_mass,
                             .progress = isatty(STDERR_FILENO) == 1};
     p->n_round = o->round ? (int32_t)o->round : 4 * p->n_users;
     int err = ruler_vocab_load(&p->vocab, o->tokens, &inner);

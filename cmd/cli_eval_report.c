@@ -37,7 +37,7 @@ static int groups_of(struct group out[MAX_GROUPS], const struct eval_plan *p)
 
 /* Values of a row's prompts, each [capacity]. */
 struct columns {
-    double *score, *exact, *density, *ttft, *paired, *base, *decode, *token;
+    double *score, *exact, *density, *ttft, *paired, *base, *decode, *token, *lost;
     int32_t n, n_pairs;
 };
 
@@ -57,6 +57,7 @@ static void gather(struct columns *c, struct eval_row *row, const struct eval *e
         c->density[c->n] = a->density;
         c->decode[c->n] = a->decode_density;
         c->token[c->n] = a->token_s * 1e3;
+        c->lost[c->n] = a->lost_mass;
         c->ttft[c->n++] = a->ttft_s * 1e3;
         row->cached += a->cached;
         if (i < first->n_asked && b->ok) {
@@ -85,7 +86,7 @@ static double deviation(const double *x, int32_t n)
 void eval_row(struct eval_row *out, const struct eval *e, int length, uint32_t tasks, int policy)
 {
     size_t cap = (size_t)e->plan.n_samples * RULER_N_TASKS;
-    double *all = mem_zalloc(8 * cap, sizeof *all);
+    double *all = mem_zalloc(9 * cap, sizeof *all);
     struct columns c = {all,
                         all + cap,
                         all + 2 * cap,
@@ -94,6 +95,7 @@ void eval_row(struct eval_row *out, const struct eval *e, int length, uint32_t t
                         all + 5 * cap,
                         all + 6 * cap,
                         all + 7 * cap,
+                        all + 8 * cap,
                         0,
                         0};
     int64_t attention_us = 0, asked = 0;
@@ -114,6 +116,7 @@ void eval_row(struct eval_row *out, const struct eval *e, int length, uint32_t t
     out->density_std = deviation(c.density, c.n);
     out->decode_density = mean(c.decode, c.n);
     out->token_ms = mean(c.token, c.n);
+    out->lost_mass = mean(c.lost, c.n);
     out->ttft_ms = mean(c.ttft, c.n);
     out->ttft_median_ms = report_percentile(c.ttft, c.n, 50.0);
     out->attention_ms = asked ? (double)attention_us / 1e3 / (double)asked : 0.0;
@@ -130,12 +133,13 @@ static void print_ratio(FILE *to, double base, double value)
 }
 
 /* width: of the longest policy's name. */
-static void print_row(const char *name, int width, const struct eval_row *r,
-                      const struct eval_row *first, bool is_first, FILE *to)
+static void print_row(const struct eval_plan *p, int policy, int width, const struct eval_row *r,
+                      const struct eval_row *first, FILE *to)
 {
+    const char *name = p->policies[policy].name;
     (void)fprintf(to, "  %-*s %5d %6.3f [%5.3f %5.3f] %6.3f", width, name, r->n, r->score.mean,
                   r->score.low, r->score.high, r->exact.mean);
-    if (is_first)
+    if (policy == 0)
         (void)fprintf(to, " %22s", "");
     else
         (void)fprintf(to, " %+6.3f [%+6.3f %+6.3f]", r->change.mean, r->change.low, r->change.high);
@@ -143,6 +147,8 @@ static void print_row(const char *name, int width, const struct eval_row *r,
     print_ratio(to, first->ttft_ms, r->ttft_ms);
     (void)fprintf(to, " %9.1f", r->attention_ms);
     print_ratio(to, first->attention_ms, r->attention_ms);
+    if (p->lost_mass)
+        (void)fprintf(to, " %9.5f", r->lost_mass);
     if (r->failed)
         (void)fprintf(to, "  %d FAILED", r->failed);
     (void)fputc('\n', to);
@@ -160,16 +166,17 @@ void eval_print(const struct eval *e, FILE *to)
                   "seed %llu; 95%% intervals\n",
                   p->n_samples, p->n_users, (unsigned long long)p->seed);
     for (int l = 0; l < p->n_lengths; l++) {
-        (void)fprintf(to, "\n%d tokens\n  %-*s %5s %6s %13s %6s %22s %7s %7s %9s %7s %9s\n",
+        (void)fprintf(to, "\n%d tokens\n  %-*s %5s %6s %13s %6s %22s %7s %7s %9s %7s %9s%s\n",
                       p->lengths[l], width, "", "n", "score", "interval", "exact",
-                      "- dense       interval", "density", "decode", "TTFT ms", "", "attn ms");
+                      "- dense       interval", "density", "decode", "TTFT ms", "", "attn ms",
+                      p->lost_mass ? "         lost mass" : "");
         for (int g = 0; g < n; g++) {
             struct eval_row first, row;
             (void)fprintf(to, "%s\n", groups[g].name);
             eval_row(&first, e, l, groups[g].tasks, 0);
             for (int k = 0; k < p->n_policies; k++) {
                 eval_row(&row, e, l, groups[g].tasks, k);
-                print_row(p->policies[k].name, width, &row, &first, k == 0, to);
+                print_row(p, k, width, &row, &first, to);
             }
         }
     }
@@ -199,7 +206,7 @@ static json_t *row_json(const struct eval *e, int length, const struct group *g,
 {
     struct eval_row r;
     eval_row(&r, e, length, g->tasks, policy);
-    return json_pack(
+    json_t *out = json_pack(
         "{s:i, s:s, s:b, s:s, s:i, s:i, s:f, s:[ff], s:f, s:[ff], s:f, s:[ff], s:f, s:f, s:f, s:f, "
         "s:f, s:I, s:f, s:f, s:f, s:f}",
         "length", e->plan.lengths[length], "task", g->name, "group",
@@ -212,6 +219,9 @@ static json_t *row_json(const struct eval *e, int length, const struct group *g,
         e->plan.policies[policy].request.density, "decode_density", r.decode_density,
         "decode_density_asked", e->plan.policies[policy].request.decode_density, "token_ms",
         r.token_ms);
+    if (out && e->plan.lost_mass)
+        (void)json_object_set_new(out, "lost_mass", json_real(r.lost_mass));
+    return out;
 }
 
 int eval_write_json(const struct eval *e, const char *path, struct err_msg *why)

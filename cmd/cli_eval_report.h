@@ -14,6 +14,7 @@ struct eval_row {
     struct interval score, exact;
     struct interval change; /* of the score, against the first policy on the same prompts */
     double density, density_std, decode_density;
+    double lost_mass;
     double token_ms; /* from one token to the next */
     double ttft_ms, ttft_median_ms;
     double attention_ms; /* a prompt, decode included */

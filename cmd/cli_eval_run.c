@@ -144,6 +144,7 @@ static int ask(struct runner *r, struct turn *t, int policy, struct bench_sample
     b.request.temperature = 0.0;
     b.request.cache_salt = (const uint8_t *)&salt;
     b.request.n_salt = sizeof salt;
+    b.request.lost_mass = p->lost_mass;
     for (int32_t i = 0; i < t->n; i++) {
         load.requests[i].input_len = t->prompts[i].n_tokens;
         load.requests[i].output_len = t->prompts[i].n_expected;
@@ -167,10 +168,13 @@ static void write_answer(struct runner *r, const struct turn *t, int32_t i, int3
     (void)fprintf(p->out,
                   "{\"task\":\"%s\",\"length\":%d,\"index\":%d,\"seed\":%" PRIu64
                   ",\"policy\":\"%s\",\"ok\":%s,\"score\":%.6g,\"exact\":%s,\"density\":%.6g,"
-                  "\"decode_density\":%.6g,\"ttft_ms\":%.6g,\"cached_tokens\":%d,\"answer\":[",
+                  "\"decode_density\":%.6g,\"ttft_ms\":%.6g,\"cached_tokens\":%d,",
                   ruler_task_name(q->task), q->length, index, seed, p->policies[policy].name,
                   a->ok ? "true" : "false", a->score, a->exact ? "true" : "false", a->density,
                   a->decode_density, a->ttft_s * 1e3, a->cached);
+    if (p->lost_mass)
+        (void)fprintf(p->out, "\"lost_mass\":%.6g,", a->lost_mass);
+    (void)fputs("\"answer\":[", p->out);
     for (int32_t k = 0; k < t->n_answers[i]; k++)
         (void)fprintf(p->out, "%s%d", k ? "," : "", t->answers[i][k]);
     (void)fputs("]}\n", p->out);
@@ -186,6 +190,7 @@ static void judge(struct runner *r, const struct turn *t, int32_t i, int policy,
                               .cached = s->cached,
                               .density = 1.0,
                               .decode_density = 1.0,
+                              .lost_mass = s->lost_mass,
                               .score = score_ruler(&key, t->answers[i], t->n_answers[i]),
                               .exact = score_exact(&key, t->answers[i], t->n_answers[i])};
     if (s->reachable)

@@ -33,12 +33,13 @@ struct eval_plan {
     uint64_t seed;
     enum ruler_set set;
     bool progress;
-    FILE *out; /* a JSON line for every answer; NULL: none */
+    bool lost_mass; /* requests ask for it */
+    FILE *out;      /* a JSON line for every answer; NULL: none */
 };
 
 struct eval_answer {
     bool ok, exact;
-    double score, density, decode_density, ttft_s;
+    double score, density, decode_density, lost_mass, ttft_s;
     double token_s; /* from one token to the next; 0 where there are less than two */
     int32_t cached; /* prompt tokens that were not computed */
 };

@@ -17,7 +17,7 @@ struct generate_options {
     int64_t line, max_tokens, min_tokens, top_k, seed, logprobs, gate_rows, priority;
     int64_t deadline_ms, queue_timeout_ms;
     double temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
-    bool ignore_eos, json;
+    bool ignore_eos, lost_mass, json;
 };
 
 #define O struct generate_options
@@ -50,6 +50,8 @@ static const struct conf_opt options[] = {
              "rel~D (a density), or auto; +decode~D after one: of generated tokens"),
     CLI_INT(O, gate_rows, "gate-rows", "0", 0, 128,
             "rows that decide together under rel: 64, 128, or 0 for the daemon's choice"),
+    CLI_BOOL(O, lost_mass, "lost-mass", "false",
+             "measure on a sample of the prompt's rows the softmax mass of the pages not used"),
     CLI_INT32(O, priority, "priority", "0", "lower is served first"),
     CLI_TEXT(O, tenant, "tenant", NULL, "NAME", "whom the request counts for"),
     CLI_TEXT(O, cache_salt, "cache-salt", NULL, "TEXT",
@@ -86,6 +88,7 @@ static int make_request(struct sluice_request *r, const struct generate_options 
     r->ignore_eos = o->ignore_eos;
     r->logprobs = (int32_t)o->logprobs;
     r->gate_rows = (int32_t)o->gate_rows;
+    r->lost_mass = o->lost_mass;
     r->priority = (int32_t)o->priority;
     r->tenant = o->tenant;
     r->cache_salt = (const uint8_t *)o->cache_salt;

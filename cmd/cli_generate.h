@@ -22,6 +22,8 @@ struct generate_result {
     int64_t queue_us, prefill_us, ttft_us, decode_us; /* as the daemon measured */
     uint64_t reachable, visited, kept;                /* page decisions */
     uint64_t decode_reachable, decode_kept;           /* of generated tokens */
+    uint64_t sampled; /* layers x heads x rows whose lost mass is known */
+    double lost_mass;
     int64_t start_us, end_us; /* the client's own clock, set by the caller */
 };
 
@@ -29,8 +31,8 @@ struct generate_result {
 void generate_result_add(struct generate_result *r, const struct sluice_event *e);
 /* A failure that the client itself found. */
 void generate_result_fail(struct generate_result *r, enum sluice_code code, const char *message);
-/* One object: tokens, logprobs, finish_reason, usage, timing_ms, density, decode_density; or error.
- */
+/* One object: tokens, logprobs, finish_reason, usage, timing_ms, density, decode_density, and
+ * lost_mass where that was asked for; or error. */
 MUST_CHECK int generate_result_json(const struct generate_result *r, FILE *to);
 void generate_result_text(const struct generate_result *r, FILE *to);
 void generate_result_deinit(struct generate_result *r);

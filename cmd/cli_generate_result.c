@@ -34,6 +34,8 @@ static void add_done(struct generate_result *r, const struct sluice_event *e)
     r->kept = e->u.done.kept;
     r->decode_reachable = e->u.done.decode_reachable;
     r->decode_kept = e->u.done.decode_kept;
+    r->sampled = e->u.done.sampled;
+    r->lost_mass = e->u.done.lost_mass;
 }
 
 void generate_result_fail(struct generate_result *r, enum sluice_code code, const char *message)
@@ -105,11 +107,14 @@ static json_t *json_done(const struct generate_result *r)
                   (double)r->decode_us / 1e3, "client", (double)(r->end_us - r->start_us) / 1e3);
     json_t *pages = json_pack("{s:I, s:I, s:I}", "reachable", (json_int_t)r->reachable, "visited",
                               (json_int_t)r->visited, "kept", (json_int_t)r->kept);
-    return json_pack("{s:o, s:o, s:s, s:o, s:o, s:o, s:f, s:o, s:f}", "tokens", tokens, "logprobs",
-                     json_logprobs(r), "finish_reason", sluice_reason_name((int)r->reason),
-                     "stop_token", stop, "usage", usage, "timing_ms", timing, "density",
-                     ratio(r->kept, r->reachable), "pages", pages, "decode_density",
-                     ratio(r->decode_kept, r->decode_reachable));
+    json_t *out = json_pack("{s:o, s:o, s:s, s:o, s:o, s:o, s:f, s:o, s:f}", "tokens", tokens,
+                            "logprobs", json_logprobs(r), "finish_reason",
+                            sluice_reason_name((int)r->reason), "stop_token", stop, "usage", usage,
+                            "timing_ms", timing, "density", ratio(r->kept, r->reachable), "pages",
+                            pages, "decode_density", ratio(r->decode_kept, r->decode_reachable));
+    if (out && r->sampled)
+        (void)json_object_set_new(out, "lost_mass", json_real(r->lost_mass));
+    return out;
 }
 
 int generate_result_json(const struct generate_result *r, FILE *to)
@@ -134,6 +139,8 @@ void generate_result_text(const struct generate_result *r, FILE *to)
                   ratio(r->kept, r->reachable));
     if (r->decode_kept < r->decode_reachable)
         (void)fprintf(to, ", of generated tokens %.3f", ratio(r->decode_kept, r->decode_reachable));
+    if (r->sampled)
+        (void)fprintf(to, "; lost mass %.4f", r->lost_mass);
     (void)fputc('\n', to);
 }
 

@@ -26,7 +26,8 @@ struct bench_sample {
     int32_t n_itls, cap_itls;
     uint64_t reachable, kept; /* pages */
     uint64_t decode_reachable, decode_kept;
-    double decode_s; /* first to last token, as the daemon measured */
+    double lost_mass; /* where the request asked for it */
+    double decode_s;  /* first to last token, as the daemon measured */
     int32_t preemptions;
     char error[128]; /* of a failed one */
 };

@@ -229,8 +229,9 @@ int sluice_submit(struct sluice_client *c, const struct sluice_request *r)
     m.deadline_ms = r->deadline_ms;
     m.queue_timeout_ms = r->queue_timeout_ms;
     m.stream = r->stream;
-    m.sparse = (struct ipc_sparse){(int32_t)r->sparse, r->k,       r->ln_lambda,
-                                   r->gate_rows,       r->density, r->decode_density};
+    m.sparse =
+        (struct ipc_sparse){(int32_t)r->sparse, r->k,        r->ln_lambda, r->gate_rows, r->density,
+                            r->decode_density,  r->lost_mass};
     TRY(ipc_submit_check(&m, c->info.vocab, &c->why));
     return client_queue(c, IPC_SUBMIT, &m);
 }

@@ -132,6 +132,7 @@ struct sluice_request {
     int32_t gate_rows;         /* 64, 128; 0: the daemon's */
     double density;            /* SLUICE_ABS and SLUICE_REL: in place of k and ln_lambda, above 0 */
     double decode_density;     /* share of pages a generated token keeps; 1: all; 0: the daemon's */
+    bool lost_mass;            /* measure the softmax mass that the prompt loses by sparse pages */
 };
 
 struct sluice_logprob {
@@ -172,6 +173,8 @@ struct sluice_event {
             int64_t queue_us, prefill_us, ttft_us, decode_us;
             uint64_t reachable, visited, kept;      /* of the prompt: density = kept / reachable */
             uint64_t decode_reachable, decode_kept; /* the same of generated tokens */
+            uint64_t sampled; /* layers x heads x prompt rows measured; 0: lost_mass was not set */
+            double lost_mass; /* mean over them of the softmax mass of pages not used */
         } done;
         struct {
             int code; /* enum sluice_code */

@@ -150,6 +150,7 @@ struct ipc_sparse {
     double density;    /* ABS, REL: share of the prompt's pages to keep, by calibration; 0: not */
     double decode_density; /* any mode: share of its pages that a generated token keeps, by
                               calibration; 1: all; 0: the engine's default */
+    bool lost_mass;        /* any mode: measure the softmax mass that prompt rows lose */
 };
 
 struct ipc_submit {
@@ -223,6 +224,8 @@ struct ipc_done {
     int64_t queue_us, prefill_us, ttft_us, decode_us;
     uint64_t reachable, visited, kept;      /* of prompt rows; density = kept / reachable */
     uint64_t decode_reachable, decode_kept; /* of generated rows */
+    uint64_t sampled; /* layers x heads x prompt rows whose lost mass was measured; 0: not asked */
+    double lost_mass; /* mean over them */
 };
 
 struct ipc_error {

@@ -130,7 +130,8 @@ static bool bytes_are_zero(const char *p, size_t n)
 static bool sparse_is_default(const struct ipc_sparse *s)
 {
     return s->mode == IPC_SPARSE_AUTO && s->k == 0 && s->gate_rows == 0 &&
-           !(fabs(s->ln_lambda) > 0) && !(s->density > 0) && !(s->decode_density > 0);
+           !(fabs(s->ln_lambda) > 0) && !(s->density > 0) && !(s->decode_density > 0) &&
+           !s->lost_mass;
 }
 
 static bool is_default(const struct ipc_field *f, const char *body)

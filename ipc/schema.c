@@ -84,6 +84,7 @@ static const struct ipc_field sparse_fields[] = {
     SPARSE(mode, 0, I32, 0, IPC_SPARSE_REL), SPARSE(k, 1, I32, 0, I32_MAX),
     SPARSE(ln_lambda, 2, F64, -1000, 30),    SPARSE(gate_rows, 3, I32, 0, 128),
     SPARSE(density, 4, F64, 0, 1),           SPARSE(decode_density, 5, F64, 0, 1),
+    SPARSE(lost_mass, 6, BOOL, 0, 0),
 };
 
 static const struct ipc_field submit_fields[] = {
@@ -154,6 +155,8 @@ static const struct ipc_field done_fields[] = {
     U64(done, kept, 13),
     U64(done, decode_reachable, 14),
     U64(done, decode_kept, 15),
+    U64(done, sampled, 16),
+    NUM(done, lost_mass, 17, F64, 0, 1, 0),
 };
 static const struct ipc_field error_fields[] = {
     STR(error, id, 0, false),

@@ -23,6 +23,7 @@ struct batch_policy {
     float ln_lambda;   /* REL */
     /* Of generated rows: BATCH_DENSE or BATCH_ABS, and then an index into the file's decode_k. */
     int16_t decode_gate, decode_level;
+    bool lost_mass; /* measure what prompt rows lose by the gate (attention/attn_lost.h) */
 };
 
 /* How one sequence's next token is chosen. Randomness is a pure function of (seed, position of the
@@ -77,6 +78,8 @@ struct batch_token {
 /* Pages counted over all layers and heads of the sequence in this step (see attention/policy.h). */
 struct batch_counts {
     uint64_t reachable, visited, kept;
+    uint64_t sampled; /* rows and heads whose lost mass was measured */
+    double lost;      /* its sum over them */
 };
 
 struct batch_result {

@@ -1,6 +1,7 @@
 #define LOG_MODULE "model"
 #include "model/model.h"
 
+#include "attention/attn_lost.h"
 #include "core/clock.h"
 #include "core/log.h"
 #include "core/mem.h"
@@ -16,6 +17,8 @@
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
+
+enum { N_COUNTERS = sizeof(struct attn_counts) / sizeof(uint64_t) /* of a sequence */ };
 
 /* Page maxima of a layer, for the calibrator; fn, mass_fn and dev_fn NULL: off. */
 struct probe {
@@ -126,7 +129,7 @@ static int take_scratch(struct model *m, const struct model_config *cfg, struct 
         m->message_bytes =
             step_plan_max_message(cfg->max_seqs, cfg->max_tokens, m->plan.limits.max_position);
         m->message = mem_try_aligned(1, m->message_bytes);
-        m->limbs = mem_zalloc(max_seqs * 12, sizeof *m->limbs);
+        m->limbs = mem_zalloc(max_seqs * N_COUNTERS * 4, sizeof *m->limbs);
         if (!m->message)
             return err_set(why, -ENOMEM, "no memory for the plan of a step");
     }
@@ -429,10 +432,9 @@ static int run_plan(struct model *m, struct llama_times *times)
  * exactly. */
 static int sum_counts(struct model *m)
 {
-    const size_t n = (size_t)m->plan.n_seqs * 3;
+    const size_t n = (size_t)m->plan.n_seqs * N_COUNTERS;
     if (m->shard.n_ranks == 1)
         return 0;
-    _Static_assert(sizeof(struct attn_counts) == 3 * sizeof(uint64_t), "three counters");
     uint64_t *counts = (uint64_t *)m->seq_counts;
     for (size_t i = 0; i < n * 4; i++)
         m->limbs[i] = (float)(counts[i / 4] >> (i % 4 * 16) & 0xffff);
@@ -474,7 +476,9 @@ int model_step(struct model *m, const struct batch *b, struct batch_result *r)
     for (int32_t i = 0; i < b->n_seqs; i++)
         r->counts[i] = (struct batch_counts){.reachable = m->seq_counts[i].reachable,
                                              .visited = m->seq_counts[i].visited,
-                                             .kept = m->seq_counts[i].kept};
+                                             .kept = m->seq_counts[i].kept,
+                                             .sampled = m->seq_counts[i].sampled,
+                                             .lost = (double)m->seq_counts[i].lost / ATTN_LOST_ONE};
     r->attention_us = times.attention_us;
     r->gemm_us = times.gemm_us;
     r->comm_us = times.comm_us;

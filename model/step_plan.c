@@ -97,7 +97,8 @@ static struct attn_choice make_choice(const struct batch_policy *p)
                                 .level = p->level,
                                 .ln_lambda = p->ln_lambda,
                                 .decode_gate = p->decode_gate,
-                                .decode_level = p->decode_level};
+                                .decode_level = p->decode_level,
+                                .lost_mass = p->lost_mass};
 }
 
 /* Appends the rows of a checked sequence. */

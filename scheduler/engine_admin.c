@@ -91,6 +91,7 @@ void engine_on_stats(void *ctx, uint64_t conn, uint64_t tag)
         INT("pages_kept", s.counts.kept),
         INT("decode_pages_reachable", s.decode_counts.reachable),
         INT("decode_pages_kept", s.decode_counts.kept),
+        INT("lost_mass_samples", s.counts.sampled),
         INT("kv_pages_total", kv.n_pages),
         INT("kv_pages_free", kv.free_pages),
         INT("kv_pages_used", kv.used_pages),
@@ -104,6 +105,7 @@ void engine_on_stats(void *ctx, uint64_t conn, uint64_t tag)
         INT("slow_consumers", io.slow_consumers),
         INT("unsent_bytes", io.unsent_bytes),
         {.name = "prefill_tokens_per_second", .d = e->prefill_rate},
+        {.name = "lost_mass", .d = engine_lost_mass(&s.counts)},
         {.name = "schedule_us_mean",
          .d = s.n_steps ? e->metrics.schedule.sum * 1e6 / (double)s.n_steps : 0},
     };

@@ -65,6 +65,8 @@ struct engine {
 };
 
 /* engine_requests.c */
+/* Mean over the measured rows and heads; 0 where none was. */
+double engine_lost_mass(const struct batch_counts *c);
 void engine_fill_events(struct engine *e, struct sched_events *ev);
 void engine_on_submit(void *ctx, uint64_t conn, const struct ipc_submit *m);
 void engine_on_cancel(void *ctx, uint64_t conn, const struct ipc_cancel *m);

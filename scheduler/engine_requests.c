@@ -195,6 +195,7 @@ static int submit(struct engine *e, struct engine_req *r, const struct ipc_submi
         return ERR_ENGINE_DEAD;
     TRY(choose_policy(&e->cfg.policy, m, &p.policy, why));
     TRY(choose_decode(&e->cfg.policy, m, &p.policy, why));
+    p.policy.lost_mass = m->sparse.lost_mass;
     p.policy_fingerprint = policy_fingerprint(&e->cfg.policy, &p.policy);
     fill_sampling(&p.sampling, m, m->has_seed ? m->seed : hash_pair(e->seeds, e->seeds + 1));
     e->seeds++;
@@ -357,6 +358,11 @@ static void on_token(void *ctx, const struct request *req, const struct batch_to
         send_tokens(e, r, req);
 }
 
+double engine_lost_mass(const struct batch_counts *c)
+{
+    return c->sampled ? c->lost / (double)c->sampled : 0;
+}
+
 static int64_t interval(int64_t from, int64_t to)
 {
     return from && to ? to - from : 0;
@@ -386,6 +392,8 @@ static void send_done(struct engine *e, struct engine_req *r, const struct reque
         .kept = req->counts.kept,
         .decode_reachable = req->decode_counts.reachable,
         .decode_kept = req->decode_counts.kept,
+        .sampled = req->counts.sampled,
+        .lost_mass = engine_lost_mass(&req->counts),
     };
     memcpy(m.id, r->id, sizeof m.id);
     ipc_send_done(e->server, r->owner->conn, &m);

@@ -90,6 +90,8 @@ static void count_pages(struct batch_counts *prompt, struct batch_counts *genera
     to->reachable += c->reachable;
     to->visited += c->visited;
     to->kept += c->kept;
+    to->sampled += c->sampled;
+    to->lost += c->lost;
 }
 
 static void publish(struct sched *s, const struct request *r)

@@ -313,6 +313,8 @@ int case_run(struct attn_case *t, const struct case_chunk *chunks, int32_t n)
         c->reachable += counts[i].reachable;
         c->visited += counts[i].visited;
         c->kept += counts[i].kept;
+        c->sampled += counts[i].sampled;
+        c->lost += counts[i].lost;
     }
     mem_free(a.q);
     mem_free(a.out);
@@ -388,6 +390,30 @@ static void check_counts(const struct attn_counts *got, const struct attn_counts
     assert_int_equal(got->kept, want->kept);
 }
 
+/* The sampled rows as PROTOCOL.md names them. */
+static bool is_sampled(int32_t pos, int32_t prompt_end)
+{
+    const int32_t stretch = pos / 1024;
+    return pos < prompt_end &&
+           (pos == prompt_end - 1 || pos % 1024 == 448 + 79 * (stretch % 128) % 128);
+}
+
+static void check_lost(const struct attn_case *t, const struct case_seq *s, const double *lost)
+{
+    const int32_t heads = t->c.n_heads;
+    uint64_t sampled = 0;
+    double sum = 0;
+    for (int32_t pos = 0; pos < s->len && s->choice.lost_mass; pos++) {
+        if (!is_sampled(pos, s->prompt_end))
+            continue;
+        sampled += (uint64_t)heads;
+        for (int32_t h = 0; h < heads; h++)
+            sum += lost[pos * heads + h];
+    }
+    assert_int_equal(s->counts.sampled, sampled);
+    assert_close((double)s->counts.lost * 0x1p-24, sum, 1e-5 * (double)sampled, 0);
+}
+
 static void oracle_open(struct oracle *o, const struct attn_case *t, int32_t n_rows)
 {
     size_t n = (size_t)n_rows * q_row(t), n_lse = (size_t)n_rows * (size_t)t->c.n_heads;
@@ -396,6 +422,7 @@ static void oracle_open(struct oracle *o, const struct attn_case *t, int32_t n_r
         .lse = mem_zalloc(n_lse, sizeof(double)),
         .out_f32 = mem_zalloc(n, sizeof(float)),
         .lse_f32 = mem_zalloc(n_lse, sizeof(float)),
+        .lost = mem_zalloc(n_lse, sizeof(double)),
         .seq_counts = mem_zalloc((size_t)t->c.n_seqs, sizeof(struct attn_counts)),
         .head_counts = mem_zalloc((size_t)t->c.n_heads, sizeof(struct attn_counts)),
     };
@@ -407,6 +434,7 @@ static void oracle_close(struct oracle *o)
     mem_free(o->lse);
     mem_free(o->out_f32);
     mem_free(o->lse_f32);
+    mem_free(o->lost);
     mem_free(o->seq_counts);
     mem_free(o->head_counts);
 }
@@ -419,6 +447,8 @@ static void check_against(const struct attn_case *t, const struct attn_seq *seqs
     check_rows(t, seqs, o, atol);
     for (int32_t i = 0; i < t->c.n_seqs; i++)
         check_counts(&t->seqs[i].counts, &o->seq_counts[i]);
+    for (int32_t i = 0; i < t->c.n_seqs; i++)
+        check_lost(t, &t->seqs[i], o->lost + (ptrdiff_t)seqs[i].row * t->c.n_heads);
     for (int32_t h = 0; h < t->c.n_heads; h++)
         check_counts(&t->head_counts[h], &o->head_counts[h]);
 }

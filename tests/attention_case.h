@@ -80,9 +80,9 @@ void case_each_table(struct attn_case *t, void (*check)(struct attn_case *));
 /* attn_validate refuses the problem and names the field. */
 void case_expect_invalid(const struct attn_case *t, const struct attn_problem *p,
                          const char *field);
-/* Runs whole sequences on every table of tile functions and compares outputs, LSE and counts
- * (unless a decision is a tie) with the oracle: |ours - f64| <= 2 |naive f32 - f64| + atol, in the
- * maximum norm. */
+/* Runs whole sequences on every table of tile functions and compares outputs, LSE, counts and lost
+ * mass (unless a decision is a tie) with the oracle: |ours - f64| <= 2 |naive f32 - f64| + atol, in
+ * the maximum norm. */
 void case_check_oracle(struct attn_case *t, double atol);
 /* A copy of the outputs of a run, to compare later runs with. */
 struct case_bits {

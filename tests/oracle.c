@@ -223,6 +223,15 @@ static void decide(struct oracle *o, struct unit *u, int seq)
     free(row_max);
 }
 
+/* Of the whole softmax, kept being its kept part; both relative to top. */
+static double lost_mass(const struct unit *u, int pos, double top, double kept)
+{
+    double all = 0;
+    for (int t = 0; t <= pos; t++)
+        all += exp(score(u, pos, t) - top);
+    return 1 - kept / all;
+}
+
 /* Two passes over the kept keys of one row. */
 static void attend(struct oracle *o, const struct unit *u, int pos)
 {
@@ -250,6 +259,8 @@ static void attend(struct oracle *o, const struct unit *u, int pos)
     for (int i = 0; i < d; i++)
         out[i] /= sum;
     o->lse[at] = top + log(sum);
+    if (o->lost)
+        o->lost[at] = lost_mass(u, pos, top, sum);
     free(s);
 }
 

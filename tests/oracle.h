@@ -11,6 +11,7 @@ struct oracle {
     double *lse;                     /* [n_rows, n_heads] */
     float *out_f32;                  /* the same sums in f32, for the kernels' error bound */
     float *lse_f32;                  /* likewise */
+    double *lost;                    /* [n_rows, n_heads] softmax mass of pages not kept; or NULL */
     struct attn_counts *seq_counts;  /* [n_seqs] added to */
     struct attn_counts *head_counts; /* [n_heads] added to */
     double *tile_max;                /* layout of p->tile_max, or NULL */

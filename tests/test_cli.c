@@ -653,6 +653,8 @@ static void generate_json(void **state)
     e.u.done.kept = 2;
     e.u.done.decode_reachable = 10;
     e.u.done.decode_kept = 1;
+    e.u.done.sampled = 32;
+    e.u.done.lost_mass = 0.125;
     generate_result_add(&r, &e);
 
     char *text = NULL;
@@ -662,18 +664,18 @@ static void generate_json(void **state)
     (void)fclose(f);
     assert_true(len > 0 && strchr(text, '\n') == text + len - 1); /* one line */
     json_t *j = json_loads(text, 0, NULL);
-    double logprob, top, density, decode, ttft, client;
+    double logprob, top, density, decode, lost, ttft, client;
     const char *reason;
     int tokens[2], top_id, stop, prompt, completion;
     assert_int_equal(json_unpack(j,
                                  "{s:[ii], s:[{s:i, s:F, s:[[iF],[iF]]}, {}], s:s, s:i, s:{s:i, "
-                                 "s:i}, s:{s:F, s:F}, s:F, s:F}",
+                                 "s:i}, s:{s:F, s:F}, s:F, s:F, s:F}",
                                  "tokens", &tokens[0], &tokens[1], "logprobs", "token", &top_id,
                                  "logprob", &logprob, "top", &top_id, &top, &top_id, &top,
                                  "finish_reason", &reason, "stop_token", &stop, "usage",
                                  "prompt_tokens", &prompt, "completion_tokens", &completion,
                                  "timing_ms", "ttft", &ttft, "client", &client, "density", &density,
-                                 "decode_density", &decode),
+                                 "decode_density", &decode, "lost_mass", &lost),
                      0);
     assert_int_equal(tokens[1], 6);
     assert_int_equal(top_id, 9);
@@ -685,6 +687,7 @@ static void generate_json(void **state)
     assert_close(client, 2.5, 1e-12, 0);
     assert_close(density, 0.25, 1e-12, 0);
     assert_close(decode, 0.1, 1e-12, 0);
+    assert_close(lost, 0.125, 0, 0);
     json_decref(j);
     free(text);
     generate_result_deinit(&r);

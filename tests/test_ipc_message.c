@@ -531,6 +531,7 @@ static void test_field_errors(void **state)
         {"sparse.density", 21, RAW("\x82\x00\x02\x04\xff")},
         {"sparse.decode_density", 21, RAW("\x82\x00\x01\x05\x02")},
         {"sparse.decode_density", 21, RAW("\x82\x00\x01\x05\xff")},
+        {"sparse.lost_mass", 21, RAW("\x82\x00\x01\x06\x01")},
         {"sparse.density", 21, RAW("\x82\x00\x01\x04\x01")},         /* dense */
         {"sparse.density", 21, RAW("\x83\x00\x02\x01\x05\x04\x01")}, /* and k */
         {"sparse.density", 21, RAW("\x83\x00\x03\x02\xff\x04\x01")}, /* and ln_lambda */

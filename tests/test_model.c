@@ -313,8 +313,9 @@ static void test_plan_message(void **state)
 
     for (int i = 0; i < MAX_POSITION; i++)
         tokens[i] = i % 64;
-    const struct batch_seq seqs[2] = {case_seq(tokens, 0, 130, 200, pages, 4),
-                                      case_seq(tokens, 99, 1, 90, pages, 2)};
+    struct batch_seq seqs[2] = {case_seq(tokens, 0, 130, 200, pages, 4),
+                                case_seq(tokens, 99, 1, 90, pages, 2)};
+    seqs[1].policy.lost_mass = true;
     const struct batch b = {.step_id = 77, .n_seqs = 2, .n_tokens = 131, .seqs = seqs};
     step_plan_init(&sent, &limits);
     step_plan_init(&got, &limits);
@@ -329,6 +330,7 @@ static void test_plan_message(void **state)
     assert_memory_equal(got.positions, sent.positions, 131 * sizeof *got.positions);
     assert_memory_equal(got.seqs[0].pages, pages, 3 * sizeof *pages);
     assert_int_equal(got.seqs[1].pos, 99);
+    assert_true(!got.seqs[0].choice.lost_mass && got.seqs[1].choice.lost_mass);
     assert_int_equal(got.n_outputs, 2);
     assert_int_equal(got.outputs[0], 129);
     assert_int_equal(got.outputs[1], 130);
@@ -511,7 +513,10 @@ static void test_policy(void **state)
     assert_ok(model_set_policy(c.model, &policy, NULL));
     struct batch_seq s = case_seq(tokens, 0, 256, 256, pages, 4);
     s.policy.gate = BATCH_ABS;
+    s.policy.lost_mass = true;
     assert_ok(case_step(&c, &s, 1));
+    assert_int_equal(c.counts[0].sampled, 8); /* of so few rows the last alone */
+    assert_true(c.counts[0].lost == 0);
     /* blocks 0 and 1 reach 2 and 4 pages, in 2 layers of 4 heads */
     assert_int_equal(c.counts[0].reachable, 6 * 8);
     assert_int_equal(c.counts[0].kept, 6 * 8);
@@ -519,9 +524,14 @@ static void test_policy(void **state)
     assert_ok(case_step(&c, &s, 1));
     assert_int_equal(c.counts[0].reachable, 6 * 8);
     assert_int_equal(c.counts[0].kept, 4 * 8);
+    assert_int_equal(c.counts[0].sampled, 8);
+    assert_true(c.counts[0].lost > 0.8 && c.counts[0].lost < 8);
+    s.policy.lost_mass = false;
+    assert_ok(case_step(&c, &s, 1));
+    assert_true(c.counts[0].sampled == 0 && c.counts[0].lost == 0);
     for (int i = 0; i < 8; i++)
         kept += model_head_counts(c.model)[i].kept;
-    assert_int_equal(kept, 10 * 8);
+    assert_int_equal(kept, 14 * 8);
     s.policy.level = 2;
     assert_int_equal(case_step(&c, &s, 1), ERR_INVALID);
     model_case_close(&c);

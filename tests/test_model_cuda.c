@@ -171,8 +171,17 @@ static void test_logits(void **state)
     }
 }
 
+/* The mass lost by rows and heads, whose scores have the precision of 16 bits on the GPU. */
+static void same_lost(const struct batch_counts *gpu, const struct batch_counts *cpu)
+{
+    assert_int_equal(gpu->sampled, cpu->sampled);
+    assert_close(gpu->lost, cpu->lost, 0.01 * (double)cpu->sampled, 0);
+    assert_true((gpu->lost > 0) == (cpu->lost > 0));
+}
+
 /* T = -inf gives the dense logits, T = +inf the diagonal's as the CPU has them; REL likewise with
- * lambda 0 and 1. Counters of the two devices agree where decisions cannot be close. */
+ * lambda 0 and 1. Counters and lost mass of the two devices agree where decisions cannot be close.
+ */
 static void gated_step(struct pair *p, struct batch_policy policy, double bound)
 {
     struct batch_seq seqs[N_SEQS];
@@ -180,12 +189,14 @@ static void gated_step(struct pair *p, struct batch_policy policy, double bound)
         seqs[i] = rows_of(p, i, 0, p->prompt[i]);
         seqs[i].policy =
             i == 1 ? (struct batch_policy){.gate = BATCH_DENSE, .gate_rows = 128} : policy;
+        seqs[i].policy.lost_mass = i > 0;
     }
     both(p, seqs, N_SEQS, bound);
     for (int32_t i = 0; i < N_SEQS; i++) {
         assert_int_equal(p->gpu.counts[i].reachable, p->cpu.counts[i].reachable);
         assert_int_equal(p->gpu.counts[i].visited, p->cpu.counts[i].visited);
         assert_int_equal(p->gpu.counts[i].kept, p->cpu.counts[i].kept);
+        same_lost(&p->gpu.counts[i], &p->cpu.counts[i]);
     }
 }
 

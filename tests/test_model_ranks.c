@@ -26,6 +26,7 @@ struct seen {
 struct rank_life {
     const char *dir, *shm;
     int rank, n_ranks, result;
+    bool long_prompt; /* instead of the script */
     uint64_t fingerprint;
     int32_t vocab;
     int64_t comm_us, total_us;
@@ -87,6 +88,24 @@ static int run_steps(struct model_case *c, struct rank_life *life)
     return 0;
 }
 
+/* One prompt in two chunks under a gate that skips some, its lost mass measured. */
+static int run_long(struct model_case *c, struct rank_life *life)
+{
+    static const int32_t pages[] = {3, 0, 7, 5, 1, 6, 2, 4};
+    int32_t tokens[MAX_POSITION];
+    struct rng r = {11};
+    for (int32_t i = 0; i < MAX_POSITION; i++)
+        tokens[i] = rng_range(&r, 0, model_info(c->model)->vocab_size - 1);
+    for (int32_t step = 0; step < 2; step++) {
+        struct batch_seq s = case_seq(tokens, 256 * step, 256, MAX_POSITION, pages, 8);
+        s.policy = (struct batch_policy){
+            .gate = BATCH_REL, .gate_rows = 64, .ln_lambda = 4.0f, .lost_mass = true};
+        TRY(case_step(c, &s, 1));
+        life->steps[step].counts[0] = c->counts[0];
+    }
+    return 0;
+}
+
 static int open_rank(struct rank_life *life, struct model_case *c, struct comm **comm,
                      struct err_msg *why)
 {
@@ -124,7 +143,9 @@ static void *live(void *arg)
     if (life->result == 0) {
         life->fingerprint = model_info(c.model)->fingerprint;
         c.result = (struct batch_result){.tokens = c.tokens, .counts = c.counts};
-        life->result = life->rank ? model_follow(c.model) : run_steps(&c, life);
+        life->result = life->rank          ? model_follow(c.model)
+                       : life->long_prompt ? run_long(&c, life)
+                                           : run_steps(&c, life);
         model_stop_followers(c.model);
     }
     if (life->result < 0)
@@ -135,7 +156,7 @@ static void *live(void *arg)
     return NULL;
 }
 
-static void live_together(struct rank_life *lives, const char *dir, int n_ranks)
+static void live_together(struct rank_life *lives, const char *dir, int n_ranks, bool long_prompt)
 {
     static int count;
     char shm[64];
@@ -147,6 +168,7 @@ static void live_together(struct rank_life *lives, const char *dir, int n_ranks)
         lives[i].shm = shm;
         lives[i].rank = i;
         lives[i].n_ranks = n_ranks;
+        lives[i].long_prompt = long_prompt;
         assert_int_equal(pthread_create(&threads[i], NULL, live, &lives[i]), 0);
     }
     for (int i = 0; i < n_ranks; i++)
@@ -180,9 +202,9 @@ static void check_lives(const struct rank_life *one, const struct rank_life *man
 static void compare(const char *dir, const int *n_ranks, int n)
 {
     struct rank_life *lives = mem_zalloc(1 + MAX_RANKS, sizeof *lives);
-    live_together(lives, dir, 1);
+    live_together(lives, dir, 1, false);
     for (int i = 0; i < n; i++) {
-        live_together(lives + 1, dir, n_ranks[i]);
+        live_together(lives + 1, dir, n_ranks[i], false);
         check_lives(lives, lives + 1, n_ranks[i]);
     }
     mem_free(lives);
@@ -218,11 +240,35 @@ static void test_vocabularies(void **state)
     }
 }
 
+/* Each rank measures what its own heads lose. */
+static void test_lost_mass(void **state)
+{
+    struct rank_life *lives = mem_zalloc(1 + MAX_RANKS, sizeof *lives);
+    (void)state;
+    live_together(lives, TEST_DATA "/llama/gqa_head_dim", 1, true);
+    for (int n = 2; n <= 4; n += 2) {
+        live_together(lives + 1, TEST_DATA "/llama/gqa_head_dim", n, true);
+        for (int step = 0; step < 2; step++) {
+            const struct batch_counts *one = &lives[0].steps[step].counts[0];
+            const struct batch_counts *many = &lives[1].steps[step].counts[0];
+            printf("# %d ranks: lost %.6f of %d, one %.6f\n", n, many->lost, (int)many->sampled,
+                   one->lost);
+            /* position 448 and the last; 2 layers of 4 heads */
+            assert_int_equal(one->sampled, step ? 16 : 0);
+            assert_int_equal(many->sampled, one->sampled);
+            assert_close(many->lost, one->lost, 1e-4, 1e-4);
+            assert_true((one->lost > 0.1) == (step == 1));
+        }
+    }
+    mem_free(lives);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_models),
         cmocka_unit_test(test_vocabularies),
+        cmocka_unit_test(test_lost_mass),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

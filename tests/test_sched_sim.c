@@ -445,7 +445,7 @@ static void execute_seq(struct world *w, const struct batch *b, int32_t i)
             assert_true(chain == j->chain[pos]);
     }
     w->result.tokens[i] = (struct batch_token){.token = q->sample ? token_after(chain) : -1};
-    w->result.counts[i] = (struct batch_counts){3, 2, 1};
+    w->result.counts[i] = (struct batch_counts){.reachable = 3, .visited = 2, .kept = 1};
 }
 
 static void spoil(struct world *w, const struct batch *b)

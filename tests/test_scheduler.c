@@ -107,7 +107,8 @@ static void update(struct fixture *f, const struct batch *b)
     const struct batch_result result = {.tokens = f->tokens, .counts = f->counts};
     for (int32_t i = 0; i < b->n_seqs; i++) {
         f->tokens[i].token = b->seqs[i].sample ? f->next_token : -1;
-        f->counts[i] = (struct batch_counts){.reachable = 4, .visited = 3, .kept = 2};
+        f->counts[i] = (struct batch_counts){
+            .reachable = 4, .visited = 3, .kept = 2, .sampled = 6, .lost = 1.5};
     }
     sched_update(f->sched, 0, &result, f->now_us);
     struct err_msg why = {""};
@@ -343,6 +344,8 @@ static void times_and_counts(void **state)
     assert_int_equal(st.prompt_tokens, 600);
     assert_int_equal(st.generated_tokens, 3);
     assert_int_equal(st.counts.kept, 4);
+    assert_int_equal(st.counts.sampled, 12);
+    assert_true(st.counts.lost == 3);
     assert_int_equal(st.finished[REQ_FINISH_LENGTH], 1);
     assert_int_equal(st.n_running + st.n_waiting + st.n_in_flight, 0);
     close_fixture(f);

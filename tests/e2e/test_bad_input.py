@@ -91,6 +91,7 @@ class BadInput(unittest.TestCase):
         self.expect_field("sparse.decode_density", sparse={5: 0.5})  # no threshold file
         self.expect_field("sparse.decode_density", sparse={0: 1, 5: 1.5})
         self.expect_field("sparse.decode_density", sparse={0: 1, 5: -0.5})
+        self.expect_field("sparse.lost_mass", sparse={0: 1, 6: 1})
 
     def test_ids(self):
         self.expect_field("id", **{"id": "i" * 129})

@@ -82,6 +82,23 @@ class Daemons(unittest.TestCase):
         same = ("score", "exact", "density", "change")  # what is not a time
         self.assertEqual([[x[k] for k in same] for x in first["rows"]], [[x[k] for k in same] for x in again["rows"]])
 
+    def test_lost_mass(self):
+        """A figure beside density, where asked for: nothing for dense, and in every row, answer and table."""
+        with Daemon("--thresholds", THRESHOLDS) as d, tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "answers")
+            options = ("--connect", "unix:" + d.path, "--tasks", "vt", "--lengths", "1536", "--samples", "1", "--num-warmups", "0",
+                       "--policy", "rel=0.1")
+            rows = json.loads(sluice(*options, "--lost-mass", "--json", "-", "--out", path))["rows"]
+            with open(path) as f:
+                answers = [json.loads(x) for x in f]
+            table, plain = sluice(*options, "--lost-mass"), json.loads(sluice(*options, "--json", "-"))["rows"]
+        self.assertEqual(rows[0]["lost_mass"], 0)
+        self.assertTrue(0 < rows[1]["lost_mass"] < 0.5, rows[1])
+        self.assertAlmostEqual(answers[1]["lost_mass"], rows[1]["lost_mass"], 5)
+        self.assertIn("lost mass", table)
+        self.assertIn("%.5f" % rows[1]["lost_mass"], table)
+        self.assertNotIn("lost_mass", plain[1])
+
     def test_other_model(self):
         """A vocabulary of another size is refused before anything is asked."""
         with Daemon() as d, tempfile.TemporaryDirectory() as folder:

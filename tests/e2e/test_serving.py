@@ -155,6 +155,34 @@ class Answers(unittest.TestCase):
         self.assertEqual(json.loads(python.stdout)["tokens"], got[0][0])
         self.assertAlmostEqual(json.loads(r.stdout)["decode_density"], own / sum(pages), 6)
 
+    def test_lost_mass(self):
+        """The mass that skipped pages would have had: told to who asks, the same in any chunks, more with a larger lambda."""
+        prompt = prompts(4000)[2][0][:1600]
+        kinds = [{0: REL, 2: math.log(x)} for x in (1e-4, 1e-2, 0.2)]
+        seen = []
+        for budget in ("256", "1024"):
+            with Daemon("--max-model-len", "8192", "--token-budget", budget) as d:
+                c = Client(d.path)
+                got = [c.generate("l%d" % i, prompt, sparse={**kind, 6: True}, max_tokens=1, cache_salt=b"%d" % i)
+                       for i, kind in enumerate(kinds + [{0: 1}])]
+                _, plain = c.generate("p", prompt, sparse=kinds[0], max_tokens=1, cache_salt=b"p")
+                stats = c.stats()
+                r = subprocess.run([os.path.join(BIN, "sluice"), "generate", "--json", "--lost-mass", "--connect", "unix:" + d.path,
+                                    "--tokens", ",".join(map(str, prompt)), "--max-tokens", "1", "--sparse", "rel=0.2", "--cache-salt", "c"],
+                                   capture_output=True, text=True, timeout=PATIENCE)
+                c.close()
+            lost = [done.get(17, 0) for _, done in got]
+            # positions 448, 1551 and the last, in 6 layers of 6 heads
+            self.assertTrue(all(done[16] == 3 * 36 for _, done in got))
+            self.assertTrue(0 < lost[0] < lost[1] < lost[2] < 0.5, lost)
+            self.assertEqual(lost[3], 0)
+            self.assertTrue(16 not in plain and 17 not in plain)
+            self.assertEqual(stats["lost_mass_samples"], sum(done[16] for _, done in got))
+            self.assertAlmostEqual(stats["lost_mass"], sum(lost) / 4, 6)
+            self.assertAlmostEqual(json.loads(r.stdout)["lost_mass"], lost[2], 8)
+            seen.append(lost)
+        self.assertEqual(seen[0], seen[1])
+
     def test_imported_thresholds(self):
         """A file of the reference implementation, converted, serves: right answers from fewer pages."""
         with tempfile.TemporaryDirectory() as d:
