@@ -1,6 +1,6 @@
 /* The loading warps of the Hopper prefill kernel. Warp 0 takes tiles from the queue, longest first,
- * describes them and copies Q; warp 1 copies K; warp 2 copies V where there is no gate. With a gate
- * the computing warps ask for V themselves, a page at a time. */
+ * describes them and copies Q; warp 1 copies K; warp 2 copies V where no item of a tile has a gate.
+ * Otherwise the computing warps ask for V themselves, a page at a time. */
 #ifndef ATTENTION_ATTN_PREFILL_LOAD_SM90_CUH
 #define ATTENTION_ATTN_PREFILL_LOAD_SM90_CUH
 
@@ -38,7 +38,6 @@ __device__ __forceinline__ void describe_item(struct item_info *it, const struct
     it->head = head;
     it->block = block;
     it->rows64 = s->gate_rows == PAGE;
-    it->gate = gate_of<GATE>(a, s, block, head);
     part_end();
     const int pos = s->pos - block * BLOCK_M; /* of the chunk's first row, from the block's */
     it->q_row = s->row - pos;
@@ -55,6 +54,34 @@ __device__ __forceinline__ void describe_item(struct item_info *it, const struct
     it->local = w.local;
     it->n_off = w.sink + w.local;
     it->n_pages = n_diag + w.sink + w.local;
+    part_end();
+    it->gate = gate_of<GATE>(a, s, block, head);
+}
+
+/* Whether the gate of a tile's item keeps all pages; of none too. */
+__device__ __forceinline__ bool keeps_all(uint32_t tile, int g)
+{
+    return get(tile, OF_ITEM(g, n_pages)) == 0 ||
+           !(__int_as_float(get(tile, OF_ITEM(g, gate))) > -INFINITY);
+}
+
+/* How a tile's V comes, when its items are described and its pages listed; `before` is the last
+ * tile. One lane. */
+template <int D, int GATE>
+__device__ __forceinline__ void describe_v(uint32_t tile, uint32_t before)
+{
+    if (!HAS_OPEN(GATE))
+        return;
+    const int open = keeps_all(tile, 0) && keeps_all(tile, 1);
+    const int turn = open ^ get(before, OF_TILE(open));
+    put(tile, OF_TILE(open), open);
+    put(tile, OF_TILE(turn), turn);
+    put(tile, OF_TILE(turns), get(before, OF_TILE(turns)) + turn);
+    uint32_t first = (uint32_t)get(before, OF_TILE(v_first));
+    if (get(before, OF_TILE(open)))
+        first = (first + (uint32_t)get(before, OF_TILE(n_entries))) %
+                (2 * smem_layout<D, GATE>::v_slots);
+    put(tile, OF_TILE(v_first), (int)first);
 }
 
 /* Lanes 0 and 1, each for the group of its number. A tile is taken when the copies of K have come
@@ -78,6 +105,10 @@ __device__ __forceinline__ void produce_tiles(uint32_t smem, unsigned char *smem
         at = __shfl_sync(lanes, at, 0);
         const bool more = at < a.n_tiles;
         mbar_wait(smem + L::tile_empty + 8 * slot, ~(n / TILE_SLOTS) & 1);
+        if (g == 0) {
+            info->seq = more ? (int)a.tiles[at].seq : -1;
+            info->kv_head = more ? a.tiles[at].kv_head : 0;
+        }
         if (more) {
             const struct sm90_tile *t = a.tiles + at;
             info->item[g].q_parity = q_parity & 1;
@@ -85,16 +116,15 @@ __device__ __forceinline__ void produce_tiles(uint32_t smem, unsigned char *smem
         }
         __syncwarp(lanes);
         const uint32_t tile = smem + L::info + slot * (uint32_t)sizeof *info;
-        if (g == 0)
-            info->seq = more ? (int)a.tiles[at].seq : -1;
         if (more) {
             if (g == 0) {
                 info->pages = a.seqs[info->seq].pages;
-                info->kv_head = a.tiles[at].kv_head;
                 count_runs(tile, opaque(a.order) == SM90_ORDER_L2R);
             }
             __syncwarp(lanes);
             list_pages(tile, g);
+            if (g == 0)
+                describe_v<D, GATE>(tile, 2 * (smem + L::info) + (uint32_t)sizeof *info - tile);
         }
         mbar_arrive(smem + L::tile_full + 8 * slot);
         if (!more)
@@ -132,20 +162,20 @@ __device__ __forceinline__ int entry_tile(const struct tile_info *t, const struc
     return t->pages[page] * a.n_kv_heads + t->kv_head;
 }
 
-/* Fills a slot of a ring with a page, or with nothing. One lane. */
-template <int D, int GATE>
-__device__ __forceinline__ void load_page(uint32_t smem, const CUtensorMap *map, uint32_t dst,
-                                          uint32_t full, uint32_t slot, int tile)
+/* Fills a slot of the ring at SLOTS with a page, or with nothing. One lane. */
+template <int D, int GATE, int SLOTS>
+__device__ __forceinline__ void load_page(uint32_t smem, const CUtensorMap *map, uint32_t full,
+                                          uint32_t slot, int tile)
 {
     using L = smem_layout<D, GATE>;
     if (tile < 0) {
         mbar_arrive(full);
         return;
     }
-    if (GATE != SM90_GATE_NONE)
+    if (GATE != SM90_GATE_NONE && SLOTS == L::k)
         st_shared_s32(smem + L::k_tile + 4 * slot, tile);
     mbar_arrive_expect_tx(full, L::page_bytes);
-    tma_load_4d(dst, map, full, 0, 0, 0, tile, L2_EVICT_LAST);
+    tma_load_4d(smem + SLOTS + slot * L::page_bytes, map, full, 0, 0, 0, tile, L2_EVICT_LAST);
 }
 
 /* The entries of all tiles into a ring of N slots: pages at SLOTS, barriers at FULL and EMPTY. */
@@ -169,6 +199,11 @@ __device__ __forceinline__ void produce_pages(uint32_t smem, unsigned char *smem
         if (t->seq < 0)
             break;
         int mine = -1, n = t->n_entries;
+        if (HAS_OPEN(GATE) && SLOTS == L::v) {
+            n = t->open ? n : 0;
+            if (t->turn && lane == 0)
+                meet(smem + L::v_turn, t->turns);
+        }
 #pragma unroll 1
         for (int e = 0; e < n; e++) {
             if ((e & 31) == 0)
@@ -177,8 +212,7 @@ __device__ __forceinline__ void produce_pages(uint32_t smem, unsigned char *smem
             const uint32_t slot = r.slot();
             if (lane == 0) {
                 mbar_wait(smem + EMPTY + 8 * slot, r.parity() ^ 1);
-                load_page<D, GATE>(smem, map, smem + SLOTS + slot * L::page_bytes,
-                                   smem + FULL + 8 * slot, slot, page);
+                load_page<D, GATE, SLOTS>(smem, map, smem + FULL + 8 * slot, slot, page);
             }
             r.next();
         }
@@ -197,7 +231,7 @@ __device__ __forceinline__ void produce(uint32_t smem, unsigned char *smem_ptr,
         produce_tiles<D, GATE>(smem, smem_ptr, maps, a);
     else if (warp == 1)
         produce_pages<D, GATE, L::k_slots, L::k, L::k_full, L::k_empty>(smem, smem_ptr, &maps.k, a);
-    else if (warp == 2 && GATE == SM90_GATE_NONE)
+    else if (warp == 2 && (GATE == SM90_GATE_NONE || HAS_OPEN(GATE)))
         produce_pages<D, GATE, L::v_slots, L::v, L::v_full, L::v_empty>(smem, smem_ptr, &maps.v, a);
 }
 

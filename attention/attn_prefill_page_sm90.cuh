@@ -7,6 +7,16 @@
 
 /* ---- products ---- */
 
+/* Q of this group. FRESH: made where it is used, for the compiler would keep the descriptors of all
+ * steps. */
+template <int D, int GATE, bool FRESH>
+__device__ __forceinline__ uint64_t q_desc(const struct consumer<D, GATE> &c)
+{
+    using L = smem_layout<D, GATE>;
+    const uint32_t smem = FRESH ? (uint32_t)opaque((int)c.smem) : c.smem;
+    return desc_k_major(smem + L::q + c.group * L::q_bytes);
+}
+
 template <int D, int DT>
 __device__ __forceinline__ void issue_qk(float (&s)[32], uint64_t q_desc, uint32_t k_addr)
 {
@@ -78,8 +88,8 @@ template <int D, int GATE>
 __device__ __forceinline__ uint32_t wait_v(const struct consumer<D, GATE> &c)
 {
     using L = smem_layout<D, GATE>;
-    const uint32_t slot = v_slot(c);
-    mbar_wait(c.smem + L::v_full + 8 * slot, c.v.parity());
+    const uint32_t slot = v_slot(c), full = GATE == SM90_GATE_NONE ? L::v_full : L::v_asked;
+    mbar_wait(c.smem + full + 8 * slot, c.v.parity());
     return c.smem + L::v + slot * L::page_bytes;
 }
 
@@ -105,7 +115,7 @@ __device__ __forceinline__ void request_v(const struct consumer<D, GATE> &c, con
     using L = smem_layout<D, GATE>;
     if (c.thread() != 0)
         return;
-    const uint32_t slot = v_slot(c), full = c.smem + L::v_full + 8 * slot;
+    const uint32_t slot = v_slot(c), full = c.smem + L::v_asked + 8 * slot;
     const int tile = ld_shared_s32(c.smem + L::k_tile + 4 * c.k.slot());
     mbar_arrive_expect_tx(full, L::page_bytes);
     tma_load_4d(c.smem + L::v + slot * L::page_bytes, map, full, 0, 0, 0, tile, L2_EVICT_LAST);
@@ -133,8 +143,8 @@ __device__ __forceinline__ void begin_page(const struct consumer<D, GATE> &c,
 {
     using L = smem_layout<D, GATE>;
     const uint32_t k = wait_k(c);
-    const uint64_t q = desc_k_major(c.smem + L::q + c.group * L::q_bytes);
-    if (KIND == OPEN) {
+    const uint64_t q = q_desc<D, GATE, (KIND & SPLIT) != 0>(c);
+    if ((KIND & ~SPLIT) == OPEN) {
         group_sync(c);
         request_v(c, map);
     }
@@ -249,7 +259,7 @@ __device__ __forceinline__ void plain_page(struct consumer<D, GATE> &c, const CU
     constexpr bool gated = GATE != SM90_GATE_NONE && (KIND & ~SPLIT) != OPEN;
     float s0[32], s1[32];
     uint32_t p0[16];
-    begin_page<D, DT, GATE, KIND & ~SPLIT>(c, map, s0, s1);
+    begin_page<D, DT, GATE, KIND>(c, map, s0, s1);
     if (gated) {
         float pm0[2], pm1[2];
         const bool first = half_wants<D, GATE, KIND>(c, a, st[0], s0, pm0, 0, at);
@@ -281,7 +291,7 @@ __device__ __forceinline__ void split_page(struct consumer<D, GATE> &c, const CU
                                            float (&o0)[D / 2], float (&o1)[D / 2], int at)
 {
     float s0[32], s1[32], pm[2];
-    begin_page<D, DT, GATE, KIND>(c, map, s0, s1);
+    begin_page<D, DT, GATE, KIND | SPLIT>(c, map, s0, s1);
     const bool keep0 = vote(c, half_wants<D, GATE, KIND>(c, a, st[0], s0, pm, 0, at));
     wgmma_wait<0>();
     wgmma_pin(s1);
@@ -320,7 +330,7 @@ diagonal_half(struct consumer<D, GATE> &c, const CUtensorMap *map, const struct 
     using L = smem_layout<D, GATE>;
     float s[32], pm[2];
     wgmma_fence();
-    issue_qk<D, DT>(s, desc_k_major(c.smem + L::q + c.group * L::q_bytes + half * HALF_M * 128), k);
+    issue_qk<D, DT>(s, q_desc<D, GATE, true>(c) + (half * HALF_M * 128 >> 4), k);
     if (GATE != SM90_GATE_NONE && !asked) {
         group_sync(c);
         request_v(c, map);

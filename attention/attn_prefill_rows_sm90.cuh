@@ -244,9 +244,11 @@ template <int D, int GATE>
 __device__ __forceinline__ void count_item(const struct consumer<D, GATE> &c,
                                            const struct sm90_args &a)
 {
-    const int kept = GATE == SM90_GATE_NONE ? ITEM_FIELD(c, n_pages) : c.kept;
     const int groups = ITEM_FIELD(c, rows64) && ITEM_FIELD(c, row_end) > PAGE ? 2 : 1;
     const int diag = groups == 2 ? 3 : ITEM_FIELD(c, n_diag);
+    const int visited = groups * ITEM_FIELD(c, n_off) + diag;
+    const int kept =
+        GATE == SM90_GATE_NONE || (HAS_OPEN(GATE) && TILE_FIELD(c, open)) ? visited : c.kept;
     struct sm90_counts *to[2] = {
         a.seq_counts ? a.seq_counts + TILE_FIELD(c, seq) : (struct sm90_counts *)0,
         a.head_counts ? a.head_counts + ITEM_FIELD(c, head) : (struct sm90_counts *)0};
@@ -255,7 +257,7 @@ __device__ __forceinline__ void count_item(const struct consumer<D, GATE> &c,
             continue;
         atomicAdd(&to[i]->reachable,
                   (unsigned long long)(groups * 2 * ITEM_FIELD(c, block) + diag));
-        atomicAdd(&to[i]->visited, (unsigned long long)(groups * ITEM_FIELD(c, n_off) + diag));
+        atomicAdd(&to[i]->visited, (unsigned long long)visited);
         atomicAdd(&to[i]->kept, (unsigned long long)kept);
     }
 }

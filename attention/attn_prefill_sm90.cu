@@ -5,7 +5,7 @@
  * 64-token page a step.
  *
  * Roles. Warpgroup 0 loads: lanes 0 and 1 of warp 0 take tiles from the queue and copy Q, warp 1 K,
- * warp 2 V where there is no gate. Warpgroups 1 and 2 compute an item each, all its 128 rows, as
+ * warp 2 V where nothing of a tile is gated. Warpgroups 1 and 2 compute an item each, all its 128 rows, as
  * two halves of 64. So the page's decision is a barrier of four warps, and nothing ties the two
  * groups to each other but the ring of K.
  * Order of a group, one page:
@@ -17,15 +17,16 @@
  * the maxima that decide apart from those that exponents refer to.
  *
  * V on demand. With a gate, one thread of a group asks for V when the group has decided, or at the
- * page's start if the item keeps all; the slot is the group's own. Without one V comes in a ring
- * for both groups.
+ * page's start if the item keeps all; the slot is the group's own. Without one, or where both items
+ * of a tile keep all, V comes in a ring for both groups, and such a tile is computed as without a
+ * gate. Tiles of the two kinds use the same slots by turns, at which all meet (take_turn).
  *
  * Tile shapes: Q 128 x D, K and V 64 x D; products m64n64k16 (QK, from shared memory) and m64nDk16
  * (PV, P from registers). Shared memory, head_dim 128: Q 2 x 32 KiB, K 6 x 16 KiB, V 4 x 16 KiB
- * (with a gate 2 a group), then descriptions of two tiles and barriers. O leaves from registers,
+ * (on demand 2 a group), then descriptions of two tiles and barriers. O leaves from registers,
  * while the next Q comes. Registers: 240 a computing thread, 24 a loading one; O takes 128 of
- * them, scores 64. mbarriers: full and empty for each slot, Q of each group and tile
- * description; named barriers: one a group. Bottleneck: the card's power; then, of skipped pages,
+ * them, scores 64. mbarriers: full and empty for each slot, full on demand, Q of each group and tile
+ * description, turns of V; named barriers: one a group. Bottleneck: the card's power; then, of skipped pages,
  * QK of 64 keys, which reads Q and K at shared memory's full rate.
  * Source: BSFA (arXiv 2512.07011) section 4; FlashAttention-3 (arXiv 2407.08608) section 3. */
 #include "attention/attn_prefill_load_sm90.cuh"
@@ -99,6 +100,58 @@ __device__ __forceinline__ void attend(struct consumer<D, GATE> &c, const CUtens
     pass(c, item_field(c, offsetof(struct item_info, pass) + 4 * ITEM_FIELD(c, n_segments)));
 }
 
+/* The same computing thread in a tile whose items keep all pages: it does what it does without a
+ * gate. */
+template <int D, int GATE>
+__device__ __forceinline__ struct consumer<D, SM90_GATE_NONE>
+keeping_all(const struct consumer<D, GATE> &c) {
+    constexpr uint32_t slots = smem_layout<D, GATE>::v_slots;
+    const uint32_t first = (uint32_t)TILE_FIELD(c, v_first);
+    struct consumer<D, SM90_GATE_NONE> all = {
+    };
+    all.smem = c.smem;
+    all.group = c.group;
+    all.bits = c.bits | (int)c.v.at << 4; /* to be kept: registers are dear */
+    all.k.at = c.k.at;
+    all.v.at = first < slots ? 2 * first : 2 * (first - slots) + 1;
+    return all;
+}
+
+/* And back. */
+template <int D, int GATE>
+__device__ __forceinline__ void take_back(struct consumer<D, GATE> &c,
+                                          const struct consumer<D, SM90_GATE_NONE> &all)
+{
+    c.k.at = all.k.at;
+    c.v.at = (uint32_t)all.bits >> 4 & 15;
+    c.bits = all.bits & ~0xf0;
+}
+
+/* Passes over a tile without an item for this group. */
+template <int D, int GATE>
+__device__ __forceinline__ void pass_tile(struct consumer<D, GATE> &c)
+{
+    if (HAS_OPEN(GATE) && all_of(TILE_FIELD(c, open))) {
+        struct consumer<D, SM90_GATE_NONE> all = keeping_all(c);
+        pass(all, TILE_FIELD(c, n_entries));
+        take_back(c, all);
+    } else {
+        pass(c, TILE_FIELD(c, n_entries));
+    }
+}
+
+/* The slots of V change their use: waits until both groups and the loading warp are done with them.
+ */
+template <int D, int GATE>
+__device__ __forceinline__ void take_turn(const struct consumer<D, GATE> &c)
+{
+    if (!HAS_OPEN(GATE) || !all_of(TILE_FIELD(c, turn)))
+        return;
+    if (elect_one())
+        meet(c.smem + smem_layout<D, GATE>::v_turn, TILE_FIELD(c, turns));
+    __syncwarp();
+}
+
 template <int D, int DT, int GATE, int ROWS>
 __device__ __forceinline__ void compute_item(struct consumer<D, GATE> &c, const CUtensorMap *map,
                                              const struct sm90_args &a)
@@ -106,8 +159,9 @@ __device__ __forceinline__ void compute_item(struct consumer<D, GATE> &c, const 
     using L = smem_layout<D, GATE>;
     struct row_state st[2];
     float o0[D / 2], o1[D / 2];
+    take_turn(c);
     if (all_of(ITEM_FIELD(c, n_pages) == 0)) {
-        pass(c, TILE_FIELD(c, n_entries));
+        pass_tile(c);
         return;
     }
 #pragma unroll
@@ -120,7 +174,13 @@ __device__ __forceinline__ void compute_item(struct consumer<D, GATE> &c, const 
     wgmma_zero(o1);
     take_item(c);
     mbar_wait(c.smem + L::q_full + 8 * c.group, ITEM_FIELD(c, q_parity));
-    attend<D, DT, GATE, ROWS>(c, map, a, st, o0, o1);
+    if (HAS_OPEN(GATE) && all_of(TILE_FIELD(c, open))) {
+        struct consumer<D, SM90_GATE_NONE> all = keeping_all(c);
+        attend<D, DT, SM90_GATE_NONE, BLOCK_M>(all, map, a, st, o0, o1);
+        take_back(c, all);
+    } else {
+        attend<D, DT, GATE, ROWS>(c, map, a, st, o0, o1);
+    }
     if (elect_one()) /* the next Q comes while this O leaves */
         mbar_arrive(c.smem + L::q_empty + 8 * c.group);
     write_half<D, DT, GATE>(c, a, st[0], o0, 0);
@@ -163,7 +223,7 @@ __device__ __forceinline__ void init_barriers(uint32_t smem)
     const int warps = GROUPS * GROUP_WARPS;
     /* Each thread tells for itself that it has read a description: racecheck follows no other way.
      */
-    const int tile_readers = 32 * (warps + (GATE == SM90_GATE_NONE ? 2 : 1));
+    const int tile_readers = 32 * (warps + (GATE == SM90_GATE_NONE || HAS_OPEN(GATE) ? 2 : 1));
     mbar_init(smem + L::tile_wanted, 1);
     for (int i = 0; i < TILE_SLOTS; i++) {
         mbar_init(smem + L::tile_full + 8 * i, GROUPS);
@@ -181,7 +241,13 @@ __device__ __forceinline__ void init_barriers(uint32_t smem)
     for (int i = 0; i < L::v_slots; i++) {
         mbar_init(smem + L::v_full + 8 * i, 1);
         mbar_init(smem + L::v_empty + 8 * i, warps);
+        mbar_init(smem + L::v_asked + 8 * i, 1);
     }
+    mbar_init(smem + L::v_turn, warps + 1);
+    const uint32_t before = smem + L::info + (TILE_SLOTS - 1) * (uint32_t)sizeof(struct tile_info);
+    st_shared_s32(before + OF_TILE(open), 0); /* what the first tile takes for the last */
+    st_shared_s32(before + OF_TILE(turns), 0);
+    st_shared_s32(before + OF_TILE(v_first), 0);
     mbar_fence_init();
 }
 

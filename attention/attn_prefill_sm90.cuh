@@ -52,9 +52,19 @@ struct tile_info {
     const int32_t *pages;
     int32_t seq, kv_head;
     int32_t n_entries;
+    /* With a gate (HAS_OPEN). Whether all its items keep all pages: then V comes in one ring for
+     * both, as it does without a gate, and not on demand. Whether the tile before was of the other
+     * kind: the same slots serve both, so all who use them meet first; how often they have. Its
+     * first place in the ring, which has twice as many as slots, a parity each. */
+    int32_t open, turn, turns;
+    uint32_t v_first;
     uint32_t kinds; /* of the runs, four bits each: while the list is made */
     struct page_run run[RUNS];
 };
+
+/* Whether a kernel has tiles whose items all keep all pages, which it computes as one without a
+ * gate does. */
+#define HAS_OPEN(gate) ((gate) == SM90_GATE_ABS || (gate) == SM90_GATE_REL)
 
 template <int D, int GATE>
 struct smem_layout {
@@ -63,8 +73,8 @@ struct smem_layout {
     static constexpr int q_bytes = BLOCK_M * D * 2;
     static constexpr int page_bytes = PAGE * D * 2;
     static constexpr int k_slots = D == 128 ? 6 : 10;
-    static constexpr int v_slots = D == 128 ? 4 : 10; /* without a gate: a ring for both groups */
-    static constexpr int own_v_slots = v_slots / GROUPS; /* with a gate: of each group */
+    static constexpr int v_slots = D == 128 ? 4 : 10;    /* of the ring for both groups */
+    static constexpr int own_v_slots = v_slots / GROUPS; /* on demand: of each group */
     static constexpr int q = 0;
     static constexpr int k = q + GROUPS * q_bytes;
     static constexpr int v = k + k_slots * page_bytes;
@@ -80,7 +90,9 @@ struct smem_layout {
     static constexpr int k_empty = k_full + 8 * k_slots;
     static constexpr int v_full = k_empty + 8 * k_slots;
     static constexpr int v_empty = v_full + 8 * v_slots;
-    static constexpr int bytes = v_empty + 8 * v_slots;
+    static constexpr int v_asked = v_empty + 8 * v_slots; /* full, on demand */
+    static constexpr int v_turn = v_asked + 8 * v_slots;
+    static constexpr int bytes = v_turn + 8;
 };
 
 /* The same value, but unknown to the compiler: what is derived from it is computed where it is used
@@ -89,6 +101,13 @@ __device__ __forceinline__ int opaque(int x)
 {
     asm volatile("" : "+r"(x));
     return x;
+}
+
+/* Waits at a barrier until all who take part have come the n-th time. */
+__device__ __forceinline__ void meet(uint32_t bar, int n)
+{
+    mbar_arrive(bar);
+    mbar_wait(bar, (uint32_t)(n - 1) & 1);
 }
 
 /* Position in a ring of N slots and the parity of its present round, in one register. */

@@ -168,8 +168,10 @@ sanitize() {
     for tool in memcheck racecheck synccheck; do
         for t in attn_decode_sm90 attn_sm90 kv_store_cuda nn_cuda sampler_cuda select_cuda; do
             set=quick
-            if [ "$t $tool" = "attn_sm90 racecheck" ]; then set=least; fi
-            check "$t $tool" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 1 "$bin/test_$t" $set
+            if [ "$t $tool" = "attn_sm90 racecheck" ]; then set="least turns"; fi
+            for set in $set; do
+                check "$t $tool $set" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 1 "$bin/test_$t" "$set"
+            done
         done
     done
 }

@@ -1,6 +1,6 @@
 /* Checks of the Hopper prefill kernel against double precision, on the device.
- * test_attn_sm90 [quick|least]: reduced sets for compute-sanitizer; least for racecheck, under
- * which waiting is slow. Exit status 77: no device. */
+ * test_attn_sm90 [quick|least|turns]: reduced sets for compute-sanitizer; least for racecheck,
+ * under which waiting is slow. Exit status 77: no device. */
 #include "tests/attn_sm90_harness.h"
 
 static int failures;
@@ -268,8 +268,9 @@ static void test_abs(int d, int dtype)
     check(same(&w, none, b), text, "");
     free(b);
     run(&w, SM90_GATE_REL, "rel -inf");
-    compare(&w, NULL, "  REL with lambda 0 ", 1);
-    free(none);
+    b = grab(&w);
+    check(same(&w, none, b), "  and REL with lambda 0", "");
+    free(b), free(none);
     const int ks[4] = {0, 3, 10, 30};
     w.args.head_counts = w.counts;
     for (int rows64 = 0; rows64 < 2; rows64++)
@@ -313,6 +314,80 @@ static void test_abs(int d, int dtype)
             }
             free(x), keeps_free(&keep), cudaFree(t);
         }
+    world_free(&w);
+}
+
+/* Rows of head h in block b of sequence i that differ between two outputs. */
+static int rows_differ(const struct world *w, const void *a, const void *b, int i, int head,
+                       int block)
+{
+    const size_t bytes = (size_t)w->shape.head_dim * 2;
+    int n = 0;
+    for (int r = block * 128; r < w->seqs[i].n_rows && r < block * 128 + 128; r++) {
+        const size_t at = (size_t)((w->seqs[i].row + r) * w->shape.n_heads + head) * bytes;
+        n += memcmp((const char *)a + at, (const char *)b + at, bytes) != 0;
+    }
+    return n;
+}
+
+/* Rows of both sequences that differ from what is theirs: without a gate where a block of a head is
+ * open (of sequence 1 all), else gated. */
+static int turns_differ(const struct world *w, const void *got, const void *none, const void *gated,
+                        const float *t)
+{
+    const int n_blocks = (w->seqs[0].n_rows + 127) / 128;
+    int bad = 0;
+    for (int h = 0; h < w->shape.n_heads; h++) {
+        for (int b = 0; b < n_blocks; b++)
+            bad +=
+                rows_differ(w, got, t && t[h * n_blocks + b] == -INFINITY ? none : gated, 0, h, b);
+        for (int b = 0; b * 128 < w->seqs[1].n_rows; b++)
+            bad += rows_differ(w, got, none, 1, h, b);
+    }
+    return bad;
+}
+
+/* Tiles that keep all pages and others by turns, in few thread blocks, so that each takes many: the
+ * first have the bits of the kernel without a gate, the others what they have among themselves. */
+static void test_turns(int d, int dtype, int n_rows, int n_sms)
+{
+    const int two[2][2] = {{0, n_rows}, {0, 300}};
+    struct world w;
+    char text[100];
+    world_make(&w, 6, 2, d, dtype, 2, two, 71);
+    const int sms = w.n_sms, n_blocks = (n_rows + 127) / 128;
+    const size_t hb = (size_t)(6 * n_blocks);
+    float *t = malloc(hb * 4);
+    for (int rows64 = 0; rows64 < 2; rows64++) {
+        struct keeps keep = {0};
+        uint64_t kept;
+        float *dev = make_abs(&w, 3, rows64, &keep, &kept);
+        w.seqs[0].gate_rows = rows64 ? 64 : 128;
+        w.seqs[0].t = dev, w.seqs[0].ln_lambda = -1.0f;
+        world_plan(&w);
+        run(&w, SM90_GATE_NONE, "turns, none");
+        void *none = grab(&w);
+        for (int gate = 1; gate < 3; gate++) {
+            w.n_sms = sms;
+            run(&w, gate, "turns, gated");
+            void *gated = grab(&w), *got;
+            CK(cudaMemcpy(t, dev, hb * 4, cudaMemcpyDeviceToHost));
+            for (size_t x = 0; gate == SM90_GATE_ABS && x < hb; x++)
+                if (x * 2654435761u >> 8 & 1 || x / 7 % 3 == 0) /* alone, and in runs */
+                    t[x] = -INFINITY;
+            CK(cudaMemcpy(dev, t, hb * 4, cudaMemcpyHostToDevice));
+            w.n_sms = n_sms;
+            run(&w, gate, "turns");
+            got = grab(&w);
+            snprintf(text, sizeof text, "d%d t%d rows %d gate kernel %d, open tiles between", d,
+                     dtype, rows64 ? 64 : 128, gate);
+            check(turns_differ(&w, got, none, gated, gate == SM90_GATE_ABS ? t : NULL) == 0, text,
+                  "");
+            free(gated), free(got);
+        }
+        free(none), keeps_free(&keep), cudaFree(dev);
+    }
+    free(t);
     world_free(&w);
 }
 
@@ -614,6 +689,7 @@ static void test_least(void)
             uint64_t kept;
             char text[80];
             w.seqs[0].gate_rows = rows64 ? 64 : 128;
+            w.seqs[0].ln_lambda = -30.0f; /* a gate that keeps all of these pages */
             float *t = make_abs(&w, 2, rows64, &keep, &kept);
             w.seqs[0].t = gate == SM90_GATE_ABS ? t : NULL;
             world_plan(&w);
@@ -634,6 +710,7 @@ static void test_all(int d, int dtype)
     for (int gate = 0; gate < 3; gate++)
         test_chunks(d, dtype, gate);
     test_abs(d, dtype);
+    test_turns(d, dtype, 2900, 3);
     test_signs(d, dtype);
     for (int rows64 = 0; rows64 < 2; rows64++) {
         test_rel(d, dtype, rows64, -1.5f);
@@ -655,10 +732,13 @@ int main(int argc, char **argv)
     if (argc > 1 && !strcmp(argv[1], "quick")) {
         test_dense(128, 0);
         test_abs(128, 0);
+        test_turns(128, 0, 900, 1);
         test_signs(128, 0);
         test_rel(128, 0, 0, -4.0f);
     } else if (argc > 1 && !strcmp(argv[1], "least")) {
         test_least();
+    } else if (argc > 1 && !strcmp(argv[1], "turns")) { /* for racecheck too */
+        test_turns(128, 0, 300, 1);
     } else {
         test_least();
         for (int dtype = 0; dtype < 2; dtype++) {
