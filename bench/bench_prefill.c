@@ -107,7 +107,8 @@ static void print_case(const struct bench *b, int prompt, int mode, const struct
                        double median_us)
 {
     static const char *const keys[] = {"ms",         "tokens_per_s", "speedup", "attention_share",
-                                       "gemm_share", "comm_share",   "density", "logits_off"};
+                                       "gemm_share", "comm_share",   "density", "logits_off",
+                                       "lost_mass"};
     enum { N = sizeof keys / sizeof *keys };
     const int32_t n_prompt = b->o->prompts[prompt];
     const double total = (double)sum->total_us, one = b->refs[prompt][mode].one_rank_us;
@@ -118,7 +119,8 @@ static void print_case(const struct bench *b, int prompt, int mode, const struct
                               (double)sum->gemm_us / total,
                               (double)sum->comm_us / total,
                               prefill_density(sum),
-                              b->refs[prompt][mode].off};
+                              b->refs[prompt][mode].off,
+                              sum->sampled ? sum->lost / (double)sum->sampled : HUGE_VAL};
     const bool json = b->o->json;
 
     printf(json ? "{\"tp\": %d, \"prompt\": %d, \"mode\": \"%s\"" : "%d,%d,%s", b->tp, n_prompt,
@@ -151,7 +153,7 @@ static void print_head(const struct bench *b)
            dtype_name(info->kv_dtype), prefill_chunk(b->o, 1), b->o->chunk ? "" : " a rank",
            (long long)b->o->reps, gpu ? ", sums " : "", gpu ? b->o->sums : "");
     printf("tp,prompt,mode,ms,tokens_per_s,speedup,attention_share,gemm_share,comm_share,density,"
-           "logits_off,token\n");
+           "logits_off,lost_mass,token\n");
 }
 
 /* ---- the bench ---- */
@@ -164,6 +166,8 @@ static void add_pass(struct prefill_pass *sum, const struct prefill_pass *p)
     sum->comm_us += p->comm_us;
     sum->reachable += p->reachable;
     sum->kept += p->kept;
+    sum->sampled += p->sampled;
+    sum->lost += p->lost;
     sum->token = p->token;
 }
 

@@ -28,6 +28,8 @@ static const struct conf_opt opts[] = {
     {"density", CONF_TEXT, AT(density), NULL, 0, 0, {0}, "LIST",
      "likewise, levels found by the share of pages they keep, for every prompt"},
     {"lambda", CONF_TEXT, AT(lambda), NULL, 0, 0, {0}, "LIST", "REL gates to run beside dense"},
+    {"lost-mass", CONF_BOOL, AT(lost_mass), "false", 0, 0, {0}, NULL,
+     "every gate once more with its lost softmax mass measured"},
     {"sums", CONF_TEXT, AT(sums), "copy", 0, 0, {0}, "WAY",
      "over GPUs: copy or nccl, beside the products, or serial"},
     {"reps", CONF_INT, AT(reps), "3", 1, 64, {0}, "N", "timed passes, after one that is checked"},
@@ -121,6 +123,19 @@ static int add_lambdas(struct prefill_options *o, struct err_msg *why)
     return 0;
 }
 
+/* The gates again, measured. */
+static int add_measured(struct prefill_options *o, struct err_msg *why)
+{
+    const int n = o->lost_mass ? o->n_modes : 0;
+    for (int i = 1; i < n; i++) {
+        struct prefill_mode mode = o->modes[i];
+        mode.lost_mass = true;
+        (void)snprintf(mode.name, sizeof mode.name, "%.24s+lost", o->modes[i].name);
+        TRY(add_mode(o, &mode, why));
+    }
+    return 0;
+}
+
 static int read_sums(struct prefill_options *o, struct err_msg *why)
 {
     static const char *const ways[] = {
@@ -145,7 +160,8 @@ static int read_lists(struct prefill_options *o, struct err_msg *why)
         o->longest = o->prompts[i] > o->longest ? o->prompts[i] : o->longest;
     TRY(add_mode(o, &dense, why));
     TRY(add_levels(o, why));
-    return add_lambdas(o, why);
+    TRY(add_lambdas(o, why));
+    return add_measured(o, why);
 }
 
 int prefill_options_read(struct prefill_options *o, int argc, char **argv, struct err_msg *why)

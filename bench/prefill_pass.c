@@ -27,6 +27,7 @@ int prefill_policy(const struct prefill_runner *r, struct batch_policy *out,
         *out = (struct batch_policy){
             .gate = (uint8_t)mode->gate, .gate_rows = 128, .ln_lambda = mode->ln_lambda};
     }
+    out->lost_mass = mode->lost_mass;
     return 0;
 }
 
@@ -53,6 +54,8 @@ static void add_step(struct prefill_pass *out, const struct batch_result *r)
     out->comm_us += r->comm_us;
     out->reachable += r->counts->reachable;
     out->kept += r->counts->kept;
+    out->sampled += r->counts->sampled;
+    out->lost += r->counts->lost;
 }
 
 int prefill_run(struct prefill_runner *r, struct prefill_pass *out, int32_t n_prompt,

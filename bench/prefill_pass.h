@@ -23,7 +23,8 @@ struct prefill_runner {
 /* Sums over the steps of a pass; rank 0's times. */
 struct prefill_pass {
     int64_t total_us, attention_us, gemm_us, comm_us;
-    uint64_t reachable, kept;
+    uint64_t reachable, kept, sampled;
+    double lost;   /* mass, over the sampled */
     int32_t token; /* the greedy one after the prompt */
 };
 

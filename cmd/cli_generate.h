@@ -22,7 +22,7 @@ struct generate_result {
     int64_t queue_us, prefill_us, ttft_us, decode_us; /* as the daemon measured */
     uint64_t reachable, visited, kept;                /* page decisions */
     uint64_t decode_reachable, decode_kept;           /* of generated tokens */
-    uint64_t sampled; /* layers x heads x rows whose lost mass is known */
+    uint64_t lost_mass_samples; /* layers x heads x rows whose lost mass is known */
     double lost_mass;
     int64_t start_us, end_us; /* the client's own clock, set by the caller */
 };

@@ -34,7 +34,7 @@ static void add_done(struct generate_result *r, const struct sluice_event *e)
     r->kept = e->u.done.kept;
     r->decode_reachable = e->u.done.decode_reachable;
     r->decode_kept = e->u.done.decode_kept;
-    r->sampled = e->u.done.sampled;
+    r->lost_mass_samples = e->u.done.lost_mass_samples;
     r->lost_mass = e->u.done.lost_mass;
 }
 
@@ -112,7 +112,7 @@ static json_t *json_done(const struct generate_result *r)
                             sluice_reason_name((int)r->reason), "stop_token", stop, "usage", usage,
                             "timing_ms", timing, "density", ratio(r->kept, r->reachable), "pages",
                             pages, "decode_density", ratio(r->decode_kept, r->decode_reachable));
-    if (out && r->sampled)
+    if (out && r->lost_mass_samples)
         (void)json_object_set_new(out, "lost_mass", json_real(r->lost_mass));
     return out;
 }
@@ -139,7 +139,7 @@ void generate_result_text(const struct generate_result *r, FILE *to)
                   ratio(r->kept, r->reachable));
     if (r->decode_kept < r->decode_reachable)
         (void)fprintf(to, ", of generated tokens %.3f", ratio(r->decode_kept, r->decode_reachable));
-    if (r->sampled)
+    if (r->lost_mass_samples)
         (void)fprintf(to, "; lost mass %.4f", r->lost_mass);
     (void)fputc('\n', to);
 }

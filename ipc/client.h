@@ -173,8 +173,9 @@ struct sluice_event {
             int64_t queue_us, prefill_us, ttft_us, decode_us;
             uint64_t reachable, visited, kept;      /* of the prompt: density = kept / reachable */
             uint64_t decode_reachable, decode_kept; /* the same of generated tokens */
-            uint64_t sampled; /* layers x heads x prompt rows measured; 0: lost_mass was not set */
-            double lost_mass; /* mean over them of the softmax mass of pages not used */
+            uint64_t lost_mass_samples; /* layers x heads x prompt rows measured; 0: lost_mass was
+                                           not set */
+            double lost_mass;           /* mean over them of the softmax mass of pages not used */
         } done;
         struct {
             int code; /* enum sluice_code */

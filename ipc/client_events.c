@@ -51,7 +51,7 @@ static void done_event(const struct ipc_done *m, struct sluice_event *e)
     e->u.done.kept = m->kept;
     e->u.done.decode_reachable = m->decode_reachable;
     e->u.done.decode_kept = m->decode_kept;
-    e->u.done.sampled = m->sampled;
+    e->u.done.lost_mass_samples = m->lost_mass_samples;
     e->u.done.lost_mass = m->lost_mass;
 }
 

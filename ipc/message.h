@@ -224,8 +224,9 @@ struct ipc_done {
     int64_t queue_us, prefill_us, ttft_us, decode_us;
     uint64_t reachable, visited, kept;      /* of prompt rows; density = kept / reachable */
     uint64_t decode_reachable, decode_kept; /* of generated rows */
-    uint64_t sampled; /* layers x heads x prompt rows whose lost mass was measured; 0: not asked */
-    double lost_mass; /* mean over them */
+    uint64_t lost_mass_samples; /* layers x heads x prompt rows whose lost mass was measured; 0: not
+                                   asked */
+    double lost_mass;           /* mean over them */
 };
 
 struct ipc_error {

@@ -155,7 +155,7 @@ static const struct ipc_field done_fields[] = {
     U64(done, kept, 13),
     U64(done, decode_reachable, 14),
     U64(done, decode_kept, 15),
-    U64(done, sampled, 16),
+    U64(done, lost_mass_samples, 16),
     NUM(done, lost_mass, 17, F64, 0, 1, 0),
 };
 static const struct ipc_field error_fields[] = {

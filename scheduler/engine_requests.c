@@ -392,7 +392,7 @@ static void send_done(struct engine *e, struct engine_req *r, const struct reque
         .kept = req->counts.kept,
         .decode_reachable = req->decode_counts.reachable,
         .decode_kept = req->decode_counts.kept,
-        .sampled = req->counts.sampled,
+        .lost_mass_samples = req->counts.sampled,
         .lost_mass = engine_lost_mass(&req->counts),
     };
     memcpy(m.id, r->id, sizeof m.id);

@@ -653,7 +653,7 @@ static void generate_json(void **state)
     e.u.done.kept = 2;
     e.u.done.decode_reachable = 10;
     e.u.done.decode_kept = 1;
-    e.u.done.sampled = 32;
+    e.u.done.lost_mass_samples = 32;
     e.u.done.lost_mass = 0.125;
     generate_result_add(&r, &e);
 

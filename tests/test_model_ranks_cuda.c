@@ -188,7 +188,7 @@ struct told {
 
 static const struct batch_policy long_policies[N_MODES] = {
     {.gate = BATCH_DENSE, .gate_rows = 128},
-    {.gate = BATCH_REL, .gate_rows = 128, .ln_lambda = -4.0f},
+    {.gate = BATCH_REL, .gate_rows = 128, .ln_lambda = -4.0f, .lost_mass = true},
 };
 
 static int tell_mode(struct model_case *c, struct told_mode *out, const struct batch_policy *policy,
@@ -212,6 +212,8 @@ static int tell_mode(struct model_case *c, struct told_mode *out, const struct b
         if (at < LONG_PROMPT) {
             out->prompt.reachable += c->counts[0].reachable;
             out->prompt.kept += c->counts[0].kept;
+            out->prompt.sampled += c->counts[0].sampled;
+            out->prompt.lost += c->counts[0].lost;
         }
         if (!s.sample)
             continue;
@@ -304,6 +306,8 @@ static void compare_mode(const struct told *one, const struct told *many, int mo
     assert_true(a->prompt.reachable == b->prompt.reachable);
     const double kept = fabs((double)a->prompt.kept - (double)b->prompt.kept);
     assert_true(kept <= 0.02 * (double)a->prompt.reachable); /* a gate near its threshold */
+    assert_true(a->prompt.sampled == b->prompt.sampled && (a->prompt.sampled > 0) == (mode == 1));
+    assert_true(fabs(a->prompt.lost - b->prompt.lost) <= 0.01 * (double)a->prompt.sampled);
 }
 
 /* ---- ranks ---- */

@@ -126,15 +126,17 @@ def main():
     p.add_argument("--logprobs", type=int, default=0)
     p.add_argument("--sparse", type=sparse_of, default="auto",
                    help="dense, auto, k=K, rel=LAMBDA, abs~D or rel~D (density); +decode~D behind it gates generated tokens")
+    p.add_argument("--lost-mass", action="store_true", help="tell the softmax mass that the prompt loses by pages not used")
     p.add_argument("--secret", default="", help="the shared secret of a TCP daemon")
     a = p.parse_args()
     text = open(a.tokens[1:]).read() if a.tokens.startswith("@") else a.tokens
     prompt = [int(t) for t in text.replace(",", " ").split()]
+    sparse = {**a.sparse, 6: True} if a.lost_mass else a.sparse
     ids, logprobs, done = [], [], {}
     try:
         with Client(a.connect, token=a.secret) as c:
             for kind, body in c.generate(prompt, max_tokens=a.max_tokens, temperature=a.temperature, seed=a.seed,
-                                         ignore_eos=a.ignore_eos, logprobs=a.logprobs, sparse=a.sparse):
+                                         ignore_eos=a.ignore_eos, logprobs=a.logprobs, sparse=sparse):
                 if kind == TOKENS:
                     assert body.get(1, 0) == len(ids), "tokens are missing"
                     ids += unpack_ids(body[2])
@@ -147,7 +149,7 @@ def main():
         "tokens": ids, "logprobs": logprobs, "finish_reason": REASONS[done[1]],
         "usage": {"prompt_tokens": done.get(3, 0), "cached_tokens": done.get(4, 0), "completion_tokens": done.get(5, 0)},
         "timing_ms": {k: done.get(i, 0) / 1e3 for i, k in enumerate(("queue", "prefill", "ttft", "decode"), 7)},
-        "density": done.get(13, 0) / done[11] if done.get(11) else None}))
+        "density": done.get(13, 0) / done[11] if done.get(11) else None, **({"lost_mass": done.get(17, 0.0)} if 16 in done else {})}))
 
 
 if __name__ == "__main__":
