@@ -22,7 +22,15 @@ __device__ __forceinline__ void part_add(struct dec_part &x, float2 state, float
     x.o.z = fmaf(x.o.z, fx, __fmul_rn(o.z, fy)), x.o.w = fmaf(x.o.w, fx, __fmul_rn(o.w, fy));
 }
 
-/* Leaves this warp's rows in its V ring, and their state. */
+/* What a warp has counted lies behind its rows. */
+template <int D>
+__device__ __forceinline__ uint2 *warp_counts(unsigned char *smem, int warp)
+{
+    using L = dec_layout<D>;
+    return (uint2 *)(smem + L::v + warp * L::slots * L::tile_bytes + DEC_ROWS * L::o_stride * 4);
+}
+
+/* Leaves this warp's rows in its V ring, their state and the pages they have seen and kept. */
 template <int D>
 __device__ __forceinline__ void leave_rows(const struct dec_warp<D> &w,
                                            const struct dec_state<D> &st, const struct dec_rows &r,
@@ -39,8 +47,10 @@ __device__ __forceinline__ void leave_rows(const struct dec_warp<D> &w,
         l += __shfl_xor_sync(DEC_ALL, l, 2);
         if (row >= r.n)
             continue;
-        if ((w.lane & 3) == 0)
+        if ((w.lane & 3) == 0) {
             state[row] = make_float2(st.m[i] == -INFINITY ? -INFINITY : st.shift[i], l);
+            warp_counts<D>(smem, w.warp)[row] = make_uint2(r.seen[i], r.kept[i]);
+        }
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
             *(float2 *)(o + row * L::o_stride + 8 * n + 2 * (w.lane & 3)) =
@@ -108,14 +118,15 @@ __device__ __forceinline__ void merge_parts(const struct dec_args &a, const stru
                                             int n_rows, volatile uint32_t *last)
 {
     const int share = p.first_slot / 2;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
+        __threadfence();
         *last = atomicAdd(a.arrived + share, 1u) == (uint32_t)p.n_parts - 1;
+        __threadfence();
+    }
     __syncthreads();
     if (!*last)
         return;
-    __threadfence();
     if (threadIdx.x == 0)
         a.arrived[share] = 0;
     for (int i = threadIdx.x; i < n_rows * (D / 4); i += DEC_THREADS) {
@@ -138,6 +149,41 @@ __device__ __forceinline__ void merge_parts(const struct dec_args &a, const stru
         }
         write_out<D, DT>(a, p, x, row, i % (D / 4) * 4);
     }
+}
+
+__device__ __forceinline__ void add_counts(struct sm90_counts *to, const unsigned (&n)[3])
+{
+    if (n[0])
+        atomicAdd(&to->reachable, n[0]);
+    if (n[1])
+        atomicAdd(&to->visited, n[1]);
+    if (n[2])
+        atomicAdd(&to->kept, n[2]);
+}
+
+/* Adds up in one warp what all have counted: thread blocks meet at few addresses, and atomics of
+ * every warp would hold up the merge. */
+template <int D>
+__device__ __forceinline__ void count_pages(const struct dec_args &a, const struct dec_piece &p,
+                                            int n_rows, unsigned char *smem)
+{
+    const int row = threadIdx.x, group = a.n_heads / a.n_kv_heads, at = p.tile * DEC_ROWS + row;
+    unsigned n[3] = {0, 0, 0};
+    if ((!a.seq_counts && !a.head_counts) || row >= 32)
+        return;
+    if (row < n_rows) {
+        n[0] = p.begin == 0 ? (p.pos + at / group) / DEC_PAGE + 1 : 0;
+        for (int w = 0; w < DEC_WARPS; w++) {
+            const uint2 c = warp_counts<D>(smem, w)[row];
+            n[1] += c.x, n[2] += c.y;
+        }
+        if (a.head_counts)
+            add_counts(a.head_counts + p.kv_head * group + at % group, n);
+    }
+    for (int j = 0; j < 3; j++)
+        n[j] = __reduce_add_sync(DEC_ALL, n[j]);
+    if (a.seq_counts && row == 0)
+        add_counts(a.seq_counts + p.seq, n);
 }
 
 #endif

@@ -9,10 +9,15 @@
  *
  *   wait K(j) | QK(j) | issue K(j+1) | gate(j) | wait V(j'), PV(j') | issue V(j) | softmax(j)
  *
- * j' is the page kept before: its V arrives under the QK of the pages after it. A piece ends with a
- * merge over the warps through shared memory; K of the next piece is in flight meanwhile. A part of
- * a cut task goes to the workspace unnormalised; the last of its thread blocks to arrive merges all
- * parts in plan order (a second kernel would cost a launch gap of 2 to 3% at 150 us).
+ * j' is the page kept before: its V arrives under the QK of the pages after it. Without a gate V is
+ * never in doubt and is asked for when the page before has left the slot (head_dim 128):
+ *
+ *   wait K(j) | QK(j) | issue K(j+1) | softmax(j) | wait V(j), PV(j) | issue V(j+1)
+ *
+ * A piece ends with a merge over the warps through shared memory; K of the next piece is in flight
+ * meanwhile. A part of a cut task goes to the workspace unnormalised; the last of its thread blocks
+ * to arrive merges all parts in plan order (a second kernel would cost a launch gap of 2 to 3% at
+ * 150 us).
  *
  * Grid: DEC_BLOCKS a multiprocessor, persistent over shares (attn_decode_plan.h).
  * Shared memory, head_dim 128: 7 warps x (K 16 KiB + V 16 KiB), states 896 B, maxima 1792 B,
@@ -25,6 +30,14 @@
 #include "core/early.cuh"
 
 /* ---- one piece ---- */
+
+/* Whether V of a page is asked for as soon as its slot is free: all pages are kept, and with one
+ * slot a request behind the scores would leave it empty meanwhile. */
+template <int D, int GATE>
+__device__ constexpr bool v_ahead(void)
+{
+    return GATE == SM90_GATE_NONE && dec_layout<D>::slots == 1;
+}
 
 /* The page at walk position i: scores, gate, and up to its probabilities. */
 template <int D, int DT, int GATE>
@@ -49,10 +62,11 @@ __device__ __forceinline__ void do_page(struct dec_warp<D> &w, struct dec_state<
         return;
     if (L::slots > 1)
         load_v(w, maps, tile);
-    finish_page<D, DT>(w, st);
-    if (L::slots == 1 && !w.has_v)
-        load_v(w, maps, tile);
-    w.has_v = false;
+    if (!v_ahead<D, GATE>()) {
+        finish_page<D, DT>(w, st);
+        if (L::slots == 1)
+            load_v(w, maps, tile);
+    }
     softmax_page<D, DT, GATE>(st, s, pm, a.scale * DEC_LOG2E);
     st.keys = min((int)DEC_PAGE, r.last_pos + 1 - page * DEC_PAGE);
 }
@@ -64,6 +78,9 @@ __device__ __forceinline__ void attend(struct dec_warp<D> &w, struct dec_state<D
                                        const struct dec_piece &p, const struct sm90_maps &maps,
                                        const struct dec_args &a, unsigned char *smem)
 {
+    if (v_ahead<D, GATE>() && !w.has_v && p.begin + w.warp < p.end)
+        load_v(w, maps, w.coming[0]);
+    w.has_v = false;
 #pragma unroll 1
     for (int step = p.begin; step < p.end; step += DEC_WARPS) {
         const int i = step + w.warp;
@@ -71,34 +88,17 @@ __device__ __forceinline__ void attend(struct dec_warp<D> &w, struct dec_state<D
             see_maxima(w, st, smem);
         if (i < p.end)
             do_page<D, DT, GATE>(w, st, r, q, dec_page(i, p.last, p.n_run, p.sink), maps, a);
+        if (v_ahead<D, GATE>()) {
+            finish_page<D, DT>(w, st);
+            if (i + DEC_WARPS < p.end)
+                load_v(w, maps, w.coming[0]);
+        }
         if (GATE == SM90_GATE_REL) {
             show_maxima(w, st, smem);
             w.step++;
         }
     }
     finish_page<D, DT>(w, st);
-}
-
-__device__ __forceinline__ void count_pages(const struct dec_args &a, const struct dec_piece &p,
-                                            const struct dec_rows &r, int warp, int lane)
-{
-    if ((!a.seq_counts && !a.head_counts) || (lane & 3))
-        return;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (r.limit[i] < 0)
-            continue;
-        const unsigned all = warp == 0 && p.begin == 0 ? r.limit[i] / DEC_PAGE + 1 : 0;
-        struct sm90_counts *to[2] = {a.seq_counts ? a.seq_counts + p.seq : NULL,
-                                     a.head_counts ? a.head_counts + r.head[i] : NULL};
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-            if (to[j]) {
-                atomicAdd(&to[j]->reachable, all);
-                atomicAdd(&to[j]->visited, r.seen[i]);
-                atomicAdd(&to[j]->kept, r.kept[i]);
-            }
-    }
 }
 
 template <int D, int DT, int GATE>
@@ -118,12 +118,12 @@ __device__ __forceinline__ void do_piece(struct dec_warp<D> &w, const struct dec
         st.o[n][0] = st.o[n][1] = st.o[n][2] = st.o[n][3] = 0.0f;
     st.keys = 0;
     attend<D, DT, GATE>(w, st, r, q, p, maps, a, smem);
-    count_pages(a, p, r, w.warp, w.lane);
     leave_rows<D>(w, st, r, smem);
     __syncthreads();
     merge_warps<D, DT>(a, p, r.n, smem);
     if (p.n_parts > 1)
         merge_parts<D, DT>(a, p, r.n, (volatile uint32_t *)(smem + dec_layout<D>::last));
+    count_pages<D>(a, p, r.n, smem);
     fence_proxy_async(); /* V loads write where the rows were */
     __syncthreads();
 }
@@ -157,9 +157,9 @@ __device__ __forceinline__ void start_warp(struct dec_warp<D> &w, uint32_t smem)
 template <int D>
 __device__ __forceinline__ bool begins_old(const struct dec_args &a, int begin, int warp)
 {
-    const struct dec_piece *p = a.pieces + begin;
-    const int i = p->begin + warp, last = i + (dec_layout<D>::slots - 1) * DEC_WARPS;
-    return last < p->end && dec_page(i, p->last, p->n_run, p->sink) < p->pos / DEC_PAGE;
+    const struct dec_piece p = piece_load(a.pieces + begin);
+    const int i = p.begin + warp, last = i + (dec_layout<D>::slots - 1) * DEC_WARPS;
+    return last < p.end && dec_page(i, p.last, p.n_run, p.sink) < p.pos / DEC_PAGE;
 }
 
 /* Pieces [begin, end): the first pages of this warp. */
@@ -199,16 +199,22 @@ __global__ void __launch_bounds__(DEC_THREADS, DEC_BLOCKS)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) unsigned char smem[];
-    int share = blockIdx.x, begin = args.first[share], end = args.first[share + 1];
-    const int n_pieces = args.first[args.n_shares], used = args.pieces[0].shares;
     struct dec_warp<D> w;
     bool begun = false;
     begin_next();
+    if (threadIdx.x == 0) {
+        tma_prefetch_map(&maps.k);
+        tma_prefetch_map(&maps.v);
+    }
+    int share = blockIdx.x, begin = load_kept(args.first + share);
+    int end = load_kept(args.first + share + 1);
+    const int n_pieces = load_kept(args.first + args.n_shares);
+    const int used = load_kept(&args.pieces[0].shares);
     start_warp<D>(w, smem_addr(smem));
     if (n_pieces > 0 && share < used && begins_old<D>(args, begin, w.warp)) {
         begun = true;
         start_share<D>(w, maps, args, begin, end);
-        if (GATE == SM90_GATE_NONE && dec_layout<D>::slots == 1) {
+        if (v_ahead<D, GATE>()) {
             w.has_v = true;
             load_v(w, maps, w.coming[0]);
         }

@@ -13,7 +13,7 @@
 enum {
     DEC_PAGE = 64,
     DEC_THREADS = 32 * DEC_WARPS,
-    DEC_MERGE = 16, /* parts of a task whose loads are in flight together */
+    DEC_MERGE = 20, /* parts of a task whose loads are in flight together */
     DEC_STEPS = 4   /* ring of the running maxima that warps show each other; two steps are open */
 };
 
@@ -97,13 +97,27 @@ __device__ __forceinline__ int dec_page(int i, int last, int n_run, int sink)
     return i < n_run ? last - i : sink - 1 - (i - n_run);
 }
 
+/* Plan and page ids are read again by the next layer: they shall outlive the weights in between in
+ * the L2 cache. */
+__device__ __forceinline__ int load_kept(const int32_t *from)
+{
+    int x;
+    asm volatile("ld.global.L2::cache_hint.b32 %0, [%1], %2;"
+                 : "=r"(x)
+                 : "l"(from), "l"(L2_EVICT_LAST));
+    return x;
+}
+
 /* In four loads of 16 bytes. */
 __device__ __forceinline__ struct dec_piece piece_load(const struct dec_piece *from)
 {
     struct dec_piece p;
 #pragma unroll
     for (int i = 0; i < (int)(sizeof p / sizeof(int4)); i++) {
-        const int4 x = ((const int4 *)from)[i];
+        int4 x;
+        asm volatile("ld.global.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "l"((const int4 *)from + i), "l"(L2_EVICT_LAST));
         memcpy((char *)&p + i * sizeof x, &x, sizeof x);
     }
     return p;
@@ -135,7 +149,7 @@ __device__ __forceinline__ const int32_t *feed_id(const int32_t *pages, int at, 
 __device__ __forceinline__ void feed_refill(struct dec_feed &f, int lane)
 {
     const int32_t *from = feed_id(f.pages, f.at, f.stop, f.last, f.n_run, f.sink, lane);
-    f.ids = from ? *from : 0;
+    f.ids = from ? load_kept(from) : 0;
     f.used = 0;
 }
 
