@@ -13,7 +13,9 @@
 
 enum {
     WORKSPACE_BYTES = 32 << 20, /* what cuBLAS itself takes on Hopper */
-    N_CANDIDATES = 6,           /* algorithms looked at when tuning */
+    QUEUES = 16,                /* of gemm_skinny.h, used in turn */
+    QUEUE_BYTES = 8 * QUEUES,
+    N_CANDIDATES = 6, /* algorithms looked at when tuning */
     TUNE_RUNS = 6,
     TUNE_CHAIN = 8,      /* products that follow each other in a run: of few rows, they overlap */
     TUNE_CHAIN_ROWS = 64 /* at most, for that */
@@ -52,6 +54,7 @@ struct gemm_cublas {
     cudaStream_t stream;
     cudaDataType_t type;
     void *workspace;
+    int queue; /* the last one used */
 };
 
 /* How a product is made: by an algorithm of the library, or by our kernel for few rows. */
@@ -143,9 +146,14 @@ int gemm_cublas_open(struct gemm_cublas **out, struct dev *d, enum dtype dtype, 
         err = err_set(why, ERR_CUBLAS, "cublasLtCreate: status %d", (int)s);
         goto fail;
     }
-    err = dev_alloc(d, &g->workspace, WORKSPACE_BYTES, &inner);
+    err = dev_alloc(d, &g->workspace, WORKSPACE_BYTES + QUEUE_BYTES, &inner);
     if (err < 0) {
         (void)err_set(why, err, "workspace of cuBLAS: %.300s", err_why(&inner, err));
+        goto fail;
+    }
+    if (cudaMemsetAsync((char *)g->workspace + WORKSPACE_BYTES, 0, QUEUE_BYTES, stream) !=
+        cudaSuccess) {
+        err = err_set(why, ERR_CUDA, "workspace of cuBLAS: cannot be cleared");
         goto fail;
     }
     log_debug("cublasLt version=%zu", g->lib.cublasLtGetVersion());
@@ -160,7 +168,7 @@ void gemm_cublas_close(struct gemm_cublas *g)
 {
     if (!g)
         return;
-    dev_release(g->dev, g->workspace, WORKSPACE_BYTES);
+    dev_release(g->dev, g->workspace, WORKSPACE_BYTES + QUEUE_BYTES);
     if (g->lt)
         (void)g->lib.cublasLtDestroy(g->lt);
     if (g->lib.handle)
@@ -286,10 +294,17 @@ static int report(int err, const struct gemm_cublas_plan *p, int32_t rows)
     return err;
 }
 
+static uint32_t *next_queue(struct gemm_cublas *g)
+{
+    g->queue = (g->queue + 1) % QUEUES;
+    return (uint32_t *)((char *)g->workspace + WORKSPACE_BYTES) + (size_t)(2 * g->queue);
+}
+
 int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y, const void *x,
                     const void *w, int32_t rows)
 {
-    const struct gemm_skinny product = {.y = y, .x = x, .w = w, .rows = rows, .n = p->n, .k = p->k};
+    const struct gemm_skinny product = {
+        .y = y, .x = x, .w = w, .rows = rows, .n = p->n, .k = p->k, .queue = next_queue(g)};
     return report(multiply(g, p, choice_of(p, rows), &product), p, rows);
 }
 
@@ -301,8 +316,14 @@ bool gemm_cublas_is_skinny(const struct gemm_cublas_plan *p, int32_t rows)
 int gemm_cublas_swiglu(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
                        const void *x, const void *w, const void *bias, int32_t rows)
 {
-    const struct gemm_skinny product = {
-        .y = y, .x = x, .w = w, .rows = rows, .n = p->n, .k = p->k, .bias = bias};
+    const struct gemm_skinny product = {.y = y,
+                                        .x = x,
+                                        .w = w,
+                                        .rows = rows,
+                                        .n = p->n,
+                                        .k = p->k,
+                                        .bias = bias,
+                                        .queue = next_queue(g)};
     return report(launched(gemm_skinny_swiglu(&product, choice_of(p, rows)->skinny,
                                               g->type == CUDA_R_16F, g->stream)),
                   p, rows);
@@ -311,14 +332,15 @@ int gemm_cublas_swiglu(struct gemm_cublas *g, const struct gemm_cublas_plan *p, 
 int gemm_cublas_append(struct gemm_cublas *g, const struct gemm_cublas_plan *p, const void *x,
                        const void *w, const struct kv_append *a)
 {
-    const struct gemm_skinny product = {.x = x, .w = w, .rows = a->n_rows, .n = p->n, .k = p->k};
+    const struct gemm_skinny product = {
+        .x = x, .w = w, .rows = a->n_rows, .n = p->n, .k = p->k, .queue = next_queue(g)};
     return report(launched(gemm_skinny_append(&product, a, choice_of(p, a->n_rows)->skinny,
                                               g->type == CUDA_R_16F, g->stream)),
                   p, a->n_rows);
 }
 
 struct tuner {
-    const struct gemm_cublas *g;
+    struct gemm_cublas *g;
     const struct gemm_cublas_plan *p;
     void *y;
     const void *x;
@@ -337,7 +359,8 @@ static int enqueue(struct tuner *t, const struct gemm_choice *c, int n)
                                             .w = t->w[t->next++ % t->n_w],
                                             .rows = t->rows,
                                             .n = t->p->n,
-                                            .k = t->p->k};
+                                            .k = t->p->k,
+                                            .queue = next_queue(t->g)};
         TRY(multiply(t->g, t->p, c, &product));
     }
     return 0;

@@ -34,6 +34,9 @@ struct gemm_skinny {
     const void *x, *w;
     int32_t rows, n, k;
     const void *bias; /* [n] or NULL; gemm_skinny_swiglu only */
+    /* [2] on the device, zeros; left so. Not that of one of the three launches before, which may
+     * still be at work. */
+    uint32_t *queue;
 };
 
 /* y_f32: y is f32. */

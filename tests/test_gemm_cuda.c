@@ -80,6 +80,18 @@ static void *poisoned(const struct product *p)
     return device_copy(NULL, ((size_t)p->rows + 1) * (size_t)p->n * (p->f32 ? 4 : 2));
 }
 
+/* Of four that products use in turn: a product and the next may be at work together. */
+static uint32_t *next_queue(void)
+{
+    static uint32_t *queues;
+    static unsigned next;
+    if (!queues) {
+        const uint32_t zeros[8] = {0};
+        queues = device_copy(zeros, sizeof zeros);
+    }
+    return queues + (size_t)(2 * (next++ % 4));
+}
+
 static void test_skinny(void **state)
 {
     static const int32_t shapes[][2] = {{8, 8},     {40, 136},  {64, 1024}, {256, 264},
@@ -94,8 +106,13 @@ static void test_skinny(void **state)
             make(&p, &rng);
             for (int v = 1; v <= GEMM_SKINNY_VARIANTS; v++) {
                 void *y = poisoned(&p);
-                const struct gemm_skinny s = {
-                    .y = y, .x = p.d_x, .w = p.d_w, .rows = rows, .n = p.n, .k = p.k};
+                const struct gemm_skinny s = {.y = y,
+                                              .x = p.d_x,
+                                              .w = p.d_w,
+                                              .rows = rows,
+                                              .n = p.n,
+                                              .k = p.k,
+                                              .queue = next_queue()};
                 assert_int_equal(gemm_skinny_launch(&s, v, p.dtype, p.f32, dev_cuda_stream(dev)),
                                  0);
                 check(&p, y, names[v - 1]);
@@ -117,11 +134,13 @@ static void check_swiglu(int variant, int32_t rows, int32_t n, int32_t k, bool w
     unsigned char *got = host_alloc(bytes), *want = host_alloc(bytes);
     void *d_bias = device_copy(bias, (size_t)n * 2), *both = poisoned(&p);
     void *d_got = device_copy(NULL, bytes), *d_want = device_copy(NULL, bytes);
-    struct gemm_skinny s = {.y = both, .x = p.d_x, .w = p.d_w, .rows = rows, .n = n, .k = k};
+    struct gemm_skinny s = {
+        .y = both, .x = p.d_x, .w = p.d_w, .rows = rows, .n = n, .k = k, .queue = next_queue()};
     assert_int_equal(gemm_skinny_launch(&s, variant, dtype, 0, stream), 0);
     assert_int_equal(
         nn_cuda_swiglu(d_want, both, with_bias ? d_bias : NULL, rows, n / 2, dtype, stream), 0);
     s.y = d_got;
+    s.queue = next_queue();
     s.bias = with_bias ? d_bias : NULL;
     assert_int_equal(gemm_skinny_swiglu(&s, variant, dtype, stream), 0);
     device_take(got, d_got, bytes);
@@ -247,10 +266,16 @@ static void check_append(int variant, int32_t rows, const int32_t *heads, int32_
     uint16_t *bias = random16((size_t)n, dtype, 1.0, rng);
     void *d_bias = device_copy(bias, (size_t)n * 2);
     got.a.bias = want.a.bias = with_bias ? d_bias : NULL;
-    const struct gemm_skinny s = {
-        .y = want.a.qkv, .x = p.d_x, .w = p.d_w, .rows = rows, .n = n, .k = k};
+    struct gemm_skinny s = {.y = want.a.qkv,
+                            .x = p.d_x,
+                            .w = p.d_w,
+                            .rows = rows,
+                            .n = n,
+                            .k = k,
+                            .queue = next_queue()};
     assert_int_equal(gemm_skinny_launch(&s, variant, dtype, 0, stream), 0);
     assert_int_equal(kv_append_cuda(&want.a, dtype, stream), 0);
+    s.queue = next_queue();
     assert_int_equal(gemm_skinny_append(&s, &got.a, variant, dtype, stream), 0);
     same_q(&got, &want, dtype);
     same_pool(got.a.k, want.a.k, got.pool_bytes, dtype);
@@ -313,13 +338,15 @@ static void chain_layer(const struct chain *c, int layer)
                                    .w = c->up[layer],
                                    .rows = c->rows,
                                    .n = 2 * C_INTER,
-                                   .k = C_HIDDEN};
+                                   .k = C_HIDDEN,
+                                   .queue = next_queue()};
     const struct gemm_skinny down = {.y = c->delta,
                                      .x = c->act,
                                      .w = c->down[layer],
                                      .rows = c->rows,
                                      .n = C_HIDDEN,
-                                     .k = C_INTER};
+                                     .k = C_INTER,
+                                     .queue = next_queue()};
     launched(c, nn_cuda_residual_norm(&norm, 0, stream));
     launched(c, gemm_skinny_swiglu(&up, 1 + layer % 2, 0, stream));
     launched(c, gemm_skinny_launch(&down, c->variant, 0, 0, stream));
