@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-enum { LEN = 1700, PROMPT = 1640 };
+enum { LEN = 1700, PROMPT = 1640, HEADS = 2, BLOCKS = 13 };
 
 static const struct attn_choice choices[] = {
     {.gate = ATTN_GATE_ABS, .gate_rows = 64, .lost_mass = 1},
@@ -18,8 +18,8 @@ static const struct attn_choice choices[] = {
 /* Thresholds of which some pages of most rows fall short. */
 static void open_gated(struct attn_case *t, struct rng *r, enum dtype dtype, int32_t n_seqs)
 {
-    struct case_config c = {.n_heads = 4,
-                            .n_kv_heads = 2,
+    struct case_config c = {.n_heads = HEADS,
+                            .n_kv_heads = 1,
                             .head_dim = 16,
                             .dtype = dtype,
                             .n_seqs = n_seqs,
@@ -30,7 +30,7 @@ static void open_gated(struct attn_case *t, struct rng *r, enum dtype dtype, int
         c.prompt_end[i] = i == 3 ? 200 : PROMPT;
     }
     case_open(t, &c, r);
-    case_thresholds(t, 1, 13, 3.0, 6.0);
+    case_thresholds(t, 1, BLOCKS, 3.0, 6.0);
     for (int32_t i = 0; i < n_seqs; i++)
         t->seqs[i].choice = choices[i];
 }
@@ -119,7 +119,7 @@ static void open_gates_lose_nothing(void **state)
     struct attn_case t;
     (void)state;
     open_gated(&t, &r, DTYPE_F32, 3);
-    for (int32_t i = 0; i < t.policy.abs.n_levels * CASE_LAYERS * 4 * 13; i++)
+    for (int32_t i = 0; i < CASE_LAYERS * HEADS * BLOCKS; i++)
         t.thresholds[i] = -INFINITY;
     t.seqs[1].choice.ln_lambda = -INFINITY;
     case_each_table(&t, check_open);
@@ -140,7 +140,7 @@ static void closed_gates_lose_all_but_the_block(void **state)
     struct attn_case t;
     (void)state;
     open_gated(&t, &r, DTYPE_F32, 1);
-    for (int32_t i = 0; i < CASE_LAYERS * 4 * 13; i++)
+    for (int32_t i = 0; i < CASE_LAYERS * HEADS * BLOCKS; i++)
         t.thresholds[i] = INFINITY;
     case_each_table(&t, check_closed);
     case_check_oracle(&t, 2e-6);
