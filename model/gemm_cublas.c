@@ -3,6 +3,7 @@
 
 #include "core/log.h"
 #include "core/mem.h"
+#include "model/gemm_decode.h"
 #include "model/gemm_skinny.h"
 
 #include <cublasLt.h>
@@ -17,8 +18,9 @@ enum {
     QUEUE_BYTES = 8 * QUEUES,
     N_CANDIDATES = 6, /* algorithms looked at when tuning */
     TUNE_RUNS = 6,
-    TUNE_CHAIN = 8,      /* products that follow each other in a run: of few rows, they overlap */
-    TUNE_CHAIN_ROWS = 64 /* at most, for that */
+    TUNE_CHAIN = 8,       /* products that follow each other in a run: of few rows, they overlap */
+    TUNE_CHAIN_ROWS = 64, /* at most, for that */
+    DECODE_FROM = 9       /* rows; with fewer, gemm_skinny.h makes the shorter step */
 };
 
 /* Share of a time, at most, for a choice to replace an earlier one. Below 1, the library's own
@@ -26,6 +28,10 @@ enum {
  * a little slower: in a step it overlaps with others than itself, and does their work besides. */
 #define TUNE_GAIN 0.98f
 #define TUNE_OURS 1.04f
+/* And gemm_decode.h more so, but for the logits: kernels of one launch shape begin early beside
+ * each other, those of several in turn do not, so one layer's products are better all made by it.
+ */
+#define TUNE_DECODE 1.10f
 
 /* What we call of the library, by name. */
 #define CUBLAS_FUNCTIONS(XX)                                                                       \
@@ -55,12 +61,14 @@ struct gemm_cublas {
     cudaDataType_t type;
     void *workspace;
     int queue; /* the last one used */
+    struct gemm_decode *decode;
 };
 
-/* How a product is made: by an algorithm of the library, or by our kernel for few rows. */
+/* How a product is made: by an algorithm of the library, or by a kernel of our own for few rows. */
 struct gemm_choice {
     cublasLtMatmulAlgo_t algo;
-    int skinny; /* 0 or the variant of gemm_skinny.h */
+    int skinny;  /* 0 or the variant of gemm_skinny.h */
+    bool decode; /* gemm_decode.h */
 };
 
 struct gemm_cublas_plan {
@@ -156,6 +164,9 @@ int gemm_cublas_open(struct gemm_cublas **out, struct dev *d, enum dtype dtype, 
         err = err_set(why, ERR_CUDA, "workspace of cuBLAS: cannot be cleared");
         goto fail;
     }
+    err = gemm_decode_open(&g->decode, why);
+    if (err < 0)
+        goto fail;
     log_debug("cublasLt version=%zu", g->lib.cublasLtGetVersion());
     *out = g;
     return 0;
@@ -168,6 +179,7 @@ void gemm_cublas_close(struct gemm_cublas *g)
 {
     if (!g)
         return;
+    gemm_decode_close(g->decode);
     dev_release(g->dev, g->workspace, WORKSPACE_BYTES + QUEUE_BYTES);
     if (g->lt)
         (void)g->lib.cublasLtDestroy(g->lt);
@@ -263,11 +275,20 @@ static int launched(int cuda_error)
     return cuda_error == (int)cudaSuccess ? 0 : ERR_CUDA;
 }
 
+static int decode(const struct gemm_cublas *g, const struct gemm_skinny *product,
+                  enum gemm_decode_mode mode, const struct kv_append *a)
+{
+    return launched(gemm_decode_run(g->decode, product, mode, a, g->type == CUDA_R_16F, g->stream));
+}
+
 static int multiply(const struct gemm_cublas *g, const struct gemm_cublas_plan *p,
                     const struct gemm_choice *c, const struct gemm_skinny *product)
 {
     const float one = 1.0f, zero = 0.0f;
     struct layouts l;
+    if (c->decode)
+        return decode(g, product, p->y_type == CUDA_R_32F ? GEMM_DECODE_F32 : GEMM_DECODE_PLAIN,
+                      NULL);
     if (c->skinny)
         return launched(gemm_skinny_launch(product, c->skinny, g->type == CUDA_R_16F,
                                            p->y_type == CUDA_R_32F, g->stream));
@@ -308,9 +329,9 @@ int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, voi
     return report(multiply(g, p, choice_of(p, rows), &product), p, rows);
 }
 
-bool gemm_cublas_is_skinny(const struct gemm_cublas_plan *p, int32_t rows)
+bool gemm_cublas_is_ours(const struct gemm_cublas_plan *p, int32_t rows)
 {
-    return choice_of(p, rows)->skinny != 0;
+    return choice_of(p, rows)->skinny || choice_of(p, rows)->decode;
 }
 
 int gemm_cublas_swiglu(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
@@ -324,8 +345,10 @@ int gemm_cublas_swiglu(struct gemm_cublas *g, const struct gemm_cublas_plan *p, 
                                         .k = p->k,
                                         .bias = bias,
                                         .queue = next_queue(g)};
-    return report(launched(gemm_skinny_swiglu(&product, choice_of(p, rows)->skinny,
-                                              g->type == CUDA_R_16F, g->stream)),
+    const struct gemm_choice *c = choice_of(p, rows);
+    return report(c->decode ? decode(g, &product, GEMM_DECODE_SWIGLU, NULL)
+                            : launched(gemm_skinny_swiglu(&product, c->skinny,
+                                                          g->type == CUDA_R_16F, g->stream)),
                   p, rows);
 }
 
@@ -334,8 +357,10 @@ int gemm_cublas_append(struct gemm_cublas *g, const struct gemm_cublas_plan *p, 
 {
     const struct gemm_skinny product = {
         .x = x, .w = w, .rows = a->n_rows, .n = p->n, .k = p->k, .queue = next_queue(g)};
-    return report(launched(gemm_skinny_append(&product, a, choice_of(p, a->n_rows)->skinny,
-                                              g->type == CUDA_R_16F, g->stream)),
+    const struct gemm_choice *c = choice_of(p, a->n_rows);
+    return report(c->decode ? decode(g, &product, GEMM_DECODE_APPEND, a)
+                            : launched(gemm_skinny_append(&product, a, c->skinny,
+                                                          g->type == CUDA_R_16F, g->stream)),
                   p, a->n_rows);
 }
 
@@ -413,11 +438,16 @@ static int tune(struct tuner *t, struct gemm_cublas_plan *p)
         const struct gemm_choice c = {.skinny = v};
         best = try_choice(t, p, &c, best, v == 1 ? TUNE_OURS : TUNE_GAIN);
     }
+    if (t->rows >= DECODE_FROM && t->rows <= GEMM_DECODE_ROWS)
+        best = try_choice(t, p, &(struct gemm_choice){.decode = true}, best,
+                          p->y_type == CUDA_R_32F ? TUNE_GAIN : TUNE_DECODE);
     if (best < 0.0f)
         return ERR_CUBLAS;
-    log_debug("tuned n=%d k=%d rows=%d skinny=%d us=%.1f library_us=%.1f GB/s=%.0f TFLOP/s=%.1f",
-              p->n, p->k, t->rows, p->choices[bucket_index(t->rows)].skinny, (double)best * 1e3,
-              (double)library * 1e3, 2.0 * p->n * p->k / ((double)best * 1e6),
+    log_debug("tuned n=%d k=%d rows=%d skinny=%d decode=%d us=%.1f library_us=%.1f GB/s=%.0f "
+              "TFLOP/s=%.1f",
+              p->n, p->k, t->rows, p->choices[bucket_index(t->rows)].skinny,
+              p->choices[bucket_index(t->rows)].decode, (double)best * 1e3, (double)library * 1e3,
+              2.0 * p->n * p->k / ((double)best * 1e6),
               2.0 * p->n * p->k * t->rows / ((double)best * 1e9));
     return 0;
 }

@@ -1,6 +1,7 @@
-/* y = x w^T on tensor cores through cuBLASLt, or for few rows by gemm_skinny.h where that is
- * faster: 16-bit x and w, f32 accumulation, y in 16 bits or f32. The library is loaded when a CUDA
- * device is opened, not when the program starts: a machine without it still runs on the CPU.
+/* y = x w^T on tensor cores through cuBLASLt, or for few rows by gemm_skinny.h or gemm_decode.h
+ * where that is faster: 16-bit x and w, f32 accumulation, y in 16 bits or f32. The library is
+ * loaded when a CUDA device is opened, not when the program starts: a machine without it still runs
+ * on the CPU.
  *
  * The algorithm is chosen once, at start, for every shape of w and every bucket of row counts; a
  * step only looks it up. A row's last bits may therefore depend on the bucket that the step fell
@@ -39,12 +40,13 @@ MUST_CHECK int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *
 /* y [rows, n] = x [rows, k] w [n, k]^T, dense row-major. Enqueued on the stream. */
 MUST_CHECK int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
                                const void *x, const void *w, int32_t rows);
-/* Whether so many rows are made by our own kernel, which alone has the two functions below. */
-bool gemm_cublas_is_skinny(const struct gemm_cublas_plan *p, int32_t rows);
-/* gemm_skinny_swiglu: y [rows, n / 2]; bias [n] or NULL. */
+/* Whether so many rows are made by a kernel of our own: these alone have the two functions below.
+ */
+bool gemm_cublas_is_ours(const struct gemm_cublas_plan *p, int32_t rows);
+/* As gemm_skinny_swiglu: y [rows, n / 2]; bias [n] or NULL. */
 MUST_CHECK int gemm_cublas_swiglu(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
                                   const void *x, const void *w, const void *bias, int32_t rows);
-/* gemm_skinny_append: a->n_rows rows. */
+/* As gemm_skinny_append: a->n_rows rows. */
 MUST_CHECK int gemm_cublas_append(struct gemm_cublas *g, const struct gemm_cublas_plan *p,
                                   const void *x, const void *w, const struct kv_append *a);
 /* The row count that stands for `rows`: the smallest bucket that holds it. */

@@ -162,7 +162,7 @@ static int append(struct llama_cuda_state *m, int layer, int32_t first, int32_t 
 static int project(struct llama_cuda_state *m, int layer)
 {
     const struct llama_layer *w = &m->w->layers[layer];
-    if (gemm_cublas_is_skinny(m->qkv_plan, m->step.n)) {
+    if (gemm_cublas_is_ours(m->qkv_plan, m->step.n)) {
         const struct kv_append p = append_of(m, layer);
         TRY(llama_cuda_mark(m, PART_GEMM));
         TRY(gemm_cublas_append(m->gemm, m->qkv_plan, m->a.hidden, w->qkv, &p));
@@ -177,7 +177,7 @@ static int activate(struct llama_cuda_state *m, const struct llama_layer *w)
 {
     const struct cuda_activations *a = &m->a;
     const int32_t n = m->step.n;
-    if (gemm_cublas_is_skinny(m->gate_up_plan, n)) {
+    if (gemm_cublas_is_ours(m->gate_up_plan, n)) {
         TRY(llama_cuda_mark(m, PART_GEMM));
         TRY(gemm_cublas_swiglu(m->gemm, m->gate_up_plan, a->act, a->hidden, w->gate_up,
                                w->gate_up_bias, n));

@@ -4,6 +4,7 @@
  * one by one. */
 #include "core/dev_cuda.h"
 #include "model/gemm_cublas.h"
+#include "model/gemm_decode.h"
 #include "model/gemm_skinny.h"
 #include "model/nn_cuda.h"
 #include "tests/cuda_case.h"
@@ -12,20 +13,84 @@
 
 enum { MAX_ROWS = 300 };
 
+/* Our own kernels, each with its number of rows. */
+static const struct way {
+    const char *name;
+    int32_t rows;
+    int skinny; /* the variant of gemm_skinny.h; 0: gemm_decode.h */
+} ways[] = {
+    {"skinny 1", GEMM_SKINNY_ROWS, 1},
+    {"skinny 2", GEMM_SKINNY_ROWS, 2},
+    {"decode", GEMM_DECODE_ROWS, 0},
+};
+enum { N_WAYS = sizeof ways / sizeof *ways };
+static struct gemm_decode *decode;
+
+/* With a queue of four that products use in turn: a product and the next may be at work together.
+ */
+static struct gemm_skinny with_queue(const struct gemm_skinny *s)
+{
+    static uint32_t *queues;
+    static unsigned next;
+    struct gemm_skinny p = *s;
+    if (!queues) {
+        const uint32_t zeros[8] = {0};
+        queues = device_copy(zeros, sizeof zeros);
+    }
+    p.queue = queues + (size_t)(2 * (next++ % 4));
+    return p;
+}
+
+static int run_plain(const struct way *w, const struct gemm_skinny *s, int dtype, bool f32)
+{
+    void *stream = dev_cuda_stream(dev);
+    const struct gemm_skinny p = with_queue(s);
+    return w->skinny ? gemm_skinny_launch(&p, w->skinny, dtype, f32, stream)
+                     : gemm_decode_run(decode, s, f32 ? GEMM_DECODE_F32 : GEMM_DECODE_PLAIN, NULL,
+                                       dtype, stream);
+}
+
+static int run_swiglu(const struct way *w, const struct gemm_skinny *s, int dtype)
+{
+    void *stream = dev_cuda_stream(dev);
+    const struct gemm_skinny p = with_queue(s);
+    return w->skinny ? gemm_skinny_swiglu(&p, w->skinny, dtype, stream)
+                     : gemm_decode_run(decode, s, GEMM_DECODE_SWIGLU, NULL, dtype, stream);
+}
+
+static int run_append(const struct way *w, const struct gemm_skinny *s, const struct kv_append *a,
+                      int dtype)
+{
+    void *stream = dev_cuda_stream(dev);
+    const struct gemm_skinny p = with_queue(s);
+    return w->skinny ? gemm_skinny_append(&p, a, w->skinny, dtype, stream)
+                     : gemm_decode_run(decode, s, GEMM_DECODE_APPEND, a, dtype, stream);
+}
+
 struct product {
     int32_t rows, n, k;
     int dtype; /* 0 bf16, 1 f16 */
     bool f32;
+    bool exact;          /* of few bits: sums are the same in every order */
     uint16_t *x, *w;     /* host */
     double *want, *size; /* [rows, n] and the sums of magnitudes, for the bound */
     void *d_x, *d_w;
 };
 
+/* Quarters from -1/2 to 1/2. */
+static uint16_t *coarse16(size_t n, int dtype, struct rng *rng)
+{
+    uint16_t *x = host_alloc(n * sizeof *x);
+    for (size_t i = 0; i < n; i++)
+        x[i] = to16(0.25f * (float)rng_range(rng, -2, 2), dtype);
+    return x;
+}
+
 static void make(struct product *p, struct rng *rng)
 {
     const size_t rows = (size_t)p->rows, n = (size_t)p->n, k = (size_t)p->k;
-    p->x = random16(rows * k, p->dtype, 1.0, rng);
-    p->w = random16(n * k, p->dtype, 0.1, rng);
+    p->x = p->exact ? coarse16(rows * k, p->dtype, rng) : random16(rows * k, p->dtype, 1.0, rng);
+    p->w = p->exact ? coarse16(n * k, p->dtype, rng) : random16(n * k, p->dtype, 0.1, rng);
     p->want = host_alloc(rows * n * sizeof(double));
     p->size = host_alloc(rows * n * sizeof(double));
     for (size_t r = 0; r < rows; r++) {
@@ -80,74 +145,93 @@ static void *poisoned(const struct product *p)
     return device_copy(NULL, ((size_t)p->rows + 1) * (size_t)p->n * (p->f32 ? 4 : 2));
 }
 
-/* Of four that products use in turn: a product and the next may be at work together. */
-static uint32_t *next_queue(void)
+/* The same bits again and again, whatever the thread blocks leave each other. */
+static void check_again(const struct product *p, const struct way *w, const struct gemm_skinny *s)
 {
-    static uint32_t *queues;
-    static unsigned next;
-    if (!queues) {
-        const uint32_t zeros[8] = {0};
-        queues = device_copy(zeros, sizeof zeros);
+    const size_t bytes = (size_t)p->rows * (size_t)p->n * (p->f32 ? 4 : 2);
+    unsigned char *want = host_alloc(bytes), *got = host_alloc(bytes);
+    struct gemm_skinny again = *s;
+    for (int i = 0; i < 4; i++) {
+        again.y = poisoned(p);
+        for (int j = 0; j <= i; j++)
+            assert_int_equal(run_plain(w, &again, p->dtype, p->f32), 0);
+        device_take(i == 0 ? want : got, again.y, bytes);
+        if (i > 0)
+            assert_memory_equal(got, want, bytes);
     }
-    return queues + (size_t)(2 * (next++ % 4));
+    free(want);
+    free(got);
 }
 
-static void test_skinny(void **state)
+static void check_plain(const struct way *w, const struct product *p)
 {
-    static const int32_t shapes[][2] = {{8, 8},     {40, 136},  {64, 1024}, {256, 264},
-                                        {520, 512}, {24, 3000}, {1000, 128}};
-    static const char *const names[GEMM_SKINNY_VARIANTS] = {"variant 1", "variant 2"};
+    void *y = poisoned(p);
+    const struct gemm_skinny s = {
+        .y = y, .x = p->d_x, .w = p->d_w, .rows = p->rows, .n = p->n, .k = p->k};
+    assert_int_equal(run_plain(w, &s, p->dtype, p->f32), 0);
+    check(p, y, w->name);
+    check_again(p, w, &s);
+}
+
+static void test_plain(void **state)
+{
+    static const int32_t shapes[][2] = {{8, 8},     {40, 136},   {64, 1024}, {256, 264}, {520, 512},
+                                        {24, 3000}, {1000, 128}, {391, 72},  {2050, 200}};
+    static const int32_t counts[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32};
     struct rng rng = test_rng("gemm_skinny", 21);
     (void)state;
     for (size_t i = 0; i < 2 * sizeof shapes / sizeof *shapes; i++) {
-        for (int32_t rows = 1; rows <= GEMM_SKINNY_ROWS; rows += rows < 3 || rows > 14 ? 1 : 3) {
-            struct product p = {rows, shapes[i / 2][0], shapes[i / 2][1], (int)(i % 2),
+        for (size_t c = i % 3; c < sizeof counts / sizeof *counts; c += 3) {
+            struct product p = {counts[c], shapes[i / 2][0], shapes[i / 2][1], (int)(i % 2),
                                 .f32 = rng_range(&rng, 0, 1) == 1};
             make(&p, &rng);
-            for (int v = 1; v <= GEMM_SKINNY_VARIANTS; v++) {
-                void *y = poisoned(&p);
-                const struct gemm_skinny s = {.y = y,
-                                              .x = p.d_x,
-                                              .w = p.d_w,
-                                              .rows = rows,
-                                              .n = p.n,
-                                              .k = p.k,
-                                              .queue = next_queue()};
-                assert_int_equal(gemm_skinny_launch(&s, v, p.dtype, p.f32, dev_cuda_stream(dev)),
-                                 0);
-                check(&p, y, names[v - 1]);
+            for (int w = 0; w < N_WAYS; w++) {
+                if (p.rows <= ways[w].rows)
+                    check_plain(&ways[w], &p);
             }
             drop(&p);
         }
     }
 }
 
-static void check_swiglu(int variant, int32_t rows, int32_t n, int32_t k, bool with_bias,
+static void test_refused(void **state)
+{
+    const struct gemm_skinny odd = {.rows = 1, .n = 9, .k = 8};
+    const struct gemm_skinny heads = {.rows = 1, .n = 21, .k = 8};
+    const struct kv_append a = {.n_rows = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = 7};
+    (void)state;
+    for (int w = 0; w < N_WAYS; w++) {
+        const struct gemm_skinny many = {.rows = ways[w].rows + 1, .n = 8, .k = 8};
+        assert_int_not_equal(run_swiglu(&ways[w], &odd, 0), 0);
+        assert_int_not_equal(run_append(&ways[w], &heads, &a, 0), 0);
+        assert_int_not_equal(run_plain(&ways[w], &many, 0, false), 0);
+    }
+}
+
+static void check_swiglu(const struct way *w, int32_t rows, int32_t n, int32_t k, bool with_bias,
                          struct rng *rng)
 {
     const int dtype = rng_range(rng, 0, 1);
     const size_t bytes = ((size_t)rows + 1) * (size_t)n / 2 * 2;
     void *stream = dev_cuda_stream(dev);
-    struct product p = {rows, n, k, dtype, .f32 = false};
+    struct product p = {rows, n, k, dtype, .f32 = false, .exact = true};
     make(&p, rng);
     uint16_t *bias = random16((size_t)n, dtype, 1.0, rng);
     unsigned char *got = host_alloc(bytes), *want = host_alloc(bytes);
     void *d_bias = device_copy(bias, (size_t)n * 2), *both = poisoned(&p);
     void *d_got = device_copy(NULL, bytes), *d_want = device_copy(NULL, bytes);
-    struct gemm_skinny s = {
-        .y = both, .x = p.d_x, .w = p.d_w, .rows = rows, .n = n, .k = k, .queue = next_queue()};
-    assert_int_equal(gemm_skinny_launch(&s, variant, dtype, 0, stream), 0);
+    struct gemm_skinny s = {.y = both, .x = p.d_x, .w = p.d_w, .rows = rows, .n = n, .k = k};
+    assert_int_equal(run_plain(w, &s, dtype, false), 0);
     assert_int_equal(
         nn_cuda_swiglu(d_want, both, with_bias ? d_bias : NULL, rows, n / 2, dtype, stream), 0);
     s.y = d_got;
-    s.queue = next_queue();
     s.bias = with_bias ? d_bias : NULL;
-    assert_int_equal(gemm_skinny_swiglu(&s, variant, dtype, stream), 0);
+    assert_int_equal(run_swiglu(w, &s, dtype), 0);
     device_take(got, d_got, bytes);
     device_take(want, d_want, bytes);
     assert_memory_equal(got, want, bytes); /* what is behind the last row, too */
+    check(&p, both, w->name);
     dev_release(dev, d_bias, 0);
-    dev_release(dev, both, 0);
     free(bias);
     free(got);
     free(want);
@@ -156,14 +240,15 @@ static void check_swiglu(int variant, int32_t rows, int32_t n, int32_t k, bool w
 
 static void test_swiglu(void **state)
 {
-    static const int32_t shapes[][2] = {{16, 8}, {40, 136}, {96, 1024}, {248, 520}, {1040, 3000}};
+    static const int32_t shapes[][2] = {{16, 8},    {40, 136},    {96, 1024},
+                                        {248, 520}, {1040, 3000}, {1302, 64}};
     struct rng rng = test_rng("gemm_skinny_swiglu", 23);
-    const struct gemm_skinny odd = {.rows = 1, .n = 9, .k = 8};
     (void)state;
-    for (size_t i = 0; i < 4 * sizeof shapes / sizeof *shapes; i++) /* some of each */
-        check_swiglu(1 + (int)(i % 2), rng_range(&rng, 1, GEMM_SKINNY_ROWS), shapes[i / 4][0],
-                     shapes[i / 4][1], i / 2 % 2 == 1, &rng);
-    assert_int_not_equal(gemm_skinny_swiglu(&odd, 1, 0, dev_cuda_stream(dev)), 0);
+    for (size_t i = 0; i < 4 * sizeof shapes / sizeof *shapes; i++) { /* some of each */
+        for (int w = 0; w < N_WAYS; w++)
+            check_swiglu(&ways[w], rng_range(&rng, 1, ways[w].rows), shapes[i / 4][0],
+                         shapes[i / 4][1], i % 2 == 1, &rng);
+    }
 }
 
 /* Memory of a layer's cache and of the rows that go there, as kv_append_cuda has it. */
@@ -172,12 +257,12 @@ struct cache {
     size_t pool_bytes, qkv_bytes;
 };
 
-enum { C_PAGES = 40, C_POSITIONS = 500 };
+enum { C_PAGES = 2 * GEMM_DECODE_ROWS + 2, C_POSITIONS = 500 };
 
 static void make_cache(struct cache *c, int32_t rows, int32_t heads, int32_t kv_heads,
                        int32_t head_dim, struct rng *rng)
 {
-    int32_t slots[GEMM_SKINNY_ROWS], positions[GEMM_SKINNY_ROWS], tails[GEMM_SKINNY_ROWS];
+    int32_t slots[GEMM_DECODE_ROWS], positions[GEMM_DECODE_ROWS], tails[GEMM_DECODE_ROWS];
     const int32_t width = (heads + 2 * kv_heads) * head_dim;
     float *table = host_alloc((size_t)C_POSITIONS * (size_t)head_dim * sizeof *table);
     for (int32_t i = 0; i < C_POSITIONS * head_dim; i++)
@@ -249,13 +334,13 @@ static void same_q(const struct cache *got, const struct cache *want, int dtype)
     free(y);
 }
 
-static void check_append(int variant, int32_t rows, const int32_t *heads, int32_t k, bool with_bias,
-                         struct rng *rng)
+static void check_append(const struct way *w, int32_t rows, const int32_t *heads, int32_t k,
+                         bool with_bias, struct rng *rng)
 {
     const int32_t n = (heads[0] + 2 * heads[1]) * heads[2];
     const int dtype = rng_range(rng, 0, 1);
     void *stream = dev_cuda_stream(dev);
-    struct product p = {rows, n, k, dtype, .f32 = false};
+    struct product p = {rows, n, k, dtype, .f32 = false, .exact = true};
     struct cache got, want;
     make(&p, rng);
     make_cache(&got, rows, heads[0], heads[1], heads[2], rng);
@@ -266,17 +351,11 @@ static void check_append(int variant, int32_t rows, const int32_t *heads, int32_
     uint16_t *bias = random16((size_t)n, dtype, 1.0, rng);
     void *d_bias = device_copy(bias, (size_t)n * 2);
     got.a.bias = want.a.bias = with_bias ? d_bias : NULL;
-    struct gemm_skinny s = {.y = want.a.qkv,
-                            .x = p.d_x,
-                            .w = p.d_w,
-                            .rows = rows,
-                            .n = n,
-                            .k = k,
-                            .queue = next_queue()};
-    assert_int_equal(gemm_skinny_launch(&s, variant, dtype, 0, stream), 0);
+    const struct gemm_skinny s = {
+        .y = want.a.qkv, .x = p.d_x, .w = p.d_w, .rows = rows, .n = n, .k = k};
+    assert_int_equal(run_plain(w, &s, dtype, false), 0);
     assert_int_equal(kv_append_cuda(&want.a, dtype, stream), 0);
-    s.queue = next_queue();
-    assert_int_equal(gemm_skinny_append(&s, &got.a, variant, dtype, stream), 0);
+    assert_int_equal(run_append(w, &s, &got.a, dtype), 0);
     same_q(&got, &want, dtype);
     same_pool(got.a.k, want.a.k, got.pool_bytes, dtype);
     same_pool(got.a.v, want.a.v, got.pool_bytes, dtype);
@@ -294,23 +373,23 @@ static void test_append(void **state)
     static const int32_t heads[][3] = {{4, 2, 64}, {4, 1, 128}, {3, 3, 64}, {8, 2, 128}};
     struct rng rng = test_rng("gemm_skinny_append", 25);
     (void)state;
-    for (size_t i = 0; i < 4 * sizeof heads / sizeof *heads; i++)
-        check_append(1 + (int)(i % 2), rng_range(&rng, 1, GEMM_SKINNY_ROWS), heads[i / 4],
-                     8 * rng_range(&rng, 1, 200), i / 2 % 2 == 1, &rng);
-    const struct kv_append a = {.n_rows = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = 7};
-    const struct gemm_skinny s = {.rows = 1, .n = 21, .k = 8};
-    assert_int_not_equal(gemm_skinny_append(&s, &a, 1, 0, dev_cuda_stream(dev)), 0);
+    for (size_t i = 0; i < 4 * sizeof heads / sizeof *heads; i++) {
+        for (int w = 0; w < N_WAYS; w++)
+            check_append(&ways[w], rng_range(&rng, 1, ways[w].rows), heads[i / 4],
+                         8 * rng_range(&rng, 1, 200), i % 2 == 1, &rng);
+    }
 }
 
 /* ---- kernels that begin before the one before them has ended ---- */
 
-enum { C_HIDDEN = 1024, C_INTER = 2816, C_LAYERS = 3, C_STEPS = 400 };
+enum { C_HIDDEN = 1024, C_INTER = 2816, C_LAYERS = 3, C_STEPS = 300 };
 
 struct chain {
     int32_t rows;
-    int variant; /* of down */
+    const struct way *up_way, *down_way;
     void *up[C_LAYERS], *down[C_LAYERS], *norm;
     void *residual, *hidden, *act, *delta;
+    void *bias;
     bool alone; /* each kernel waits until the one before it is gone */
 };
 
@@ -328,6 +407,7 @@ static void chain_layer(const struct chain *c, int layer)
     const struct nn_cuda_norm norm = {.out = c->hidden,
                                       .residual = c->residual,
                                       .x = c->delta,
+                                      .bias = c->bias,
                                       .weight = c->norm,
                                       .n = c->rows,
                                       .width = C_HIDDEN,
@@ -339,23 +419,21 @@ static void chain_layer(const struct chain *c, int layer)
                                    .rows = c->rows,
                                    .n = 2 * C_INTER,
                                    .k = C_HIDDEN,
-                                   .queue = next_queue()};
+                                   .bias = c->bias};
     const struct gemm_skinny down = {.y = c->delta,
                                      .x = c->act,
                                      .w = c->down[layer],
                                      .rows = c->rows,
                                      .n = C_HIDDEN,
-                                     .k = C_INTER,
-                                     .queue = next_queue()};
+                                     .k = C_INTER};
     launched(c, nn_cuda_residual_norm(&norm, 0, stream));
-    launched(c, gemm_skinny_swiglu(&up, 1 + layer % 2, 0, stream));
-    launched(c, gemm_skinny_launch(&down, c->variant, 0, 0, stream));
+    launched(c, run_swiglu(c->up_way, &up, 0));
+    launched(c, run_plain(c->down_way, &down, 0, false));
 }
 
-static void chain_run(struct chain *c, const uint16_t *x, bool alone, unsigned char *out)
+static void chain_run(struct chain *c, const uint16_t *x, unsigned char *out)
 {
     const size_t bytes = (size_t)c->rows * C_HIDDEN * 2;
-    c->alone = alone;
     assert_ok(dev_upload(dev, c->residual, x, bytes));
     assert_ok(dev_upload(dev, c->delta, x, bytes));
     for (int i = 0; i < C_STEPS; i++)
@@ -373,9 +451,10 @@ static void *random_device(size_t n, double scale, struct rng *rng)
 
 static void test_chain(void **state)
 {
-    const size_t most = (size_t)GEMM_SKINNY_ROWS * C_HIDDEN;
+    const size_t most = (size_t)GEMM_DECODE_ROWS * C_HIDDEN;
     struct rng rng = test_rng("chain", 24);
-    struct chain c = {.norm = random_device(C_HIDDEN, 1.0, &rng)};
+    struct chain c = {.norm = random_device(C_HIDDEN, 1.0, &rng),
+                      .bias = random_device((size_t)2 * C_INTER, 0.1, &rng)};
     unsigned char *want = host_alloc(most * 2), *got = host_alloc(most * 2);
     (void)state;
     for (int i = 0; i < C_LAYERS; i++) {
@@ -385,15 +464,20 @@ static void test_chain(void **state)
     c.residual = device_copy(NULL, most * 2);
     c.hidden = device_copy(NULL, most * 2);
     c.delta = device_copy(NULL, most * 2);
-    c.act = device_copy(NULL, (size_t)GEMM_SKINNY_ROWS * C_INTER * 2);
-    for (c.rows = 1; c.rows <= GEMM_SKINNY_ROWS; c.rows += 5) {
+    c.act = device_copy(NULL, (size_t)GEMM_DECODE_ROWS * C_INTER * 2);
+    for (int i = 0; i < 2 * N_WAYS; i++) { /* each kind after its own kind and after others */
+        c.up_way = &ways[i % N_WAYS];
+        c.down_way = &ways[i < N_WAYS ? i : (i + 1 + i / 2) % N_WAYS];
+        const int32_t fit = c.up_way->rows < c.down_way->rows ? c.up_way->rows : c.down_way->rows;
+        c.rows = rng_range(&rng, 1, fit);
         uint16_t *x = random16((size_t)c.rows * C_HIDDEN, 0, 1.0, &rng);
         const size_t bytes = (size_t)c.rows * C_HIDDEN * 2;
-        c.variant = 1 + c.rows / 5 % 2;
-        chain_run(&c, x, true, want);
+        c.alone = true;
+        chain_run(&c, x, want);
+        c.alone = false;
         for (int again = 0; again < 3; again++) {
             memset(got, 0, bytes);
-            chain_run(&c, x, false, got);
+            chain_run(&c, x, got);
             assert_memory_equal(got, want, bytes);
         }
         free(x);
@@ -407,6 +491,7 @@ static void test_chain(void **state)
     dev_release(dev, c.delta, 0);
     dev_release(dev, c.act, 0);
     dev_release(dev, c.norm, 0);
+    dev_release(dev, c.bias, 0);
     free(want);
     free(got);
 }
@@ -463,13 +548,16 @@ static void test_buckets(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_skinny),  cmocka_unit_test(test_swiglu),
+        cmocka_unit_test(test_plain),   cmocka_unit_test(test_swiglu),
         cmocka_unit_test(test_append),  cmocka_unit_test(test_chain),
         cmocka_unit_test(test_library), cmocka_unit_test(test_buckets),
+        cmocka_unit_test(test_refused),
     };
     if (!have_device())
         return 77;
+    assert_ok(gemm_decode_open(&decode, NULL));
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    gemm_decode_close(decode);
     dev_close(dev);
     return failed;
 }
