@@ -28,11 +28,13 @@ NIAH = {  # haystack, needles (0: as many as fit), values a key, key length, val
     'niah_multivalue': ('essay', 1, 4, 3, 5), 'niah_multiquery': ('essay', 4, 1, 3, 5)}
 TASKS = list(NIAH) + ['vt', 'qa_1', 'qa_2', 'fwe', 'cwe']
 MIXES = {  # kinds of training rows, and their shares
+    'copies': {'copy': .40, 'niah': .22, 'mv': .14, 'vt': .08, 'qa': .12, 'fwe': .04},
     'facts': {'niah': .34, 'mv': .25, 'vt': .13, 'qa': .20, 'fwe': .08},
     'words': {'niah': .10, 'mv': .05, 'mv_few': .15, 'vt': .05, 'qa': .07, 'fwe_heavy': .20, 'cwe': .38},
     'all': {'niah': .17, 'mv': .10, 'mv_few': .20, 'vt': .10, 'qa': .13, 'fwe_heavy': .14, 'cwe': .16}}
 FWE_WEIGHT = 20.  # of an answer token: a row has three of them, other rows hundreds
 HEAVY = 1 / 3     # of the tokens that other rows have for questions: the weight of a whole row of few answers
+COPIED = 1 / 4     # the weight of a copied token, of which a row has hundreds
 COMMON, RATIO = 10, 10  # cwe: common words, and how often one comes for each time that another does
 
 
@@ -405,8 +407,20 @@ class Data:
         tokens = torch.cat([self.const(BOS, n_rows, 1), context, tail], 1)
         return tokens, weights, torch.zeros(n_rows, n, device=self.device)
 
+    def _copy_rows(self, n_rows, n):
+        """Random tokens that come again and again, after 8 to n / 4 others: each teaches to look for what followed last time."""
+        period = self.ints(8, max(9, n // 4), n_rows, 1)
+        once = self.ints(FILL0, VAL0 + N_VAL, n_rows, n)
+        at = self.arange(n - 1)[None]
+        tokens = torch.cat([self.const(BOS, n_rows, 1), once.gather(1, at % period)], 1)
+        weights = torch.zeros(n_rows, n, device=self.device)
+        weights[:, 1:] = (at >= period).float() * COPIED
+        return tokens, weights, torch.zeros(n_rows, n, device=self.device)
+
     def rows(self, kind, n_rows, n):
         """-> tokens, weights of answer tokens, weights of filler tokens, each [n_rows, n]"""
+        if kind == 'copy':
+            return self._copy_rows(n_rows, n)
         if kind in ('fwe', 'fwe_heavy', 'cwe'):
             return self._word_rows(kind, n_rows, n)
         make = {'niah': self._niah_rows, 'mv': self._multivalue_rows, 'mv_few': self._few_values_rows,

@@ -36,7 +36,7 @@ from needle_net import HEAD_DIM, Config, Net, Optimiser, init_params, load_param
 FACTS = dict(mixes=['facts'] * 5, earlier=.25, table=[])
 RUNS = {
     1: dict(time=95, stages=[512, 2048], least=[.3, .2], most=[.7, 1.], advance=.95, decay=[.4, .9],
-            lr=.02, adam_lr=3e-3, seed=1, clip=[], **FACTS),
+            lr=.002, adam_lr=3e-3, seed=1, clip=[], tokens=16384, **{**FACTS, 'mixes': ['copies', 'facts']}),
     2: dict(time=480, stages=[512, 2048, 8192, 16384, 32768], least=[.05, .12, .2, .2, .2], most=[.1, .25, .5, .8, 1.],
             advance=.985, decay=[.35, .92], lr=.02, adam_lr=3e-3, seed=7, clip=[], **FACTS),
     3: dict(time=385, stages=[2048, 8192, 16384, 32768], least=[.9, .9, .9, .9], most=[.35, .6, .8, 1.], advance=2.,
@@ -71,7 +71,7 @@ def arguments():
     ap.add_argument('--lr', type=float, help='of Muon')
     ap.add_argument('--adam-lr', type=float)
     ap.add_argument('--seed', type=int)
-    ap.add_argument('--tokens', type=int, default=65536, help='tokens of a step')
+    ap.add_argument('--tokens', type=int, default=65536, help='tokens of a step; run 1 has 16384')
     ap.add_argument('--layers', type=int, default=Config.layers)
     ap.add_argument('--intermediate', type=int, default=Config.intermediate)
     ap.add_argument('--evaluate', type=int, default=32, help='prompts a task while training; 0: none')
