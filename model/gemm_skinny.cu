@@ -29,6 +29,7 @@
 enum {
     WARPS = 8,
     STAGES = 6,
+    PACE = 2, /* stages on their way at once */
     THREADS = 32 * (WARPS + 1),
     BAR_SUM = 1, /* named barrier of the eight warps */
     DRAWN_ROUNDS = 4
@@ -250,7 +251,8 @@ __device__ __forceinline__ void feed(const struct args &s, uint32_t smem)
 {
     using L = layout<MT, NT>;
     const int lane = threadIdx.x & 31, units = units_of<MT, M>(s.p.n);
-    struct place at = {0, 1};
+    struct place at = {0, 1}, landed = {0, 0};
+    int issued = 0;
     const int dealt = dealt_rounds(units) * (int)gridDim.x;
     for (int u = blockIdx.x, next = 0; u < units; u = __shfl_sync(0xffffffffu, next, 0)) {
         const int row = lane < L::rows ? row_of<MT, M>(s, u, lane) : -1;
@@ -258,6 +260,12 @@ __device__ __forceinline__ void feed(const struct args &s, uint32_t smem)
         for (int k = 0; k < s.p.k; k += cut<MT>::round, at.next()) {
             const int bytes = min(cut<MT>::round, s.p.k - k) * 2;
             const uint32_t full = smem + L::full + 8 * at.slot;
+            if (issued == PACE) { /* what others read waits behind all that is on its way */
+                mbar_wait(smem + L::full + 8 * landed.slot, landed.parity);
+                landed.next();
+            } else {
+                issued++;
+            }
             mbar_wait(smem + L::empty + 8 * at.slot, at.parity);
             if (lane == 0) {
                 if (k + cut<MT>::round >= s.p.k)
