@@ -39,6 +39,11 @@ __device__ __forceinline__ void from_f32(__half *out, float x)
     *out = __float2half_rn(x);
 }
 
+__device__ __forceinline__ void from_f32(float *out, float x)
+{
+    *out = x;
+}
+
 template <int W, typename T>
 __device__ __forceinline__ void load_pack(float (&out)[W], const T *p)
 {

@@ -306,20 +306,6 @@ __device__ __forceinline__ void total(float (&sum)[4], const char *memory, int h
 
 /* ---- results ---- */
 
-__device__ __forceinline__ void from_f32(float *out, float x)
-{
-    *out = x;
-}
-
-/* As it reads after rounding to T, with its bias. */
-template <typename T>
-__device__ __forceinline__ float rounded(float x, const void *bias, int col)
-{
-    T y;
-    from_f32(&y, x);
-    return to_f32(y) + (bias ? to_f32(((const T *)bias)[col]) : 0.0f);
-}
-
 /* Four sums of a half: rows 8 group + 2 (lane % 4) + {0, 1} of x and row `at` of the half, then the
  * same rows of x and row at + 8. */
 struct place_of_sums {

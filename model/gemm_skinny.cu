@@ -307,20 +307,6 @@ __device__ __forceinline__ void load_w(struct tile_w<MT> *a, const char *stage, 
 
 /* ---- results ---- */
 
-__device__ __forceinline__ void from_f32(float *out, float x)
-{
-    *out = x;
-}
-
-/* As it reads after rounding to T, with its bias. */
-template <typename T>
-__device__ __forceinline__ float rounded(float x, const void *bias, int col)
-{
-    T y;
-    from_f32(&y, x);
-    return to_f32(y) + (bias ? to_f32(((const T *)bias)[col]) : 0.0f);
-}
-
 /* Zeroes the `tail` elements after `to`, a page's row apart. */
 template <typename T>
 __device__ __forceinline__ void clear_tail(T *to, int tail, int head_dim)
