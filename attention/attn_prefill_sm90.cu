@@ -5,9 +5,9 @@
  * 64-token page a step.
  *
  * Roles. Warpgroup 0 loads: lanes 0 and 1 of warp 0 take tiles from the queue and copy Q, warp 1 K,
- * warp 2 V where nothing of a tile is gated. Warpgroups 1 and 2 compute an item each, all its 128 rows, as
- * two halves of 64. So the page's decision is a barrier of four warps, and nothing ties the two
- * groups to each other but the ring of K.
+ * warp 2 V where nothing of a tile is gated. Warpgroups 1 and 2 compute an item each, all its 128
+ * rows, as two halves of 64. So the page's decision is a barrier of four warps, and nothing ties
+ * the two groups to each other but the ring of K.
  * Order of a group, one page:
  *     issue QK of half 0, of half 1 | softmax 0 | issue PV 0 | softmax 1 | issue PV 1 | wait
  * so that half 0's softmax runs under half 1's QK, half 1's under half 0's PV, and the other
@@ -25,9 +25,9 @@
  * (PV, P from registers). Shared memory, head_dim 128: Q 2 x 32 KiB, K 6 x 16 KiB, V 4 x 16 KiB
  * (on demand 2 a group), then descriptions of two tiles and barriers. O leaves from registers,
  * while the next Q comes. Registers: 240 a computing thread, 24 a loading one; O takes 128 of
- * them, scores 64. mbarriers: full and empty for each slot, full on demand, Q of each group and tile
- * description, turns of V; named barriers: one a group. Bottleneck: the card's power; then, of skipped pages,
- * QK of 64 keys, which reads Q and K at shared memory's full rate.
+ * them, scores 64. mbarriers: full and empty for each slot, full on demand, Q of each group and
+ * tile description, turns of V; named barriers: one a group. Bottleneck: the card's power; then, of
+ * skipped pages, QK of 64 keys, which reads Q and K at shared memory's full rate.
  * Source: BSFA (arXiv 2512.07011) section 4; FlashAttention-3 (arXiv 2407.08608) section 3. */
 #include "attention/attn_prefill_load_sm90.cuh"
 #include "attention/attn_prefill_page_sm90.cuh"
