@@ -280,18 +280,11 @@ static int prefill(const struct attn_cuda *a, const struct attn_group *g, int la
     return 0;
 }
 
-static int decode(const struct attn_cuda *a, int layer)
+/* What all launches of the decode kernel have in common: no work, no gate. */
+static struct dec_args dec_args_of(const struct attn_cuda *a)
 {
     const struct attn_cuda_config *c = &a->cfg;
-    const struct attn_thresholds *t = &a->policy.decode;
-    const struct attn_dec_plan *plan = &a->plans[a->plan_of[layer]];
-    const struct dec_args args = {
-        .pieces = plan->pieces,
-        .first = plan->first,
-        .seqs = a->dec_seqs,
-        .visit = visit_of(a, layer),
-        .t_layer = (int64_t)layer * t->n_heads * t->n_blocks,
-        .t_blocks = t->n_blocks,
+    return (struct dec_args){
         .q = c->q,
         .out = c->out,
         .q_stride = c->q_stride,
@@ -302,42 +295,47 @@ static int decode(const struct attn_cuda *a, int layer)
         .scale = c->scale,
         .workspace = a->workspace,
         .arrived = a->arrived,
-        .seq_counts = a->groups[LAUNCH_DECODE].counts,
-        .head_counts = a->head_counts + (ptrdiff_t)layer * c->n_heads,
-        /* older tokens are of earlier steps */
-        .early = attn_cuda_is_decode(a) && !a->cut_runs,
     };
-    CUDA_TRY(decode_sm90_launch(&a->maps[layer], &args, c->kv->head_dim, a->shape.dtype,
-                                a->groups[LAUNCH_DECODE].gate, dev_cuda_stream(c->dev)));
+}
+
+static int launch_decode(const struct attn_cuda *a, int layer, int gate,
+                         const struct dec_args *args)
+{
+    CUDA_TRY(decode_sm90_launch(&a->maps[layer], args, a->cfg.kv->head_dim, a->shape.dtype, gate,
+                                dev_cuda_stream(a->cfg.dev)));
     return 0;
+}
+
+static int decode(const struct attn_cuda *a, int layer)
+{
+    const struct attn_thresholds *t = &a->policy.decode;
+    const struct attn_dec_plan *plan = &a->plans[a->plan_of[layer]];
+    struct dec_args args = dec_args_of(a);
+    args.pieces = plan->pieces;
+    args.first = plan->first;
+    args.seqs = a->dec_seqs;
+    args.visit = visit_of(a, layer);
+    args.t_layer = (int64_t)layer * t->n_heads * t->n_blocks;
+    args.t_blocks = t->n_blocks;
+    args.seq_counts = a->groups[LAUNCH_DECODE].counts;
+    args.head_counts = a->head_counts + (ptrdiff_t)layer * a->cfg.n_heads;
+    /* older tokens are of earlier steps */
+    args.early = attn_cuda_is_decode(a) && !a->cut_runs;
+    return launch_decode(a, layer, a->groups[LAUNCH_DECODE].gate, &args);
 }
 
 /* The sampled rows over all pages, before the prompts' rows are written where it writes. */
 static int measure_begin(const struct attn_cuda *a, int layer)
 {
-    const struct attn_cuda_config *c = &a->cfg;
     const struct attn_samples *s = &a->samples;
-    const struct dec_args args = {
-        .pieces = s->pieces,
-        .first = s->first,
-        .seqs = s->seqs,
-        .q = c->q,
-        .out = c->out,
-        .lse = s->dense,
-        .q_stride = c->q_stride,
-        .out_stride = c->out_stride,
-        .n_heads = c->n_heads,
-        .n_kv_heads = c->kv->n_kv_heads,
-        .n_shares = a->dec_shape.n_shares,
-        .scale = c->scale,
-        .workspace = a->workspace,
-        .arrived = a->arrived,
-    };
+    struct dec_args args = dec_args_of(a);
     if (s->n == 0)
         return 0;
-    CUDA_TRY(decode_sm90_launch(&a->maps[layer], &args, c->kv->head_dim, a->shape.dtype,
-                                SM90_GATE_NONE, dev_cuda_stream(c->dev)));
-    return 0;
+    args.pieces = s->pieces;
+    args.first = s->first;
+    args.seqs = s->seqs;
+    args.lse = s->dense;
+    return launch_decode(a, layer, SM90_GATE_NONE, &args);
 }
 
 static int measure_end(const struct attn_cuda *a)

@@ -3,7 +3,6 @@
 #include "model/gemm_decode.h"
 
 #include "core/mem.h"
-#include "model/gemm_decode_args.h"
 
 #include <cuda_runtime_api.h>
 #include <string.h>
@@ -17,9 +16,6 @@ struct gemm_decode {
     encode_fn encode;
     int32_t clusters;
 };
-
-_Static_assert((int)DECODE_ROWS == GEMM_DECODE_ROWS && (int)DECODE_APPEND == GEMM_DECODE_APPEND,
-               "one meaning");
 
 int gemm_decode_open(struct gemm_decode **out, struct err_msg *why)
 {
@@ -60,7 +56,7 @@ static int map(const struct gemm_decode *g, CUtensorMap *to, const void *m, int 
 static void cut(struct decode_args *s)
 {
     int64_t best = 0;
-    for (int32_t half = 64; half >= 32; half -= s->mode == DECODE_APPEND ? 16 : 8) {
+    for (int32_t half = 64; half >= 32; half -= s->mode == GEMM_DECODE_APPEND ? 16 : 8) {
         const int64_t units = (s->p.n + 2 * half - 1) / (2 * half);
         const int64_t rounds = (units + s->clusters - 1) / s->clusters;
         if (best && rounds * half >= best)
@@ -69,7 +65,7 @@ static void cut(struct decode_args *s)
         s->half = half;
     }
     s->w_rows = s->half;
-    while (s->mode == DECODE_APPEND && s->append.head_dim / 2 % s->w_rows)
+    while (s->mode == GEMM_DECODE_APPEND && s->append.head_dim / 2 % s->w_rows)
         s->w_rows = s->w_rows == 48 ? 16 : s->w_rows / 2;
 }
 
@@ -77,7 +73,7 @@ int gemm_decode_run(const struct gemm_decode *g, const struct gemm_skinny *p,
                     enum gemm_decode_mode mode, const struct kv_append *append, int dtype,
                     void *stream)
 {
-    struct decode_args s = {.p = *p, .mode = (int32_t)mode, .clusters = g->clusters};
+    struct decode_args s = {.p = *p, .mode = mode, .clusters = g->clusters};
     if (append)
         s.append = *append;
     if (s.clusters < 1 || (append && append->head_dim % 64))

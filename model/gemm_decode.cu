@@ -48,7 +48,7 @@ static_assert((int)WARPS == (int)S, "a warp's rows are put together by one threa
 
 typedef struct decode_args args;
 
-/* DECODE_APPEND: what kv_append says of a row of x. */
+/* GEMM_DECODE_APPEND: what kv_append says of a row of x. */
 struct append_row {
     int slot, position, tail;
 };
@@ -110,20 +110,20 @@ __device__ __forceinline__ struct share share_of(const args &s)
 
 __device__ __forceinline__ bool is_paired(const args &s)
 {
-    return s.mode == DECODE_SWIGLU || s.mode == DECODE_APPEND;
+    return s.mode == GEMM_DECODE_SWIGLU || s.mode == GEMM_DECODE_APPEND;
 }
 
 /* How far the two columns of a pair lie apart. */
 __device__ __forceinline__ int apart(const args &s)
 {
-    return s.mode == DECODE_APPEND ? s.append.head_dim / 2 : s.p.n / 2;
+    return s.mode == GEMM_DECODE_APPEND ? s.append.head_dim / 2 : s.p.n / 2;
 }
 
 /* The first column of a pair. */
 __device__ __forceinline__ int column_of(const args &s, int pair)
 {
     const int d = apart(s);
-    return s.mode == DECODE_APPEND ? pair / d * 2 * d + pair % d : pair;
+    return s.mode == GEMM_DECODE_APPEND ? pair / d * 2 * d + pair % d : pair;
 }
 
 /* ---- copies ---- */
@@ -417,11 +417,11 @@ __device__ __forceinline__ void end_unit(const args &s, int unit, const char *me
         float lo[4] = {}, hi[4] = {};
         total<N>(lo, memory, 0, group);
         total<N>(hi, memory, 1, group);
-        if (s.mode == DECODE_PLAIN)
+        if (s.mode == GEMM_DECODE_PLAIN)
             store_plain<T>(s, p, lo, hi);
-        else if (s.mode == DECODE_F32)
+        else if (s.mode == GEMM_DECODE_F32)
             store_plain<float>(s, p, lo, hi);
-        else if (s.mode == DECODE_SWIGLU)
+        else if (s.mode == GEMM_DECODE_SWIGLU)
             store_swiglu<T>(s, p, lo, hi);
         else
             store_append<T>(s, p, (const struct append_row *)(memory + layout<N>::rows), lo, hi);
@@ -433,7 +433,7 @@ __device__ __forceinline__ void load_rows(const args &s, struct append_row *rows
 {
     const struct kv_append &a = s.append;
     const int i = threadIdx.x;
-    if (s.mode == DECODE_APPEND && i < s.p.rows)
+    if (s.mode == GEMM_DECODE_APPEND && i < s.p.rows)
         rows[i] = {a.slots[i], a.positions[i], a.tails[i]};
     bar_sync(BAR_ALL, MULTIPLIERS);
 }
@@ -537,12 +537,13 @@ static bool supported(const args *s)
 {
     const struct gemm_skinny *p = &s->p;
     const struct kv_append *a = &s->append;
-    if (s->mode == DECODE_SWIGLU && p->n % 2)
+    if (s->mode == GEMM_DECODE_SWIGLU && p->n % 2)
         return false;
-    if (s->mode == DECODE_APPEND && (a->head_dim < 64 || a->head_dim % 64 || a->n_rows != p->rows ||
-                                     p->n != (a->n_heads + 2 * a->n_kv_heads) * a->head_dim))
+    if (s->mode == GEMM_DECODE_APPEND &&
+        (a->head_dim < 64 || a->head_dim % 64 || a->n_rows != p->rows ||
+         p->n != (a->n_heads + 2 * a->n_kv_heads) * a->head_dim))
         return false;
-    return p->rows >= 1 && p->rows <= DECODE_ROWS && p->k % 8 == 0 && s->clusters > 0;
+    return p->rows >= 1 && p->rows <= GEMM_DECODE_ROWS && p->k % 8 == 0 && s->clusters > 0;
 }
 
 extern "C" int gemm_decode_launch(const args *s, int dtype, void *stream)

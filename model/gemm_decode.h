@@ -13,17 +13,8 @@
 #ifndef MODEL_GEMM_DECODE_H
 #define MODEL_GEMM_DECODE_H
 
-#include "core/dev.h"
-#include "model/gemm_skinny.h"
-
-enum { GEMM_DECODE_ROWS = 32 };
-
-enum gemm_decode_mode {
-    GEMM_DECODE_PLAIN,  /* y of the dtype */
-    GEMM_DECODE_F32,    /* y f32 */
-    GEMM_DECODE_SWIGLU, /* gemm_skinny_swiglu; n is even */
-    GEMM_DECODE_APPEND  /* gemm_skinny_append; head_dim divides by 64 */
-};
+#include "core/err.h"
+#include "model/gemm_decode_args.h"
 
 struct gemm_decode;
 

@@ -1,4 +1,4 @@
-/* What gemm_decode.c hands to gemm_decode.cu. */
+/* What gemm_decode.c hands to gemm_decode.cu, and what gemm_decode.h shares with it. */
 #ifndef MODEL_GEMM_DECODE_ARGS_H
 #define MODEL_GEMM_DECODE_ARGS_H
 
@@ -11,17 +11,22 @@ extern "C" {
 #endif
 
 enum {
-    DECODE_ROWS = 32,
+    GEMM_DECODE_ROWS = 32,
     DECODE_COLUMNS = 64 /* in a box of the tensor maps: 128 bytes, swizzled */
 };
 
-enum decode_mode { DECODE_PLAIN, DECODE_F32, DECODE_SWIGLU, DECODE_APPEND };
+enum gemm_decode_mode {
+    GEMM_DECODE_PLAIN,  /* y of the dtype */
+    GEMM_DECODE_F32,    /* y f32 */
+    GEMM_DECODE_SWIGLU, /* gemm_skinny_swiglu; n is even */
+    GEMM_DECODE_APPEND  /* gemm_skinny_append; head_dim divides by 64 */
+};
 
 struct decode_args {
     CUtensorMap w, x; /* boxes of w_rows and of 16 or 32 rows */
     struct gemm_skinny p;
-    struct kv_append append; /* DECODE_APPEND */
-    int32_t mode;
+    struct kv_append append; /* GEMM_DECODE_APPEND */
+    enum gemm_decode_mode mode;
     int32_t half, w_rows; /* rows of w in either half of a unit, which w_rows divides */
     int32_t clusters;     /* gemm_decode_clusters */
 };

@@ -3,8 +3,8 @@
  * warps multiply. It never waits for other kernels: when a product begins, 192 KiB of its weights a
  * multiprocessor are there or on their way, which covers the end of the kernel before it and a norm
  * in between. The last rounds of units are drawn from a queue: multiprocessors do not get equal
- * parts of the memory's rate, and units that are dealt out leave thread blocks to end between 41
- * and 58 us.
+ * parts of the memory's rate (bench/results/engine_h100.md: thread blocks that were dealt all their
+ * units ended between 39 and 57 us).
  *
  * w is the A operand of the tensor core (m16n8k16: 16 rows of w, 8 rows of x): a lane reads 16
  * bytes, 8 neighbours along k, of rows g and g + 8, where the instruction wants pairs that lie 8
