@@ -38,6 +38,11 @@ struct attn_seq {
     struct attn_choice choice;
 };
 
+/* Consecutive rows of a step; n_rows 0: none. */
+struct attn_rows {
+    int32_t row, n_rows;
+};
+
 /* Page maxima for calibration, written for prompt rows where the problem has one sequence. Values
  * are scaled scores; masked and invisible keys do not vote; unwritten entries are left alone. max
  * [n_heads, n_groups, n_pages]: group g covers rows [g * gate_rows, ...) of the chunk, page p is

@@ -95,6 +95,7 @@ static void init(struct attn_cuda *a, const struct attn_cuda_config *cfg)
     for (int i = 0; i < N_LAUNCHES; i++)
         a->groups[i].parts =
             mem_zalloc((size_t)attn_cuda_max_parts(a, i), sizeof *a->groups[i].parts);
+    a->last_seqs = mem_zalloc((size_t)attn_cuda_max_parts(a, LAUNCH_PREFILL), sizeof *a->last_seqs);
 }
 
 int attn_cuda_create(struct attn_cuda **out, const struct attn_cuda_config *cfg,
@@ -131,6 +132,7 @@ void attn_cuda_destroy(struct attn_cuda *a)
     dev_release(a->cfg.dev, a->scratch, a->scratch_bytes);
     for (int i = 0; i < N_LAUNCHES; i++)
         mem_free(a->groups[i].parts);
+    mem_free(a->last_seqs);
     mem_free(a->maps);
     mem_free(a->plans);
     mem_free(a->plan_of);
@@ -247,14 +249,21 @@ static int gate_of(const struct attn_cuda *a, const struct attn_group *g, int *g
     return 0;
 }
 
+/* Whether a layer computes less than the others. */
+static bool is_narrow(const struct attn_cuda *a, int layer)
+{
+    return a->narrow && layer == a->cfg.kv->n_layers - 1;
+}
+
 static int prefill(const struct attn_cuda *a, const struct attn_group *g, int layer)
 {
     const struct attn_cuda_config *c = &a->cfg;
+    const bool last = is_narrow(a, layer);
     int gate = 0;
     TRY(gate_of(a, g, &gate));
     const struct sm90_args args = {
-        .tiles = g->tiles,
-        .n_tiles = g->n_tiles,
+        .tiles = last ? g->last_tiles : g->tiles,
+        .n_tiles = last ? g->n_last_tiles : g->n_tiles,
         .queue = a->queue,
         .seqs = g->seqs + (ptrdiff_t)layer * g->seq_stride,
         .visit = visit_of(a, layer),
@@ -356,8 +365,9 @@ static int measure_end(const struct attn_cuda *a)
 static int prefill_all(struct attn_cuda *a, int layer, int first, int end)
 {
     for (int i = first; i < end; i++) {
-        if (a->groups[i].n_tiles > 0)
-            TRY(prefill(a, &a->groups[i], layer));
+        const struct attn_group *g = &a->groups[i];
+        if ((is_narrow(a, layer) ? g->n_last_tiles : g->n_tiles) > 0)
+            TRY(prefill(a, g, layer));
     }
     return 0;
 }

@@ -51,10 +51,19 @@ size_t attn_cuda_upload_bytes(const struct attn_cuda *a);
 /* Counters of a step: this many bytes on the device, zero before it. */
 size_t attn_cuda_counts_bytes(const struct attn_cuda *a);
 
-/* Plans a step. counts: device memory of attn_cuda_counts_bytes. cut > 0: rows before it and from
- * it on can be run apart; a sequence that it divides is divided at a multiple of a block. */
-void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_seqs, int32_t cut,
-                    struct upload *u, void *counts);
+/* A step. cut > 0: rows before it and from it on can be run apart; a sequence that it divides is
+ * divided at a multiple of a block. last: all that the last layer need compute of a sequence's
+ * prompt rows; they lie in one block, and all rows of it are theirs or come after them. */
+struct attn_cuda_step {
+    const struct attn_seq *seqs;
+    int32_t n_seqs;
+    int32_t cut;
+    const struct attn_rows *last; /* [n_seqs]; NULL: everything */
+};
+
+/* Plans a step. counts: device memory of attn_cuda_counts_bytes. */
+void attn_cuda_plan(struct attn_cuda *a, const struct attn_cuda_step *step, struct upload *u,
+                    void *counts);
 /* Page maxima of prompt rows, on the device. max == NULL: none are wanted. */
 struct attn_cuda_probe {
     int32_t *max; /* [n_heads, max_groups, max_pages] of one layer: see page_max in attn_sm90.h */

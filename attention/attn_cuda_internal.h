@@ -30,6 +30,8 @@ struct attn_group {
     int32_t seq_stride;
     const struct sm90_tile *tiles; /* device */
     int32_t n_tiles;
+    const struct sm90_tile *last_tiles; /* of the last layer, where that computes less */
+    int32_t n_last_tiles;
     struct sm90_counts *counts; /* device, [n_parts] */
     int32_t first_count;        /* where they are among those of the step */
 };
@@ -84,6 +86,9 @@ struct attn_cuda {
     struct attn_samples samples;
     /* the step */
     struct attn_group groups[N_LAUNCHES];
+    const struct attn_rows *last; /* while it is planned: struct attn_cuda_step; NULL */
+    bool narrow;                  /* the last layer has tiles of its own */
+    struct sm90_seq *last_seqs;   /* [attn_cuda_max_parts] what it computes, while it is planned */
     const struct dec_seq *dec_seqs; /* device */
     struct sm90_counts *counts;     /* device, of all parts */
     bool cut_runs;                  /* generated rows of one sequence are in several parts */

@@ -29,6 +29,12 @@ static size_t max_tiles(const struct attn_cuda *a)
     return blocks * (size_t)a->cfg.n_heads;
 }
 
+/* One query block of a part is all that a narrow last layer computes. */
+static size_t max_last_tiles(const struct attn_cuda *a)
+{
+    return (size_t)max_parts(a) * (size_t)a->cfg.n_heads;
+}
+
 static size_t max_pieces(const struct attn_cuda *a, int32_t parts)
 {
     return dec_plan_max_pieces(&a->dec_shape, parts, DEC_MAX_TOKENS);
@@ -62,9 +68,10 @@ size_t attn_cuda_upload_bytes(const struct attn_cuda *a)
                         upload_round((size_t)(a->dec_shape.n_shares + 1) * sizeof(int32_t));
     return (size_t)a->n_plans * plan + upload_round((size_t)made * sizeof(struct dec_seq)) +
            upload_round(max_tiles(a) * sizeof(struct sm90_tile)) +
+           upload_round(max_last_tiles(a) * sizeof(struct sm90_tile)) +
            upload_round(layers * (size_t)max_parts(a) * sizeof(struct sm90_seq)) +
            samples_bytes(a) +
-           (size_t)LAUNCH_DECODE * 2 * UPLOAD_ALIGN + /* the groups' tiles and sequences apart */
+           (size_t)LAUNCH_DECODE * 3 * UPLOAD_ALIGN + /* the groups' tiles and sequences apart */
            upload_round(seqs * (size_t)kv_pages_for(a->cfg.max_position) * sizeof(int32_t));
 }
 
@@ -198,6 +205,32 @@ static struct sm90_seq make_seq(const struct attn_cuda *a, const struct attn_par
     };
 }
 
+/* The part of a sequence's rows that the last layer computes. */
+static struct sm90_seq cut_seq(struct sm90_seq s, const struct attn_rows *rows)
+{
+    const int32_t end = s.row + s.n_rows, last = rows->row + rows->n_rows;
+    const int32_t first = rows->row > s.row ? rows->row : s.row;
+    s.n_rows = (last < end ? last : end) - first;
+    if (s.n_rows < 0)
+        s.n_rows = 0;
+    s.pos += first - s.row;
+    s.row = first;
+    return s;
+}
+
+/* The last layer's tiles of a launch, of the sequences s [n_parts]. */
+static void pack_last(struct attn_cuda *a, struct attn_group *g, const struct sm90_seq *s,
+                      struct upload *u)
+{
+    for (int32_t i = 0; i < g->n_parts; i++)
+        a->last_seqs[i] = cut_seq(s[i], &a->last[g->parts[i].seq]);
+    const int64_t most = sm90_tile_count(a->last_seqs, g->n_parts, a->cfg.n_heads);
+    struct upload_piece made = upload_take(u, (size_t)most * sizeof(struct sm90_tile));
+    g->n_last_tiles =
+        (int32_t)sm90_tiles_make(made.host, a->last_seqs, g->n_parts, &a->shape, a->l2_bytes);
+    g->last_tiles = made.dev;
+}
+
 /* Thresholds differ from layer to layer, so ABS needs its sequences once a layer. */
 static void pack_prefill(struct attn_cuda *a, struct attn_group *g, const struct attn_seq *seqs,
                          struct upload *u)
@@ -218,6 +251,8 @@ static void pack_prefill(struct attn_cuda *a, struct attn_group *g, const struct
     made = upload_take(u, (size_t)most * sizeof(struct sm90_tile));
     g->n_tiles = (int32_t)sm90_tiles_make(made.host, s, g->n_parts, &a->shape, a->l2_bytes);
     g->tiles = made.dev;
+    if (a->last)
+        pack_last(a, g, s, u);
 }
 
 /* Whether the part has rows that are measured and may lose something. */
@@ -352,22 +387,32 @@ static void place_counts(struct attn_cuda *a, struct sm90_counts *counts)
     }
 }
 
-void attn_cuda_plan(struct attn_cuda *a, const struct attn_seq *seqs, int32_t n_seqs, int32_t cut,
-                    struct upload *u, void *counts)
+/* Nothing is planned yet. */
+static void start(struct attn_cuda *a, const struct attn_cuda_step *step)
 {
-    const bool decode = any_generated(seqs, n_seqs);
-    const int32_t room = decode_room(a, seqs, n_seqs);
-    struct upload_piece dec_seqs = {NULL, NULL};
-
     for (int i = 0; i < N_LAUNCHES; i++) {
         struct attn_group *g = &a->groups[i];
-        g->n_parts = g->n_tiles = 0;
+        g->n_parts = g->n_tiles = g->n_last_tiles = 0;
         g->gate = SM90_GATE_NONE;
         g->gate_rows = a->probe.max ? a->probe.gate_rows : KV_BLOCK_TOKENS;
     }
     a->cut_runs = false;
-    a->cut = cut;
+    a->cut = step->cut;
     a->decode_half = -1;
+    a->last = step->last;
+    a->narrow = step->last != NULL;
+}
+
+void attn_cuda_plan(struct attn_cuda *a, const struct attn_cuda_step *step, struct upload *u,
+                    void *counts)
+{
+    const struct attn_seq *seqs = step->seqs;
+    const int32_t n_seqs = step->n_seqs;
+    const bool decode = any_generated(seqs, n_seqs);
+    const int32_t room = decode_room(a, seqs, n_seqs);
+    struct upload_piece dec_seqs = {NULL, NULL};
+
+    start(a, step);
     struct upload fixed = *u;
     if (decode) { /* before everything whose size varies */
         dec_seqs = upload_take(u, (size_t)room * sizeof(struct dec_seq));

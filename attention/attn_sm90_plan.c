@@ -127,6 +127,8 @@ static struct sm90_tile *section_tiles(struct sm90_tile *to, const struct sm90_s
 {
     struct sm90_tile *const start = to;
     for (int i = 0; i < n_seqs; i++) {
+        if (seqs[i].n_rows == 0)
+            continue;
         const int32_t cut = first_block(&seqs[i]) + tail_blocks(&seqs[i]);
         const int32_t first = tail ? first_block(&seqs[i]) : cut;
         int32_t b = tail ? cut - 1 : last_block(&seqs[i]);

@@ -19,7 +19,7 @@ int sm90_maps_make(struct sm90_maps *maps, const struct sm90_shape *shape, const
 int64_t sm90_tile_count(const struct sm90_seq *seqs, int n_seqs, int n_heads);
 /* Fills tiles: sections of KV heads whose K and V share the L2 cache, and within a section the
  * longest blocks first with the heads of a block adjacent; the shortest quarter of all sections
- * comes last. Returns how many. Allocates nothing. */
+ * comes last. A sequence of no rows has none. Returns how many. Allocates nothing. */
 int64_t sm90_tiles_make(struct sm90_tile *tiles, const struct sm90_seq *seqs, int n_seqs,
                         const struct sm90_shape *shape, size_t l2_bytes);
 

@@ -186,6 +186,7 @@ static struct batch_policy choose_policy(struct bench *b, int prompt, int mode)
     struct reference *ref = &b->refs[prompt][mode];
     struct batch_policy policy;
     struct err_msg why = {""};
+    b->runner.all_rows = m->all_rows;
     if (m->density > 0 && b->o->quick && prompt > 0) {
         ref->level = b->refs[0][mode].level;
     } else if (m->density > 0 && !ref->logits) {

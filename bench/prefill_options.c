@@ -30,6 +30,8 @@ static const struct conf_opt opts[] = {
     {"lambda", CONF_TEXT, AT(lambda), NULL, 0, 0, {0}, "LIST", "REL gates to run beside dense"},
     {"lost-mass", CONF_BOOL, AT(lost_mass), "false", 0, 0, {0}, NULL,
      "every gate once more with its lost softmax mass measured"},
+    {"all-rows", CONF_BOOL, AT(all_rows), "false", 0, 0, {0}, NULL,
+     "everything once more with the last layer computed of all rows, not only of those that the token needs"},
     {"sums", CONF_TEXT, AT(sums), "copy", 0, 0, {0}, "WAY",
      "over GPUs: copy or nccl, beside the products, or serial"},
     {"reps", CONF_INT, AT(reps), "3", 1, 64, {0}, "N", "timed passes, after one that is checked"},
@@ -136,6 +138,19 @@ static int add_measured(struct prefill_options *o, struct err_msg *why)
     return 0;
 }
 
+/* All of it again, with the whole last layer. */
+static int add_whole(struct prefill_options *o, struct err_msg *why)
+{
+    const int n = o->all_rows ? o->n_modes : 0;
+    for (int i = 0; i < n; i++) {
+        struct prefill_mode mode = o->modes[i];
+        mode.all_rows = true;
+        (void)snprintf(mode.name, sizeof mode.name, "%.26s+all", o->modes[i].name);
+        TRY(add_mode(o, &mode, why));
+    }
+    return 0;
+}
+
 static int read_sums(struct prefill_options *o, struct err_msg *why)
 {
     static const char *const ways[] = {
@@ -161,7 +176,8 @@ static int read_lists(struct prefill_options *o, struct err_msg *why)
     TRY(add_mode(o, &dense, why));
     TRY(add_levels(o, why));
     TRY(add_lambdas(o, why));
-    return add_measured(o, why);
+    TRY(add_measured(o, why));
+    return add_whole(o, why);
 }
 
 int prefill_options_read(struct prefill_options *o, int argc, char **argv, struct err_msg *why)

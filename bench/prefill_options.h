@@ -19,11 +19,12 @@ struct prefill_mode {
     double density;  /* ABS: instead of k, the level that is measured to keep so many; else 0 */
     float ln_lambda; /* REL */
     bool lost_mass;  /* measured */
+    bool all_rows;   /* batch.h */
 };
 
 struct prefill_options {
     char *model, *device, *thresholds, *tp, *prompt, *k, *density, *lambda, *sums, *shm;
-    bool random_weights, force_thresholds, lost_mass, quick, json, verbose;
+    bool random_weights, force_thresholds, lost_mass, all_rows, quick, json, verbose;
     int64_t chunk, reps, threads, rank; /* chunk: prefill_chunk */
 
     /* what the texts say */

@@ -74,7 +74,8 @@ int prefill_run(struct prefill_runner *r, struct prefill_pass *out, int32_t n_pr
         const int32_t left = n_prompt - s.start;
         s.n_tokens = left < r->chunk ? left : r->chunk;
         s.sample = s.n_tokens == left;
-        const struct batch batch = {.n_seqs = 1, .n_tokens = s.n_tokens, .seqs = &s};
+        const struct batch batch = {
+            .n_seqs = 1, .n_tokens = s.n_tokens, .seqs = &s, .all_rows = r->all_rows};
         show(r, s.start, n_prompt);
         TRY(model_step(r->model, &batch, &result));
         add_step(out, &result);

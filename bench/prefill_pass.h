@@ -12,6 +12,7 @@ struct prefill_runner {
     const struct thresholds *thresholds; /* NULL: no ABS */
     const int32_t *tokens, *pages;       /* enough for the longest prompt */
     int32_t chunk;
+    bool all_rows;   /* batch.h */
     bool terminal;   /* a line on stderr */
     char title[128]; /* of that line */
 

@@ -71,8 +71,11 @@ static void report_rel(struct calib_run *r, const struct batch_seq *seq,
 static int run_chunk(struct calib_run *r, struct batch_seq *seq, struct batch_counts *counts)
 {
     struct batch_result result = {.tokens = &r->token, .counts = &r->counts};
-    struct batch batch = {
-        .step_id = ++r->step_id, .n_seqs = 1, .n_tokens = seq->n_tokens, .seqs = seq};
+    struct batch batch = {.step_id = ++r->step_id,
+                          .n_seqs = 1,
+                          .n_tokens = seq->n_tokens,
+                          .seqs = seq,
+                          .all_rows = true}; /* densities are of all layers */
     TRY(model_step(r->model, &batch, &result));
     if (counts) {
         counts->reachable += r->counts.reachable;

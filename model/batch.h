@@ -63,6 +63,9 @@ struct batch {
     int32_t n_seqs;
     int32_t n_tokens; /* sum over sequences */
     const struct batch_seq *seqs;
+    /* Compute all rows of the last layer, not only what the samples need: for its counters, to
+     * calibrate or to compare. Implied where lost mass is measured. Results are the same. */
+    bool all_rows;
 };
 
 struct batch_token {
@@ -75,7 +78,8 @@ struct batch_token {
     float top_logprobs[BATCH_MAX_LOGPROBS];
 };
 
-/* Pages counted over all layers and heads of the sequence in this step (see attention/policy.h). */
+/* Pages counted over all layers and heads of the sequence in this step (see attention/policy.h); of
+ * the last layer, those of the blocks whose rows are sampled, unless all rows are computed. */
 struct batch_counts {
     uint64_t reachable, visited, kept;
     uint64_t sampled; /* rows and heads whose lost mass was measured */

@@ -281,24 +281,32 @@ static int decode(const struct gemm_cublas *g, const struct gemm_skinny *product
     return launched(gemm_decode_run(g->decode, product, mode, a, g->type == CUDA_R_16F, g->stream));
 }
 
+/* y = x w^T + beta y, by the library. */
+static int library_multiply(const struct gemm_cublas *g, const struct gemm_cublas_plan *p,
+                            const struct gemm_choice *c, const struct gemm_skinny *product,
+                            float beta)
+{
+    const float one = 1.0f;
+    struct layouts l;
+    cublasStatus_t s = make_layouts(g, p, product->rows, &l);
+    cublasLtMatmulDescOpaque_t op = p->op;
+    if (s == CUBLAS_STATUS_SUCCESS)
+        s = g->lib.cublasLtMatmul(g->lt, &op, &one, product->w, &l.w, product->x, &l.x, &beta,
+                                  product->y, &l.y, product->y, &l.y, &c->algo, g->workspace,
+                                  WORKSPACE_BYTES, g->stream);
+    return s == CUBLAS_STATUS_SUCCESS ? 0 : ERR_CUBLAS;
+}
+
 static int multiply(const struct gemm_cublas *g, const struct gemm_cublas_plan *p,
                     const struct gemm_choice *c, const struct gemm_skinny *product)
 {
-    const float one = 1.0f, zero = 0.0f;
-    struct layouts l;
     if (c->decode)
         return decode(g, product, p->y_type == CUDA_R_32F ? GEMM_DECODE_F32 : GEMM_DECODE_PLAIN,
                       NULL);
     if (c->skinny)
         return launched(gemm_skinny_launch(product, c->skinny, g->type == CUDA_R_16F,
                                            p->y_type == CUDA_R_32F, g->stream));
-    cublasStatus_t s = make_layouts(g, p, product->rows, &l);
-    cublasLtMatmulDescOpaque_t op = p->op;
-    if (s == CUBLAS_STATUS_SUCCESS)
-        s = g->lib.cublasLtMatmul(g->lt, &op, &one, product->w, &l.w, product->x, &l.x, &zero,
-                                  product->y, &l.y, product->y, &l.y, &c->algo, g->workspace,
-                                  WORKSPACE_BYTES, g->stream);
-    return s == CUBLAS_STATUS_SUCCESS ? 0 : ERR_CUBLAS;
+    return library_multiply(g, p, c, product, 0.0f);
 }
 
 static const struct gemm_choice *choice_of(const struct gemm_cublas_plan *p, int32_t rows)
@@ -327,6 +335,15 @@ int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, voi
     const struct gemm_skinny product = {
         .y = y, .x = x, .w = w, .rows = rows, .n = p->n, .k = p->k, .queue = next_queue(g)};
     return report(multiply(g, p, choice_of(p, rows), &product), p, rows);
+}
+
+int gemm_cublas_add(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y, const void *x,
+                    const void *w, int32_t rows)
+{
+    const struct gemm_skinny product = {.y = y, .x = x, .w = w, .rows = rows, .n = p->n, .k = p->k};
+    const struct gemm_choice *c = choice_of(p, rows);
+    ASSERT(!c->skinny && !c->decode);
+    return report(library_multiply(g, p, c, &product, 1.0f), p, rows);
 }
 
 bool gemm_cublas_is_ours(const struct gemm_cublas_plan *p, int32_t rows)

@@ -40,6 +40,10 @@ MUST_CHECK int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *
 /* y [rows, n] = x [rows, k] w [n, k]^T, dense row-major. Enqueued on the stream. */
 MUST_CHECK int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
                                const void *x, const void *w, int32_t rows);
+/* y += x w^T. An algorithm that divides k may round the product first. Not for rows that are made
+ * by a kernel of our own. */
+MUST_CHECK int gemm_cublas_add(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
+                               const void *x, const void *w, int32_t rows);
 /* Whether so many rows are made by a kernel of our own: these alone have the two functions below.
  */
 bool gemm_cublas_is_ours(const struct gemm_cublas_plan *p, int32_t rows);

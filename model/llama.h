@@ -38,6 +38,7 @@ struct llama_input {
     const struct attn_seq *seqs;
     const int32_t *outputs; /* [n_outputs] rows whose logits are wanted; the same on every rank */
     int32_t n_outputs;
+    bool all_rows; /* see llama_is_narrow */
     /* Tokens to draw, rank 0 only; NULL: none. output_of [n_seqs] is an index into outputs or -1,
      * which gives token -1. */
     const struct batch_seq *draws;
@@ -77,6 +78,17 @@ struct llama_ops {
 extern const struct llama_ops llama_cpu;
 
 const struct llama_ops *llama_ops_of(const struct dev *d);
+
+/* Whether the last layer is narrow. Of it, all rows' K and V are wanted and nothing else but the
+ * rows of outputs, so it computes the attention of those rows' blocks, which decide together what
+ * is kept, and the rest of the output rows alone: no bit of a logit depends on what is left out.
+ * Counters count what is computed. all_rows: it is not narrow, for those who want its pages; nor is
+ * it where a sequence has generated rows besides the output (it was preempted), whose kernel on a
+ * GPU plans all layers alike. */
+bool llama_is_narrow(const struct llama_input *in);
+/* Of each sequence, the rows whose attention a narrow last layer computes: out [n_seqs]. */
+void llama_last_rows(const struct llama_input *in, struct attn_rows *out);
+
 /* By the setup's device. What the setup points to must outlive the graph, but for the setup itself.
  */
 MUST_CHECK int llama_create(struct llama **out, const struct llama_setup *setup,

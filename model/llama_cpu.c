@@ -31,10 +31,27 @@ struct activations {
     float *attn;     /* [n, n_heads * head_dim] */
     float *gate_up;  /* [n, 2 n_inter] */
     float *act;      /* [n, n_inter] */
-    float *last;     /* [max_outputs, hidden] */
+    float *last;     /* [max_outputs, hidden] residuals of the output rows, then their norms */
     float *slice;    /* [max_outputs, vocab_width] this rank's logits */
     float *slices;   /* [n_ranks, outputs of the step, vocab_width]; NULL: one rank */
     float *logits;   /* [max_outputs, vocab] on rank 0; one rank's slice is that already */
+};
+
+/* What a narrow last layer attends to: the sequences that have an output. */
+struct last_layer {
+    struct attn_rows *rows;     /* [max_outputs] of all sequences of the step */
+    struct attn_seq *seqs;      /* [max_outputs] */
+    int32_t *of;                /* [max_outputs] sequences of the step */
+    struct attn_counts *counts; /* [max_outputs] */
+    int32_t n;
+    bool narrow;
+};
+
+/* Rows that a layer's products and norms work on: all of the step, or the output rows, packed. */
+struct live_rows {
+    int32_t n;
+    float *residual;
+    const float *attn;
 };
 
 struct llama_cpu_state {
@@ -58,6 +75,7 @@ struct llama_cpu_state {
     size_t workspace_bytes;
     struct kv_span *spans; /* of the step */
     int32_t n_spans;
+    struct last_layer last; /* of a step in which it is narrow */
     struct attn_policy policy;
     struct attn_counts *head_counts; /* [n_layers, n_heads] since creation */
     struct sampler *sampler;         /* rank 0 */
@@ -158,6 +176,10 @@ static void destroy(struct llama *base)
     sampler_destroy(m->sampler);
     mem_free(m->head_counts);
     mem_free(m->spans);
+    mem_free(m->last.rows);
+    mem_free(m->last.seqs);
+    mem_free(m->last.of);
+    mem_free(m->last.counts);
     mem_free(m);
 }
 
@@ -168,6 +190,15 @@ static int open_sampler(struct llama_cpu_state *m, struct err_msg *why)
     int err = sampler_create(&m->sampler, m->c->vocab_size, pool_size(m->dev->pool), m->c->eos_ids,
                              m->c->n_eos);
     return err < 0 ? err_set(why, err, "no memory for sampling") : 0;
+}
+
+static void take_last_layer(struct last_layer *l, int32_t max_outputs)
+{
+    const size_t n = (size_t)max_outputs;
+    l->rows = mem_zalloc(n, sizeof *l->rows);
+    l->seqs = mem_zalloc(n, sizeof *l->seqs);
+    l->of = mem_zalloc(n, sizeof *l->of);
+    l->counts = mem_zalloc(n, sizeof *l->counts);
 }
 
 static int create(struct llama **out, const struct llama_setup *setup, struct err_msg *why)
@@ -187,6 +218,7 @@ static int create(struct llama **out, const struct llama_setup *setup, struct er
     m->spans = mem_zalloc((size_t)m->max_tokens, sizeof *m->spans);
     m->head_counts =
         mem_zalloc((size_t)m->c->n_layers * (size_t)m->shard->n_heads, sizeof *m->head_counts);
+    take_last_layer(&m->last, m->max_outputs);
     int err = make_plans(m, why);
     if (err == 0)
         err = take_memory(m, setup->max_position, why);
@@ -254,6 +286,25 @@ static void plan_spans(struct llama_cpu_state *m, const struct llama_input *in)
     }
 }
 
+static void plan_last_layer(struct llama_cpu_state *m, const struct llama_input *in)
+{
+    struct last_layer *l = &m->last;
+    l->n = 0;
+    l->narrow = llama_is_narrow(in);
+    llama_last_rows(in, l->rows);
+    for (int32_t i = 0; i < in->n_seqs; i++) {
+        struct attn_seq s = in->seqs[i];
+        if (l->rows[i].n_rows == 0)
+            continue;
+        s.pos += l->rows[i].row - s.row;
+        s.row = l->rows[i].row;
+        s.n_rows = l->rows[i].n_rows;
+        l->seqs[l->n] = s;
+        l->of[l->n++] = i;
+    }
+    memset(l->counts, 0, (size_t)l->n * sizeof *l->counts);
+}
+
 struct kv_job {
     const struct llama_cpu_state *m;
     int layer;
@@ -280,9 +331,15 @@ static struct attn_rel_counts rel_counts_of(const struct llama_cpu_state *m,
     return c;
 }
 
+static bool is_narrow(const struct llama_cpu_state *m, int layer)
+{
+    return layer == m->c->n_layers - 1 && m->last.narrow;
+}
+
 static int attend(struct llama_cpu_state *m, const struct llama_input *in, int layer,
                   struct llama_times *times)
 {
+    const bool narrow = is_narrow(m, layer);
     const struct attn_rel_counts rel = rel_counts_of(m, in, layer);
     const struct attn_problem p = {
         .layer = layer,
@@ -292,9 +349,9 @@ static int attend(struct llama_cpu_state *m, const struct llama_input *in, int l
         .out = m->a.attn,
         .q_stride = m->qkv_width,
         .out_stride = m->q_width,
-        .seqs = in->seqs,
-        .n_seqs = in->n_seqs,
-        .seq_counts = in->seq_counts,
+        .seqs = narrow ? m->last.seqs : in->seqs,
+        .n_seqs = narrow ? m->last.n : in->n_seqs,
+        .seq_counts = narrow ? m->last.counts : in->seq_counts,
         .head_counts = m->head_counts + (ptrdiff_t)layer * m->shard->n_heads,
         .tile_max = in->tile_max,
         .rel_counts = in->rel_counts ? &rel : NULL,
@@ -306,9 +363,29 @@ static int attend(struct llama_cpu_state *m, const struct llama_input *in, int l
     return in->tile_max ? in->on_tiles(in->on_tiles_arg, layer) : 0;
 }
 
+static void add_counts(struct attn_counts *to, const struct attn_counts *from)
+{
+    to->reachable += from->reachable;
+    to->visited += from->visited;
+    to->kept += from->kept;
+}
+
+/* What follows is of the output rows alone: packs their residuals, and what attention left of them
+ * where q was. */
+static void narrow(struct llama_cpu_state *m, const struct llama_input *in, struct live_rows *rows)
+{
+    const struct activations *a = &m->a;
+    const int32_t n = in->n_outputs;
+    for (int32_t i = 0; i < m->last.n; i++)
+        add_counts(&in->seq_counts[m->last.of[i]], &m->last.counts[i]);
+    nn_gather(m->dev, a->last, a->residual, in->outputs, n, m->c->hidden_size);
+    nn_gather(m->dev, a->qkv, a->attn, in->outputs, n, m->q_width);
+    *rows = (struct live_rows){n, a->last, a->qkv};
+}
+
 /* residual += o(attention(norm(residual))) */
 static int attention_block(struct llama_cpu_state *m, const struct llama_input *in, int layer,
-                           struct llama_times *times)
+                           struct live_rows *rows, struct llama_times *times)
 {
     const struct llama_layer *w = &m->w->layers[layer];
     const struct activations *a = &m->a;
@@ -325,29 +402,36 @@ static int attention_block(struct llama_cpu_state *m, const struct llama_input *
         nn_add_bias(m->dev, a->qkv, w->qkv_bias, n, m->qkv_width);
     nn_rope(m->dev, a->qkv, &rope, in->positions, n);
     pool_run(m->dev->pool, write_span, &job, m->n_spans);
-    TRY(attend(m, in, layer, times));
-    product(m, &m->o_plan, a->hidden, a->attn, w->o, n, times);
-    TRY(reduce(m, a->hidden, n, times));
-    nn_residual(m->dev, a->residual, a->hidden, w->o_bias, n, hidden);
+    if (!is_narrow(m, layer) || m->last.n > 0)
+        TRY(attend(m, in, layer, times));
+    if (is_narrow(m, layer))
+        narrow(m, in, rows);
+    if (rows->n == 0)
+        return 0;
+    product(m, &m->o_plan, a->hidden, rows->attn, w->o, rows->n, times);
+    TRY(reduce(m, a->hidden, rows->n, times));
+    nn_residual(m->dev, rows->residual, a->hidden, w->o_bias, rows->n, hidden);
     return 0;
 }
 
 /* residual += down(silu(gate(x)) * up(x)) with x = norm(residual) */
-static int mlp_block(struct llama_cpu_state *m, const struct llama_input *in, int layer,
+static int mlp_block(struct llama_cpu_state *m, int layer, const struct live_rows *rows,
                      struct llama_times *times)
 {
     const struct llama_layer *w = &m->w->layers[layer];
     const struct activations *a = &m->a;
-    const int32_t n = in->n_rows, hidden = m->c->hidden_size, n_inter = m->shard->n_inter;
+    const int32_t n = rows->n, hidden = m->c->hidden_size, n_inter = m->shard->n_inter;
 
-    nn_rms_norm(m->dev, a->hidden, a->residual, w->mlp_norm, n, hidden, (float)m->c->rms_eps);
+    if (n == 0)
+        return 0;
+    nn_rms_norm(m->dev, a->hidden, rows->residual, w->mlp_norm, n, hidden, (float)m->c->rms_eps);
     product(m, &m->gate_up_plan, a->gate_up, a->hidden, w->gate_up, n, times);
     if (w->gate_up_bias)
         nn_add_bias(m->dev, a->gate_up, w->gate_up_bias, n, 2 * n_inter);
     nn_swiglu(m->dev, a->act, a->gate_up, n, n_inter);
     product(m, &m->down_plan, a->hidden, a->act, w->down, n, times);
     TRY(reduce(m, a->hidden, n, times));
-    nn_residual(m->dev, a->residual, a->hidden, w->down_bias, n, hidden);
+    nn_residual(m->dev, rows->residual, a->hidden, w->down_bias, n, hidden);
     return 0;
 }
 
@@ -379,17 +463,20 @@ static int forward(struct llama_cpu_state *m, const struct llama_input *in,
 {
     const struct activations *a = &m->a;
     const int32_t hidden = m->c->hidden_size;
+    struct live_rows rows = {in->n_rows, a->residual, a->attn};
 
     ASSERT(m->kv && in->n_rows <= m->max_tokens && in->n_outputs <= m->max_outputs);
     plan_spans(m, in);
+    plan_last_layer(m, in);
     nn_gather(m->dev, a->residual, m->w->embed, in->ids, in->n_rows, hidden);
     for (int layer = 0; layer < m->c->n_layers; layer++) {
-        TRY(attention_block(m, in, layer, times));
-        TRY(mlp_block(m, in, layer, times));
+        TRY(attention_block(m, in, layer, &rows, times));
+        TRY(mlp_block(m, layer, &rows, times));
     }
     if (in->n_outputs == 0)
         return 0;
-    nn_gather(m->dev, a->last, a->residual, in->outputs, in->n_outputs, hidden);
+    if (rows.residual != a->last)
+        nn_gather(m->dev, a->last, a->residual, in->outputs, in->n_outputs, hidden);
     nn_rms_norm(m->dev, a->last, a->last, m->w->norm, in->n_outputs, hidden, (float)m->c->rms_eps);
     product(m, &m->head_plan, a->slice, a->last, m->w->lm_head, in->n_outputs, times);
     return gather(m, in->n_outputs, times);

@@ -199,6 +199,7 @@ static void destroy(struct llama *base)
     mem_free(m->marks.events);
     mem_free(m->marks.parts);
     mem_free(m->output_row);
+    mem_free(m->last_rows);
     mem_free(m->logits_host);
     mem_free(m);
 }
@@ -224,6 +225,7 @@ static struct llama_cuda_state *make_state(const struct llama_setup *setup)
     m->kv_width = m->shard->n_kv_heads * m->c->head_dim;
     m->qkv_width = m->q_width + 2 * m->kv_width;
     m->output_row = mem_zalloc((size_t)m->max_outputs, sizeof *m->output_row);
+    m->last_rows = mem_zalloc((size_t)m->max_outputs, sizeof *m->last_rows);
     m->logits_host = mem_zalloc((size_t)m->c->vocab_size, sizeof *m->logits_host);
     return m;
 }
@@ -277,7 +279,7 @@ static int take_upload(struct llama_cuda_state *m, struct err_msg *why)
     m->up.bytes = upload_round(m->results_bytes) +
                   upload_round((size_t)m->max_outputs * sizeof(struct sampler_cuda_seq)) +
                   4 * upload_round((size_t)m->rows * sizeof(int32_t)) +
-                  upload_round((size_t)m->out_rows * sizeof(int32_t)) +
+                  2 * upload_round((size_t)m->out_rows * sizeof(int32_t)) +
                   attn_cuda_upload_bytes(m->attn);
     TRY(take(m, &m->up.dev, m->up.bytes, "the plan of a step", why));
     TRY(dev_cuda_pin_alloc(m->dev, &host, m->up.bytes, why));

@@ -27,7 +27,7 @@ struct cuda_activations {
     void *attn;     /* [n, n_heads * head_dim] */
     void *gate_up;  /* [n, 2 n_inter] */
     void *act;      /* [n, n_inter] */
-    void *last;     /* [o, hidden] */
+    void *last;     /* [o, hidden] output rows: their norms, or in a narrow layer residuals */
     float *slice;   /* [o, vocab_width] f32, this rank's logits */
     float *slices;  /* [n_ranks, outputs of the step, vocab_width]; NULL: one rank */
     float *logits;  /* [o, vocab] on rank 0; one rank's slice is that already */
@@ -36,11 +36,21 @@ struct cuda_activations {
 /* Where a step's rows lie on the device, and on the host while they are packed. */
 struct cuda_rows {
     int32_t n;    /* with padding */
+    bool narrow;  /* the last layer is (llama.h) */
     int32_t half; /* > 0: a long step over ranks, in two halves; rows of the first */
     const int32_t *ids, *positions, *slots, *tails;
     const int32_t *outputs; /* [n_outputs] */
+    const int32_t *owned;   /* [n_outputs] the same, -1 where another rank has the residual */
     int32_t n_outputs;
     const struct sampler_cuda_seq *draws; /* [max_outputs] */
+};
+
+/* Rows that products and norms work on: all of the step, or the output rows, packed. */
+struct cuda_live {
+    int32_t n;
+    void *residual;
+    const void *delta; /* a block's output that the next norm adds to it; NULL: it has it */
+    const void *attn;
 };
 
 /* A captured step. */
@@ -97,6 +107,8 @@ struct llama_cuda_state {
     int64_t history_len;
 
     struct cuda_rows step;
+    struct cuda_live live;
+    struct attn_rows *last_rows;      /* [max_outputs] llama_last_rows of the step */
     const struct llama_input *probed; /* the step whose page maxima are wanted, or NULL */
     bool captured;                    /* the last step was a graph: row i's logits are at row i */
     int32_t *output_row; /* [max_outputs] row of the logits of output i of the last step */
@@ -128,11 +140,13 @@ int32_t llama_cuda_split_rows(const struct llama_cuda_state *m, int32_t rows);
 /* Sets step.half; returns it where attention can be divided there too, else 0. in NULL: not split.
  */
 int32_t llama_cuda_split_step(struct llama_cuda_state *m, const struct llama_input *in);
+/* Whether this rank has the residual of a row that is split over the ranks. */
+bool llama_cuda_owns_row(const struct llama_cuda_state *m, int32_t row);
 /* K and V into the cache, then attention, of the rows of half 0 or 1, or of all. */
 enum { ATTEND_ALL = -1 };
 typedef int (*llama_cuda_attend_fn)(struct llama_cuda_state *m, int layer, int half);
-/* All layers of the packed step, whose half is > 0. The last norm of every row is left in hidden.
- */
+/* All layers of the packed step, whose half is > 0. The last norm of every row is left in hidden;
+ * where the last layer is narrow, it is left after its attention. */
 MUST_CHECK int llama_cuda_split_layers(struct llama_cuda_state *m, llama_cuda_attend_fn attend);
 
 /* llama_cuda_times.c. Ends the part that runs and begins another; nothing while a step is not

@@ -86,6 +86,14 @@ int32_t llama_cuda_split_step(struct llama_cuda_state *m, const struct llama_inp
     return cut;
 }
 
+bool llama_cuda_owns_row(const struct llama_cuda_state *m, int32_t row)
+{
+    const int32_t half = m->step.half, first = row < half ? 0 : half;
+    const int32_t n = row < half ? half : m->step.n - half;
+    const int owner = m->c->n_layers > 1 ? (row - first) / comm_part(m->comm, n) : 0;
+    return owner == m->comm->rank;
+}
+
 /* ---- rows ---- */
 
 static void *at(const struct llama_cuda_state *m, const void *rows, int32_t row, int32_t width)
@@ -220,6 +228,18 @@ static int layer(struct llama_cuda_state *m, int l, struct half *h, llama_cuda_a
     return down(m, w, &h[1]);
 }
 
+/* The last layer up to its attention, where that is all that is computed of every row. */
+static int narrow_layer(struct llama_cuda_state *m, int l, struct half *h,
+                        llama_cuda_attend_fn attend)
+{
+    const struct llama_layer *w = &m->w->layers[l];
+    TRY(qkv(m, w, &h[0]));
+    if (l > 0)
+        TRY(share_norm(m, &h[1], w[-1].down_bias, w->attn_norm));
+    TRY(qkv(m, w, &h[1]));
+    return attend(m, l, ATTEND_ALL);
+}
+
 /* A half's last norms to where outputs are looked up. */
 static int keep(struct llama_cuda_state *m, struct half *h)
 {
@@ -239,9 +259,13 @@ int llama_cuda_split_layers(struct llama_cuda_state *m, llama_cuda_attend_fn att
 
     TRY(first_norm(m, &h[0]));
     TRY(first_norm(m, &h[1]));
-    for (int l = 0; l < n_layers; l++) {
+    for (int l = 0; l < n_layers - m->step.narrow; l++) {
         TRY(llama_cuda_mark_layer(m, l));
         TRY(layer(m, l, h, attend));
+    }
+    if (m->step.narrow) {
+        TRY(llama_cuda_mark_layer(m, n_layers - 1));
+        return narrow_layer(m, n_layers - 1, h, attend);
     }
     TRY(llama_cuda_mark_layer(m, n_layers));
     TRY(keep(m, &h[0]));

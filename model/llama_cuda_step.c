@@ -37,11 +37,14 @@ static void pack_outputs(struct llama_cuda_state *m, const struct llama_input *i
     struct cuda_rows *s = &m->step;
     const int32_t wanted = in ? in->n_outputs : 0;
     s->n_outputs = all_outputs ? rows : wanted;
-    const struct upload_piece p = take_rows(m, s->n_outputs);
-    int32_t *rows_of = p.host;
+    const struct upload_piece p = take_rows(m, s->n_outputs), q = take_rows(m, s->n_outputs);
+    int32_t *rows_of = p.host, *owned = q.host;
     s->outputs = p.dev;
-    for (int32_t i = 0; i < s->n_outputs; i++)
+    s->owned = q.dev;
+    for (int32_t i = 0; i < s->n_outputs; i++) {
         rows_of[i] = all_outputs ? i : in->outputs[i];
+        owned[i] = s->half == 0 || llama_cuda_owns_row(m, rows_of[i]) ? rows_of[i] : -1;
+    }
     for (int32_t i = 0; i < wanted; i++)
         m->output_row[i] = all_outputs ? in->outputs[i] : i;
 }
@@ -70,6 +73,15 @@ static void pack_rows(struct llama_cuda_state *m, const struct llama_input *in, 
 void llama_cuda_pack(struct llama_cuda_state *m, const struct llama_input *in, int32_t rows,
                      bool all_outputs)
 {
+    struct attn_cuda_step attn = {0};
+    if (in)
+        attn = (struct attn_cuda_step){in->seqs, in->n_seqs, 0, NULL};
+    m->step.narrow = in && !all_outputs && llama_is_narrow(in);
+    attn.cut = llama_cuda_split_step(m, in);
+    if (m->step.narrow) {
+        llama_last_rows(in, m->last_rows);
+        attn.last = m->last_rows;
+    }
     m->up.used = 0;
     struct upload_piece results = upload_take(&m->up, m->results_bytes);
     struct upload_piece draws =
@@ -80,8 +92,7 @@ void llama_cuda_pack(struct llama_cuda_state *m, const struct llama_input *in, i
     pack_outputs(m, in, rows, all_outputs);
     if (in && in->draws)
         llama_cuda_pack_draws(m, in, draws.host);
-    const int32_t cut = llama_cuda_split_step(m, in);
-    attn_cuda_plan(m->attn, in ? in->seqs : NULL, in ? in->n_seqs : 0, cut, &m->up, results.dev);
+    attn_cuda_plan(m->attn, &attn, &m->up, results.dev);
 }
 
 int llama_cuda_send(struct llama_cuda_state *m)
@@ -99,27 +110,43 @@ int llama_cuda_product(struct llama_cuda_state *m, const struct gemm_cublas_plan
     return llama_cuda_mark(m, PART_OTHER);
 }
 
-/* Adds up the ranks' shares of a block's output. */
-static int reduce(struct llama_cuda_state *m)
+/* Adds up the ranks' shares of so many rows. */
+static int reduce(struct llama_cuda_state *m, void *rows, int32_t n_rows)
 {
-    const size_t n = (size_t)m->step.n * (size_t)m->c->hidden_size;
+    const size_t n = (size_t)n_rows * (size_t)m->c->hidden_size;
     if (m->shard->n_ranks == 1)
         return 0;
     TRY(llama_cuda_mark(m, PART_COMM));
-    TRY(comm_all_reduce_dev(m->comm, m->a.delta, n, m->dtype, m->stream));
+    TRY(comm_all_reduce_dev(m->comm, rows, n, m->dtype, m->stream));
     return llama_cuda_mark(m, PART_OTHER);
 }
 
-/* residual += delta + bias; hidden = norm(residual). */
-static int add_norm(struct llama_cuda_state *m, const void *delta, const void *bias,
-                    const void *weight)
+/* A block's output, y = x w^T. Of many rows on one rank the product adds it to the residual itself,
+ * which is a pass over memory less; otherwise it is left for the next norm. */
+static int block_product(struct llama_cuda_state *m, const struct gemm_cublas_plan *plan,
+                         const void *x, const void *w, const void *bias)
+{
+    const int32_t n = m->live.n;
+    if (n > GRAPH_MAX_ROWS && m->shard->n_ranks == 1 && !bias && !gemm_cublas_is_ours(plan, n)) {
+        m->live.delta = NULL;
+        TRY(llama_cuda_mark(m, PART_GEMM));
+        TRY(gemm_cublas_add(m->gemm, plan, m->live.residual, x, w, n));
+        return llama_cuda_mark(m, PART_OTHER);
+    }
+    m->live.delta = m->a.delta;
+    TRY(llama_cuda_product(m, plan, m->a.delta, x, w, n));
+    return reduce(m, m->a.delta, n);
+}
+
+/* residual += delta + bias, where there is one; hidden = norm(residual). */
+static int add_norm(struct llama_cuda_state *m, const void *bias, const void *weight)
 {
     const struct nn_cuda_norm norm = {.out = m->a.hidden,
-                                      .residual = m->a.residual,
-                                      .x = delta,
+                                      .residual = m->live.residual,
+                                      .x = m->live.delta,
                                       .bias = bias,
                                       .weight = weight,
-                                      .n = m->step.n,
+                                      .n = m->live.n,
                                       .width = m->c->hidden_size,
                                       .eps = (float)m->c->rms_eps,
                                       .early = m->shard->n_ranks == 1};
@@ -176,7 +203,7 @@ static int project(struct llama_cuda_state *m, int layer)
 static int activate(struct llama_cuda_state *m, const struct llama_layer *w)
 {
     const struct cuda_activations *a = &m->a;
-    const int32_t n = m->step.n;
+    const int32_t n = m->live.n;
     if (gemm_cublas_is_ours(m->gate_up_plan, n)) {
         TRY(llama_cuda_mark(m, PART_GEMM));
         TRY(gemm_cublas_swiglu(m->gemm, m->gate_up_plan, a->act, a->hidden, w->gate_up,
@@ -189,8 +216,15 @@ static int activate(struct llama_cuda_state *m, const struct llama_layer *w)
     return 0;
 }
 
+static bool is_narrow(const struct llama_cuda_state *m, int layer)
+{
+    return m->step.narrow && layer == m->c->n_layers - 1;
+}
+
 static int attention(struct llama_cuda_state *m, int layer, int half)
 {
+    if (is_narrow(m, layer) && m->step.n_outputs == 0)
+        return 0;
     TRY(llama_cuda_mark(m, PART_ATTENTION));
     TRY(half == ATTEND_ALL ? attn_cuda_run(m->attn, layer)
                            : attn_cuda_run_half(m->attn, layer, half));
@@ -206,29 +240,54 @@ static int attend(struct llama_cuda_state *m, int layer, int half)
     return attention(m, layer, half);
 }
 
-/* delta = o(attention(norm(residual + delta))) */
+/* What follows is of the output rows alone: packs their residuals, and what attention left of them
+ * where q was. Of a step whose rows are split over the ranks, each has its part of the residuals.
+ */
+static int narrow(struct llama_cuda_state *m)
+{
+    const struct cuda_activations *a = &m->a;
+    const int32_t n = m->step.n_outputs, dtype = dev_cuda_dtype(m->dtype);
+    m->live = (struct cuda_live){.n = n, .residual = a->last, .attn = a->qkv};
+    if (n == 0)
+        return 0;
+    CUDA_TRY(nn_cuda_gather(a->qkv, a->attn, m->step.outputs, n, m->q_width, m->step.n, dtype,
+                            m->stream));
+    CUDA_TRY(nn_cuda_gather(a->last, a->residual, m->step.owned, n, m->c->hidden_size, m->step.n,
+                            dtype, m->stream));
+    return m->step.half > 0 ? reduce(m, a->last, n) : 0;
+}
+
+/* o(attention), of all rows or in a narrow last layer of those that are left. */
+static int close_attention(struct llama_cuda_state *m, int layer)
+{
+    const struct llama_layer *w = &m->w->layers[layer];
+    if (is_narrow(m, layer))
+        TRY(narrow(m));
+    return m->live.n > 0 ? block_product(m, m->o_plan, m->live.attn, w->o, w->o_bias) : 0;
+}
+
+/* residual and delta of o(attention(norm(residual + delta))) */
 static int attention_block(struct llama_cuda_state *m, int layer)
 {
     const struct llama_layer *w = &m->w->layers[layer];
-    const struct cuda_activations *a = &m->a;
 
-    TRY(add_norm(m, layer > 0 ? a->delta : NULL, layer > 0 ? w[-1].down_bias : NULL, w->attn_norm));
+    TRY(add_norm(m, layer > 0 ? w[-1].down_bias : NULL, w->attn_norm));
     TRY(project(m, layer));
     TRY(attention(m, layer, ATTEND_ALL));
-    TRY(llama_cuda_product(m, m->o_plan, a->delta, a->attn, w->o, m->step.n));
-    return reduce(m);
+    return close_attention(m, layer);
 }
 
-/* delta = down(silu(gate(x)) * up(x)) with x = norm(residual + delta) */
+/* The same of down(silu(gate(x)) * up(x)) with x = norm(residual + delta). */
 static int mlp_block(struct llama_cuda_state *m, int layer)
 {
     const struct llama_layer *w = &m->w->layers[layer];
     const struct cuda_activations *a = &m->a;
 
-    TRY(add_norm(m, a->delta, w->o_bias, w->mlp_norm));
+    if (m->live.n == 0)
+        return 0;
+    TRY(add_norm(m, w->o_bias, w->mlp_norm));
     TRY(activate(m, w));
-    TRY(llama_cuda_product(m, m->down_plan, a->delta, a->act, w->down, m->step.n));
-    return reduce(m);
+    return block_product(m, m->down_plan, a->act, w->down, w->down_bias);
 }
 
 /* The ranks' slices of the logits, put together on rank 0, which samples. */
@@ -253,39 +312,58 @@ static int gather(struct llama_cuda_state *m)
     return 0;
 }
 
-static int output_block(struct llama_cuda_state *m)
+/* The last norm of the output rows; out: where it is. */
+static int last_norm(struct llama_cuda_state *m, void **out)
 {
     const struct cuda_activations *a = &m->a;
-    const struct nn_cuda_norm norm = {.out = a->last,
-                                      .residual = a->residual,
-                                      .x = a->delta,
+    const int32_t width = m->c->hidden_size, dtype = dev_cuda_dtype(m->dtype);
+    const bool packed = m->step.narrow;
+    const struct nn_cuda_norm norm = {.out = packed ? a->hidden : a->last,
+                                      .residual = m->live.residual,
+                                      .x = m->live.delta,
                                       .bias = m->w->layers[m->c->n_layers - 1].down_bias,
                                       .weight = m->w->norm,
-                                      .rows = m->step.outputs,
+                                      .rows = packed ? NULL : m->step.outputs,
                                       .n = m->step.n_outputs,
-                                      .width = m->c->hidden_size,
+                                      .width = width,
                                       .eps = (float)m->c->rms_eps,
                                       .early = m->shard->n_ranks == 1};
-    const int dtype = dev_cuda_dtype(m->dtype);
-    if (norm.n == 0)
+    *out = norm.out;
+    CUDA_TRY(m->step.half > 0 && !packed
+                 ? nn_cuda_gather(a->last, a->hidden, m->step.outputs, norm.n, width, m->step.n,
+                                  dtype, m->stream)
+                 : nn_cuda_residual_norm(&norm, dtype, m->stream));
+    return 0;
+}
+
+static int output_block(struct llama_cuda_state *m)
+{
+    const int32_t n = m->step.n_outputs;
+    void *last = NULL;
+    if (n == 0)
         return 0;
-    CUDA_TRY(m->step.half > 0 ? nn_cuda_gather(a->last, a->hidden, norm.rows, norm.n, norm.width,
-                                               m->step.n, dtype, m->stream)
-                              : nn_cuda_residual_norm(&norm, dtype, m->stream));
-    TRY(llama_cuda_product(m, m->head_plan, a->slice, a->last, m->w->lm_head, norm.n));
+    TRY(last_norm(m, &last));
+    TRY(llama_cuda_product(m, m->head_plan, m->a.slice, last, m->w->lm_head, n));
     return gather(m);
 }
 
 static int layers(struct llama_cuda_state *m)
 {
-    if (m->step.half > 0)
-        return llama_cuda_split_layers(m, attend);
-    for (int layer = 0; layer < m->c->n_layers; layer++) {
+    const int last = m->c->n_layers - 1;
+    m->live = (struct cuda_live){.n = m->step.n, .residual = m->a.residual, .attn = m->a.attn};
+    if (m->step.half > 0) {
+        TRY(llama_cuda_split_layers(m, attend));
+        if (!m->step.narrow)
+            return 0;
+        TRY(close_attention(m, last));
+        return mlp_block(m, last);
+    }
+    for (int layer = 0; layer <= last; layer++) {
         TRY(llama_cuda_mark_layer(m, layer));
         TRY(attention_block(m, layer));
         TRY(mlp_block(m, layer));
     }
-    return llama_cuda_mark_layer(m, m->c->n_layers);
+    return llama_cuda_mark_layer(m, last + 1);
 }
 
 int llama_cuda_layers(struct llama_cuda_state *m)

@@ -23,11 +23,17 @@ static bool is_timed(const struct llama_cuda_state *m, int layer)
     return m->c->n_layers < DEEP || layer % EVERY == EVERY / 2;
 }
 
+/* Layers that are alike: a narrow last one is not. */
+static int alike(const struct llama_cuda_state *m)
+{
+    return m->c->n_layers - m->step.narrow;
+}
+
 int llama_cuda_mark_layer(struct llama_cuda_state *m, int layer)
 {
     struct cuda_marks *k = &m->marks;
-    const bool after = layer == m->c->n_layers;
-    if (!k->on)
+    const bool after = layer == alike(m);
+    if (!k->on || layer > alike(m))
         return 0;
     if (layer == 0)
         k->n_timed = 0;
@@ -51,7 +57,7 @@ int llama_cuda_add_times(struct llama_cuda_state *m, struct llama_times *times)
     for (int32_t i = 0; k->on && i + 1 < k->n; i++) {
         float part = 0.0f;
         CUDA_TRY(cudaEventElapsedTime(&part, k->events[i], k->events[i + 1]));
-        const double layers = (double)m->c->n_layers / k->n_timed;
+        const double layers = k->n_timed > 0 ? (double)alike(m) / k->n_timed : 1.0;
         ms[k->parts[i]] += (double)part * (i < k->n_layer_marks ? layers : 1.0);
     }
     times->attention_us = (int64_t)(ms[PART_ATTENTION] * 1000.0);

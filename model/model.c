@@ -398,6 +398,13 @@ static int aim_probe(struct model *m)
     return 0;
 }
 
+/* Probes and counters are of all rows. */
+static bool is_probed(const struct model *m)
+{
+    const struct probe *p = &m->probe;
+    return m->rel_counts.bins || p->fn || p->mass_fn || p->dev_fn;
+}
+
 /* Runs the plan that m->plan holds; the same on every rank. */
 static int run_plan(struct model *m, struct llama_times *times)
 {
@@ -409,6 +416,7 @@ static int run_plan(struct model *m, struct llama_times *times)
         .seqs = m->plan.seqs,
         .outputs = m->plan.outputs,
         .n_outputs = m->plan.n_outputs,
+        .all_rows = m->plan.all_rows || is_probed(m),
         .output_of = m->output_of,
         .tokens = m->tokens,
         .draws = m->batch ? m->batch->seqs : NULL,

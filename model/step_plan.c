@@ -8,7 +8,7 @@
 
 struct plan_head {
     uint64_t step_id;
-    int32_t n_seqs, n_rows, n_outputs, zero;
+    int32_t n_seqs, n_rows, n_outputs, all_rows;
 };
 
 struct plan_seq {
@@ -129,6 +129,7 @@ int step_plan_from_batch(struct step_plan *p, const struct batch *b, struct err_
                        p->limits.max_seqs);
     p->step_id = b->step_id;
     p->n_rows = p->n_seqs = p->n_outputs = 0;
+    p->all_rows = b->all_rows;
     for (int32_t i = 0; i < b->n_seqs; i++) {
         const struct batch_seq *s = &b->seqs[i];
         TRY(check_extent(&p->limits, s, why));
@@ -137,6 +138,7 @@ int step_plan_from_batch(struct step_plan *p, const struct batch *b, struct err_
             return err_set(why, ERR_INVALID, "a batch of more than %d tokens",
                            p->limits.max_tokens);
         TRY(add_rows(p, s, why));
+        p->all_rows |= s->policy.lost_mass;
     }
     if (p->n_rows != b->n_tokens)
         return err_set(why, ERR_INVALID, "a batch of %d tokens that says %d", p->n_rows,
@@ -166,7 +168,7 @@ size_t step_plan_encode_stop(void *buf)
 
 size_t step_plan_encode(const struct step_plan *p, void *buf)
 {
-    const struct plan_head head = {p->step_id, p->n_seqs, p->n_rows, p->n_outputs, 0};
+    const struct plan_head head = {p->step_id, p->n_seqs, p->n_rows, p->n_outputs, p->all_rows};
     char *at = put(buf, &head, sizeof head);
 
     for (int32_t i = 0; i < p->n_seqs; i++) {
@@ -284,9 +286,11 @@ int step_plan_decode(struct step_plan *p, const void *buf, size_t len, bool *sto
     if (*stop)
         return 0;
     if (head.n_seqs < 0 || head.n_seqs > p->limits.max_seqs || head.n_rows < 1 ||
-        head.n_rows > p->limits.max_tokens || len / sizeof(struct plan_seq) < (size_t)head.n_seqs)
+        head.n_rows > p->limits.max_tokens || head.all_rows < 0 || head.all_rows > 1 ||
+        len / sizeof(struct plan_seq) < (size_t)head.n_seqs)
         return ERR_PROTOCOL;
     p->step_id = head.step_id;
+    p->all_rows = head.all_rows;
     for (int32_t i = 0; i < head.n_seqs; i++) {
         struct plan_seq h;
         memcpy(&h, at, sizeof h);

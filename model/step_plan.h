@@ -1,8 +1,9 @@
 /* What one step computes, without requests: rows, sequences, page tables. Rank 0 makes it from the
  * batch; followers read it from rank 0's message and compute the same. The message is for processes
  * of one build (native byte order, no versions), but its counts are checked all the same.
- *   message: u64 step id, i32 n_seqs, n_rows, n_outputs, 0; n_seqs headers (struct plan_seq);
- * n_rows token ids; n_outputs rows; the page tables, one after the other. n_seqs == 0 means stop.
+ *   message: u64 step id, i32 n_seqs, n_rows, n_outputs, all_rows; n_seqs headers (struct
+ * plan_seq); n_rows token ids; n_outputs rows; the page tables, one after the other. n_seqs == 0
+ * means stop.
  */
 #ifndef MODEL_STEP_PLAN_H
 #define MODEL_STEP_PLAN_H
@@ -29,6 +30,7 @@ struct step_plan {
     int32_t *ids, *positions; /* [max_tokens] */
     struct attn_seq *seqs;    /* [max_seqs] */
     int32_t *outputs;         /* [max_seqs] rows whose logits are wanted, ascending */
+    bool all_rows;            /* of the last layer are computed */
 };
 
 /* Takes memory for the largest step. limits.n_pages and those of levels may be set later. */

@@ -47,7 +47,7 @@ struct batch_seq case_seq(const int32_t *tokens, int32_t start, int32_t n, int32
 
 int case_step(struct model_case *c, const struct batch_seq *seqs, int32_t n_seqs)
 {
-    struct batch b = {.step_id = 1, .n_seqs = n_seqs, .seqs = seqs};
+    struct batch b = {.step_id = 1, .n_seqs = n_seqs, .seqs = seqs, .all_rows = c->all_rows};
     for (int32_t i = 0; i < n_seqs; i++)
         b.n_tokens += seqs[i].n_tokens;
     return model_step(c->model, &b, &c->result);

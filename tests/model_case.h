@@ -16,6 +16,7 @@ struct model_case {
     struct batch_token tokens[CASE_MAX_SEQS];
     struct batch_counts counts[CASE_MAX_SEQS];
     struct batch_result result;
+    bool all_rows; /* of its steps: batch.h */
 };
 
 /* Fails the test when the model does not open. */

@@ -102,7 +102,7 @@ static void run_share(struct share *s, const struct attn_choice *choice)
     u.host = host_alloc(u.bytes);
     u.dev = device_copy(u.host, u.bytes);
     const struct upload_piece results = upload_take(&u, counts);
-    attn_cuda_plan(s->attn, &seq, 1, s->cut, &u, results.dev);
+    attn_cuda_plan(s->attn, &(struct attn_cuda_step){&seq, 1, s->cut, NULL}, &u, results.dev);
     assert_true(attn_cuda_has_halves(s->attn) == (s->cut > 0));
     assert_ok(dev_upload(dev, u.dev, u.host, u.used));
     for (int half = 0; half < (s->cut > 0 ? 2 : 1); half++)

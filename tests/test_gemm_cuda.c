@@ -496,6 +496,29 @@ static void test_chain(void **state)
     free(got);
 }
 
+/* Added to what is there. */
+static void check_added(struct gemm_cublas *g, const struct gemm_cublas_plan *plan,
+                        const struct product *p, struct rng *rng)
+{
+    const size_t n = (size_t)p->rows * (size_t)p->n, all = n + (size_t)p->n;
+    const double ulp = p->dtype ? 0x1p-11 : 0x1p-8;
+    if (p->f32 || gemm_cublas_is_ours(plan, p->rows))
+        return;
+    uint16_t *before = random16(all, p->dtype, 3.0, rng), *got = host_alloc(all * sizeof *got);
+    void *y = device_copy(before, all * sizeof *before);
+    assert_ok(gemm_cublas_add(g, plan, y, p->d_x, p->d_w, p->rows));
+    device_take(got, y, all * sizeof *got);
+    for (size_t i = 0; i < n; i++) {
+        const double was = (double)from16(before[i], p->dtype), want = was + p->want[i];
+        const double bound = ulp * (fabs(want) + fabs(p->want[i])) + /* the product, then the sum */
+                             p->k * (double)FLT_EPSILON * (p->size[i] + fabs(was));
+        assert_close(from16(got[i], p->dtype), want, bound, 0);
+    }
+    assert_memory_equal(got + n, before + n, (all - n) * sizeof *got);
+    free(before);
+    free(got);
+}
+
 /* Every row count from 1 on finds an algorithm, before and after tuning. */
 static void check_library(int dtype, bool f32, struct rng *rng)
 {
@@ -519,6 +542,7 @@ static void check_library(int dtype, bool f32, struct rng *rng)
             assert_ok(gemm_cublas_run(g, plan, y, p.d_x, p.d_w, p.rows));
             check(&p, y, "tuned");
         }
+        check_added(g, plan, &p, rng);
         drop(&p);
     }
     gemm_cublas_plan_free(plan);

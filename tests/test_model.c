@@ -529,9 +529,11 @@ static void test_policy(void **state)
     s.policy.lost_mass = false;
     assert_ok(case_step(&c, &s, 1));
     assert_true(c.counts[0].sampled == 0 && c.counts[0].lost == 0);
+    assert_int_equal(c.counts[0].reachable, (6 + 4) * 4); /* block 1 alone in the last layer */
+    assert_int_equal(c.counts[0].kept, (4 + 2) * 4);
     for (int i = 0; i < 8; i++)
         kept += model_head_counts(c.model)[i].kept;
-    assert_int_equal(kept, 14 * 8);
+    assert_int_equal(kept, 10 * 8 + 6 * 4);
     s.policy.level = 2;
     assert_int_equal(case_step(&c, &s, 1), ERR_INVALID);
     model_case_close(&c);
@@ -565,6 +567,64 @@ static void test_decode_policy(void **state)
     model_case_close(&c);
 }
 
+/* One of four steps of three sequences: an end of a prompt behind others' rows, a prompt's middle,
+ * generated rows. */
+static void narrow_step(struct model_case *c, const int32_t *tokens, int step, int gate)
+{
+    static const int32_t pages[3][4] = {{2, 0, 3, 1}, {9, 8, 11, 10}, {4, 5, 6, 7}};
+    const int32_t start[] = {0, 128, 254, 255}, n[] = {128, 126, 1, 1};
+    struct batch_seq s[3];
+    for (int i = 0; i < 3; i++) {
+        const int at = (step + i) % 4; /* of its own four steps */
+        s[i] = case_seq(tokens + i, start[at], n[at], 254, pages[i], 4);
+        s[i].sample = at > 0;
+        s[i].policy.gate = (uint8_t)gate;
+        s[i].policy.gate_rows = i == 1 ? 64 : 128;
+        s[i].policy.ln_lambda = 0.5f;
+    }
+    assert_ok(case_step(c, s, 3));
+}
+
+/* A narrow last layer writes all K and V and changes no bit of any logit. */
+static void test_narrow(void **state)
+{
+    float t[2][2 * 4];
+    int32_t tokens[258];
+    struct model_case c[2];
+    (void)state;
+    for (int i = 0; i < 258; i++)
+        tokens[i] = i * i % 59;
+    struct attn_policy policy = {.abs = open_and_closed(t)};
+    for (int i = 0; i < 8; i++)
+        t[0][i] = 0.05f * (float)i;
+    for (int k = 0; k < 2; k++) {
+        open_case(&c[k], GQA_DIR);
+        assert_ok(model_set_policy(c[k].model, &policy, NULL));
+        c[k].all_rows = k > 0;
+    }
+    for (int step = 0; step < 12; step++) {
+        uint64_t pages[2] = {0};
+        for (int k = 0; k < 2; k++)
+            narrow_step(&c[k], tokens, step % 4, step / 4);
+        for (int i = 0; i < 3; i++) {
+            const float *got = model_last_logits(c[0].model, i);
+            const float *want = model_last_logits(c[1].model, i);
+            const size_t bytes = (size_t)model_info(c[0].model)->vocab_size * sizeof *got;
+            assert_true((got == NULL) == (want == NULL));
+            if (got)
+                assert_memory_equal(got, want, bytes);
+            for (int k = 0; k < 2; k++)
+                pages[k] += c[k].counts[i].reachable;
+        }
+        /* a prompt at its first half has nothing in the last layer: 2 pages of 4 heads, 3 in units
+         * of 64 rows; one at its second half has all of its rows there */
+        const bool in_64 = step % 4 == 3 && step > 3;
+        assert_int_equal(pages[1] - pages[0], step % 4 == 1 ? 0 : in_64 ? 3 * 4 : 2 * 4);
+    }
+    model_case_close(&c[0]);
+    model_case_close(&c[1]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -572,6 +632,7 @@ int main(void)
         cmocka_unit_test(test_numeric),      cmocka_unit_test(test_plan_message),
         cmocka_unit_test(test_plan_outputs), cmocka_unit_test(test_tiles),
         cmocka_unit_test(test_policy),       cmocka_unit_test(test_decode_policy),
+        cmocka_unit_test(test_narrow),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
