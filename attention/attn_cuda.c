@@ -358,6 +358,8 @@ static int prefill_all(struct attn_cuda *a, int layer, int first, int end)
     for (int i = first; i < end; i++) {
         if (a->groups[i].n_tiles > 0)
             TRY(prefill(a, &a->groups[i], layer));
+        if (a->groups[i].n_tiles > 0 && a->rel.bins)
+            TRY(attn_cuda_count_rel(a, &a->groups[i], layer));
     }
     return 0;
 }
