@@ -86,7 +86,7 @@ struct attn_problem {
     struct attn_counts *seq_counts;           /* [n_seqs], summed over heads */
     struct attn_counts *head_counts;          /* [n_heads], summed over sequences */
     struct attn_tile_max *tile_max;           /* NULL: none */
-    const struct attn_rel_counts *rel_counts; /* NULL: none; the CPU kernel alone has it */
+    const struct attn_rel_counts *rel_counts; /* NULL: none */
     void *workspace;                          /* attn_workspace_bytes */
 };
 

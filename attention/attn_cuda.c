@@ -177,7 +177,7 @@ static int upload_visits(struct attn_cuda *a, struct err_msg *why)
     struct sm90_visit *visit = mem_zalloc(n, sizeof *visit);
     for (size_t i = 0; i < n; i++) {
         visit[i] = heads[i].visit == ATTN_VISIT_ALL
-                       ? (struct sm90_visit){0, -1}
+                       ? (struct sm90_visit){1, -1} /* page 0 behind the diagonal */
                        : (struct sm90_visit){heads[i].sink_pages, heads[i].local_pages};
     }
     int err = dev_upload(a->cfg.dev, a->visit, visit, a->visit_bytes);
@@ -366,8 +366,11 @@ static int prefill_all(struct attn_cuda *a, int layer, int first, int end)
 {
     for (int i = first; i < end; i++) {
         const struct attn_group *g = &a->groups[i];
-        if ((is_narrow(a, layer) ? g->n_last_tiles : g->n_tiles) > 0)
-            TRY(prefill(a, g, layer));
+        if ((is_narrow(a, layer) ? g->n_last_tiles : g->n_tiles) == 0)
+            continue;
+        TRY(prefill(a, g, layer));
+        if (a->rel.bins)
+            TRY(attn_cuda_count_rel(a, g, layer));
     }
     return 0;
 }

@@ -1,4 +1,5 @@
-/* What attn_cuda.c (memory, policy, launches) and attn_cuda_plan.c (steps) share. */
+/* What attn_cuda.c (memory, policy, launches), attn_cuda_plan.c (steps) and attn_cuda_rel.c (counts
+ * for calibration) share. */
 #ifndef ATTENTION_ATTN_CUDA_INTERNAL_H
 #define ATTENTION_ATTN_CUDA_INTERNAL_H
 
@@ -83,6 +84,7 @@ struct attn_cuda {
     float *workspace;
     struct sm90_counts *head_counts; /* [n_layers, n_heads] */
     struct attn_cuda_probe probe;
+    struct attn_rel_counts rel; /* bins NULL: nothing is counted */
     struct attn_samples samples;
     /* the step */
     struct attn_group groups[N_LAUNCHES];
@@ -98,5 +100,9 @@ struct attn_cuda {
 
 /* attn_cuda_plan.c. Of a step in one launch. */
 int32_t attn_cuda_max_parts(const struct attn_cuda *a, int launch);
+
+/* attn_cuda_rel.c. Counts for the prompt rows of a launch of the prefill kernel. */
+MUST_CHECK int attn_cuda_count_rel(const struct attn_cuda *a, const struct attn_group *g,
+                                   int layer);
 
 #endif

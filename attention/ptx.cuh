@@ -188,6 +188,52 @@ __device__ __forceinline__ uint32_t grid_blocks(void)
     return n;
 }
 
+/* ---- asynchronous copies, global to shared, and products of a warp ---- */
+
+__device__ __forceinline__ void cp_async_16(uint32_t dst, const void *src)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit(void)
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* Waits until at most N groups of this thread's copies are in flight. */
+template <int N>
+__device__ __forceinline__ void cp_async_wait(void)
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+/* Four 8x8 matrices of 16-bit elements, one row address a lane. */
+__device__ __forceinline__ void ldsm_x4(uint32_t (&r)[4], uint32_t from)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from));
+}
+
+/* D[16, 8] += A[16, 16] B[16, 8]. Lane 4 g + t holds rows g and g + 8, columns 2 t and 2 t + 1 of
+ * D; of A and B the same pairs along the inner dimension, and those 8 further. */
+template <int DT>
+__device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t *a, uint32_t b0,
+                                          uint32_t b1)
+{
+    if (DT == DT_BF16) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
 /* ---- wgmma ---- */
 
 /* Registers written before this may be read by the wgmma that follow. */

@@ -105,13 +105,19 @@ static double diagonal(int32_t gate_rows, int32_t n_tokens)
     return 3.0 * full + (pages == 2 ? 3 : pages);
 }
 
+/* Layers that a served prompt's density is of: the last computes one block (model/llama.h). */
+static int32_t counted_layers(const struct calib_rel *r)
+{
+    return r->n_layers > 1 ? r->n_layers - 1 : 1;
+}
+
 /* Adds up a kind of row groups over layers and heads, into bins [N_BINS]. */
 static double collect(const struct calib_rel *r, const uint64_t *counts, int32_t gate_rows,
                       double bins[N_BINS])
 {
     double all = 0;
     memset(bins, 0, N_BINS * sizeof *bins);
-    for (int32_t l = 0; l < r->n_layers; l++) {
+    for (int32_t l = 0; l < counted_layers(r); l++) {
         for (int32_t h = 0; h < r->n_heads; h++) {
             const int32_t row = (2 * l + rows_index(gate_rows)) * r->n_heads + h;
             for (int32_t i = 0; i < N_BINS; i++) {
@@ -129,7 +135,7 @@ static void take_curve(struct calib_rel *r, int32_t gate_rows, int32_t n_tokens)
     double bins[N_BINS], skipped = 0;
     const double off = collect(r, r->counts.bins, gate_rows, bins);
     const double all =
-        off + diagonal(gate_rows, n_tokens) * (double)r->n_layers * (double)r->n_heads;
+        off + diagonal(gate_rows, n_tokens) * (double)counted_layers(r) * (double)r->n_heads;
     struct curve *c = add_curve(r, rows_index(gate_rows), n_tokens);
     for (int32_t i = 0; i < CALIB_REL_BELOW_1; i++) {
         skipped += bins[i];

@@ -75,7 +75,9 @@ static int run_chunk(struct calib_run *r, struct batch_seq *seq, struct batch_co
                           .n_seqs = 1,
                           .n_tokens = seq->n_tokens,
                           .seqs = seq,
-                          .all_rows = true}; /* densities are of all layers */
+                          /* ABS: maps of all layers; REL: densities as served */
+                          .all_rows =
+                              seq->policy.gate != BATCH_REL || model_info(r->model)->n_layers == 1};
     TRY(model_step(r->model, &batch, &result));
     if (counts) {
         counts->reachable += r->counts.reachable;
@@ -201,12 +203,12 @@ int calib_run_mass(struct calib_run *r, struct calib *c, struct calib_mass *mass
     return calib_end_sample(c, n_tokens, why);
 }
 
-/* From the trial `from` on. */
-static int run_trials(struct calib_run *r, int32_t from, const int32_t *tokens, int32_t n_tokens)
+/* Those that no dense run counts. */
+static int run_trials(struct calib_run *r, const int32_t *tokens, int32_t n_tokens)
 {
     struct batch_counts counts;
     for (r->rel_rows = 64; r->rel_rows <= 128; r->rel_rows += 64) {
-        for (r->rel_trial = from; r->rel_trial < CALIB_REL_TRIALS; r->rel_trial++) {
+        for (r->rel_trial = CALIB_REL_BELOW_1; r->rel_trial < CALIB_REL_TRIALS; r->rel_trial++) {
             const struct batch_policy gated = {.gate = BATCH_REL,
                                                .gate_rows = (uint8_t)r->rel_rows,
                                                .ln_lambda = calib_rel_trials()[r->rel_trial]};
@@ -229,15 +231,13 @@ int calib_run_rel(struct calib_run *r, struct calib_rel *rel, const int32_t *tok
         int off = model_count_rel(r->model, NULL);
         err = err < 0 ? err : off;
         if (err == 0)
-            err = run_trials(r, CALIB_REL_BELOW_1, tokens, n_tokens);
-    } else if (err == ERR_UNSUPPORTED) {
-        err = run_trials(r, 0, tokens, n_tokens);
+            err = run_trials(r, tokens, n_tokens);
     }
     r->rel = NULL;
     return err < 0 ? err_set(why, err, "the run: %s", err_str(err)) : 0;
 }
 
-int32_t calib_run_rel_runs(bool cpu)
+int32_t calib_run_rel_runs(void)
 {
-    return cpu ? 1 + 2 * (CALIB_REL_TRIALS - CALIB_REL_BELOW_1) : 2 * CALIB_REL_TRIALS;
+    return 1 + 2 * (CALIB_REL_TRIALS - CALIB_REL_BELOW_1);
 }

@@ -42,11 +42,11 @@ MUST_CHECK int calib_run_sample(struct calib_run *r, struct calib *c, struct bat
 MUST_CHECK int calib_run_mass(struct calib_run *r, struct calib *c, struct calib_mass *mass,
                               int32_t gate_rows, const int32_t *tokens, int32_t n_tokens,
                               struct err_msg *why);
-/* A prompt's points for the REL gate's law: one dense run for the trials below 1 where the device
- * counts in it, and one gated run for each other trial and each size of row groups. */
+/* A prompt's points for the REL gate's law: one dense run for the trials below 1, which is counted,
+ * and one gated run for each other trial and each size of row groups. */
 MUST_CHECK int calib_run_rel(struct calib_run *r, struct calib_rel *rel, const int32_t *tokens,
                              int32_t n_tokens, struct err_msg *why);
-/* How many runs that is, on the CPU or elsewhere. */
-int32_t calib_run_rel_runs(bool cpu);
+/* How many runs that is. */
+int32_t calib_run_rel_runs(void);
 
 #endif

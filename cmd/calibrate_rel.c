@@ -19,8 +19,7 @@ int calibrate_rel(struct calibrate_work *w, struct err_msg *why)
     for (int64_t i = 0; i < n; i++)
         tokens += chosen(w, i, n)->n_tokens;
     calib_rel_create(&rel, w->info.n_layers, w->info.n_heads);
-    calibrate_progress_begin(&w->progress,
-                             "REL gate:", tokens * calib_run_rel_runs(w->dev->ops == &dev_cpu));
+    calibrate_progress_begin(&w->progress, "REL gate:", tokens * calib_run_rel_runs());
     for (int64_t i = 0; err == 0 && i < n; i++) {
         const struct sample *s = chosen(w, i, n);
         struct err_msg cause = {""};

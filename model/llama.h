@@ -47,7 +47,8 @@ struct llama_input {
     struct attn_counts *seq_counts;        /* [n_seqs], written */
     struct attn_tile_max *tile_max;        /* CPU; NULL: none */
     const struct attn_cuda_probe *dev_max; /* a GPU; NULL: none */
-    /* CPU; bins [n_layers, 2, n_heads, n_edges + 1]; NULL: none */
+    /* memory of the device, bins [n_layers, 2, n_heads, n_edges + 1]; on a GPU for steps whose
+     * prompts have no gate; NULL: none */
     const struct attn_rel_counts *rel_counts;
     /* After each layer's attention where one of the maxima is set; on a GPU it enqueues. */
     int (*on_tiles)(void *arg, int layer);

@@ -423,11 +423,12 @@ int llama_cuda_run(struct llama *base, const struct llama_input *in, struct llam
     struct llama_cuda_state *m = llama_cuda_of(base);
     const struct attn_cuda_probe none = {0};
     ASSERT(m->attn && in->n_rows <= m->max_tokens && in->n_outputs <= m->max_outputs);
-    if (in->tile_max || in->rel_counts)
+    if (in->tile_max)
         return ERR_UNSUPPORTED; /* page maxima stay on the device: dev_max */
     TRY(dev_cuda_bind(m->dev));
     m->probed = in->dev_max ? in : NULL;
     attn_cuda_set_probe(m->attn, in->dev_max ? in->dev_max : &none);
+    attn_cuda_set_rel_counts(m->attn, in->rel_counts);
     int err = enqueue(m, in);
     m->probed = NULL;
     TRY(err);

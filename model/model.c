@@ -7,6 +7,7 @@
 #include "core/mem.h"
 #include "kvcache/kv_store.h"
 #include "model/config.h"
+#include "model/count_rel.h"
 #include "model/describe.h"
 #include "model/fingerprint.h"
 #include "model/llama.h"
@@ -53,7 +54,7 @@ struct model {
     struct attn_counts *head_counts; /* [n_layers, n_heads] since open */
     float *limbs;                    /* counters on their way through an all-reduce */
     struct probe probe;
-    struct attn_rel_counts rel_counts; /* bins NULL: off */
+    struct count_rel rel_counts;
 };
 
 /* The number formats: what was asked for, where the device can. st NULL: random weights. */
@@ -192,6 +193,7 @@ void model_close(struct model *m)
     mem_free(m->limbs);
     mem_free(m->head_policy);
     drop_probe(m);
+    count_rel_off(&m->rel_counts, m->dev);
     mem_free(m);
 }
 
@@ -375,10 +377,17 @@ int model_probe_tiles_dev(struct model *m, int32_t gate_rows, model_tile_dev_fn 
 
 int model_count_rel(struct model *m, const struct attn_rel_counts *counts)
 {
-    if (m->shard.n_ranks > 1 || llama_ops_of(m->dev)->half)
+    const bool on_device = llama_ops_of(m->dev)->half;
+    if (m->shard.n_ranks > 1)
         return ERR_UNSUPPORTED;
-    m->rel_counts = counts ? *counts : (struct attn_rel_counts){0};
-    return 0;
+    if (counts && on_device && counts->n_edges > ATTN_CUDA_REL_EDGES)
+        return ERR_INVALID;
+    count_rel_off(&m->rel_counts, m->dev);
+    if (!counts)
+        return 0;
+    const size_t n_bins =
+        (size_t)m->config.n_layers * 2 * (size_t)m->config.n_heads * ((size_t)counts->n_edges + 1);
+    return count_rel_on(&m->rel_counts, counts, n_bins, m->dev, on_device);
 }
 
 /* Shapes the probe's memory for the one sequence of the step. */
@@ -402,7 +411,7 @@ static int aim_probe(struct model *m)
 static bool is_probed(const struct model *m)
 {
     const struct probe *p = &m->probe;
-    return m->rel_counts.bins || p->fn || p->mass_fn || p->dev_fn;
+    return count_rel_of(&m->rel_counts) || p->fn || p->mass_fn || p->dev_fn;
 }
 
 /* Runs the plan that m->plan holds; the same on every rank. */
@@ -421,7 +430,7 @@ static int run_plan(struct model *m, struct llama_times *times)
         .tokens = m->tokens,
         .draws = m->batch ? m->batch->seqs : NULL,
         .seq_counts = m->seq_counts,
-        .rel_counts = m->rel_counts.bins ? &m->rel_counts : NULL,
+        .rel_counts = count_rel_of(&m->rel_counts),
     };
     if (!m->store)
         return ERR_INVALID;
@@ -433,7 +442,8 @@ static int run_plan(struct model *m, struct llama_times *times)
         in.on_tiles = on_device ? report_tiles_dev : report_tiles;
         in.on_tiles_arg = &m->probe;
     }
-    return llama_run(m->llama, &in, times);
+    TRY(llama_run(m->llama, &in, times));
+    return count_rel_collect(&m->rel_counts, m->dev);
 }
 
 /* Sums the sequences' counters over the ranks. They travel as 16-bit limbs, whose sums floats hold

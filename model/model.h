@@ -113,8 +113,10 @@ typedef int (*model_tile_dev_fn)(void *arg, const struct model_tiles *tiles);
 MUST_CHECK int model_probe_tiles_dev(struct model *m, int32_t gate_rows, model_tile_dev_fn fn,
                                      void *arg);
 /* Counts in every later step what the REL gate would do (attention.h), with bins [n_layers, 2,
- * n_heads, n_edges + 1] that must outlive the steps; NULL turns it off. Copied shallowly. On the
- * CPU, on one rank. */
+ * n_heads, n_edges + 1] that must outlive the steps and are up to date after each; NULL turns it
+ * off. Copied shallowly. On one rank. On a GPU it takes device memory and computes QK of prompts
+ * twice; there are at most ATTN_CUDA_REL_EDGES edges, and steps with a gated prompt are refused
+ * (ERR_UNSUPPORTED). */
 MUST_CHECK int model_count_rel(struct model *m, const struct attn_rel_counts *counts);
 /* Counters per [n_layers, n_heads], summed since open; 0 for heads of other ranks. */
 const struct attn_counts *model_head_counts(struct model *m);

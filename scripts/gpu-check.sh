@@ -166,7 +166,7 @@ ranks() {
 sanitize() {
     local tool t set
     for tool in memcheck racecheck synccheck; do
-        for t in attn_decode_sm90 attn_sm90 kv_store_cuda nn_cuda sampler_cuda select_cuda; do
+        for t in attn_decode_sm90 attn_rel_cuda attn_sm90 kv_store_cuda nn_cuda sampler_cuda select_cuda; do
             set=quick
             if [ "$t $tool" = "attn_sm90 racecheck" ]; then set="least turns"; fi
             for set in $set; do
