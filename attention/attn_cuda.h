@@ -53,7 +53,8 @@ size_t attn_cuda_counts_bytes(const struct attn_cuda *a);
 
 /* A step. cut > 0: rows before it and from it on can be run apart; a sequence that it divides is
  * divided at a multiple of a block. last: all that the last layer need compute of a sequence's
- * prompt rows; they lie in one block, and all rows of it are theirs or come after them. */
+ * prompt rows: whole blocks of them, but for what the sequence does not have; all rows, where its
+ * lost mass is measured. */
 struct attn_cuda_step {
     const struct attn_seq *seqs;
     int32_t n_seqs;

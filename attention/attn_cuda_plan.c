@@ -29,12 +29,6 @@ static size_t max_tiles(const struct attn_cuda *a)
     return blocks * (size_t)a->cfg.n_heads;
 }
 
-/* One query block of a part is all that a narrow last layer computes. */
-static size_t max_last_tiles(const struct attn_cuda *a)
-{
-    return (size_t)max_parts(a) * (size_t)a->cfg.n_heads;
-}
-
 static size_t max_pieces(const struct attn_cuda *a, int32_t parts)
 {
     return dec_plan_max_pieces(&a->dec_shape, parts, DEC_MAX_TOKENS);
@@ -67,8 +61,7 @@ size_t attn_cuda_upload_bytes(const struct attn_cuda *a)
     const size_t plan = upload_round(max_pieces(a, made) * sizeof(struct dec_piece)) +
                         upload_round((size_t)(a->dec_shape.n_shares + 1) * sizeof(int32_t));
     return (size_t)a->n_plans * plan + upload_round((size_t)made * sizeof(struct dec_seq)) +
-           upload_round(max_tiles(a) * sizeof(struct sm90_tile)) +
-           upload_round(max_last_tiles(a) * sizeof(struct sm90_tile)) +
+           2 * upload_round(max_tiles(a) * sizeof(struct sm90_tile)) + /* and of the last layer */
            upload_round(layers * (size_t)max_parts(a) * sizeof(struct sm90_seq)) +
            samples_bytes(a) +
            (size_t)LAUNCH_DECODE * 3 * UPLOAD_ALIGN + /* the groups' tiles and sequences apart */

@@ -64,7 +64,7 @@ struct batch {
     int32_t n_tokens; /* sum over sequences */
     const struct batch_seq *seqs;
     /* Compute all rows of the last layer, not only what the samples need: for its counters, to
-     * calibrate or to compare. Implied where lost mass is measured. Results are the same. */
+     * calibrate or to compare. Results are the same. */
     bool all_rows;
 };
 
@@ -79,7 +79,8 @@ struct batch_token {
 };
 
 /* Pages counted over all layers and heads of the sequence in this step (see attention/policy.h); of
- * the last layer, those of the blocks whose rows are sampled, unless all rows are computed. */
+ * the last layer, those of the blocks whose rows are sampled, unless all rows are computed, or
+ * those of the sequence for its lost mass or after a preemption. */
 struct batch_counts {
     uint64_t reachable, visited, kept;
     uint64_t sampled; /* rows and heads whose lost mass was measured */

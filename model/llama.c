@@ -15,25 +15,18 @@ const struct llama_ops *llama_ops_of(const struct dev *d)
     return &llama_cpu;
 }
 
-/* Whether a sequence has generated rows other than its last one, and that an output. */
-static bool replays(const struct attn_seq *s, bool output)
+bool llama_is_narrow(const struct llama_input *in)
+{
+    return !in->all_rows && in->n_outputs < in->n_rows;
+}
+
+/* Whether all rows of a sequence are attended to: lost mass is sampled in all layers; and generated
+ * rows other than the last, and that an output, are a replay's. */
+static bool is_whole(const struct attn_seq *s, bool output)
 {
     const int32_t end = s->pos + s->n_rows;
     const int32_t made = s->prompt_end > s->pos ? end - s->prompt_end : s->n_rows;
-    return made > 1 || (made == 1 && !output);
-}
-
-bool llama_is_narrow(const struct llama_input *in)
-{
-    int32_t next = 0;
-    for (int32_t i = 0; i < in->n_seqs; i++) {
-        const struct attn_seq *s = &in->seqs[i];
-        const bool output = next < in->n_outputs && in->outputs[next] < s->row + s->n_rows;
-        if (replays(s, output))
-            return false;
-        next += output;
-    }
-    return !in->all_rows && in->n_outputs < in->n_rows;
+    return s->choice.lost_mass || made > 1 || (made == 1 && !output);
 }
 
 /* From the start of the row's block, or of the sequence, to the end of either. */
@@ -45,14 +38,21 @@ static struct attn_rows block_of(const struct attn_seq *s, int32_t row)
     return (struct attn_rows){first, (block_end < seq_end ? block_end : seq_end) - first};
 }
 
-void llama_last_rows(const struct llama_input *in, struct attn_rows *out)
+bool llama_last_rows(const struct llama_input *in, struct attn_rows *out)
 {
     int32_t next = 0;
+    bool any = false;
     for (int32_t i = 0; i < in->n_seqs; i++) {
         const struct attn_seq *s = &in->seqs[i];
-        const bool wanted = next < in->n_outputs && in->outputs[next] < s->row + s->n_rows;
-        out[i] = wanted ? block_of(s, in->outputs[next++]) : (struct attn_rows){0};
+        const bool output = next < in->n_outputs && in->outputs[next] < s->row + s->n_rows;
+        if (is_whole(s, output))
+            out[i] = (struct attn_rows){s->row, s->n_rows};
+        else
+            out[i] = output ? block_of(s, in->outputs[next]) : (struct attn_rows){0};
+        next += output;
+        any |= out[i].n_rows > 0;
     }
+    return any;
 }
 
 int llama_create(struct llama **out, const struct llama_setup *setup, struct err_msg *why)

@@ -83,12 +83,12 @@ const struct llama_ops *llama_ops_of(const struct dev *d);
 /* Whether the last layer is narrow. Of it, all rows' K and V are wanted and nothing else but the
  * rows of outputs, so it computes the attention of those rows' blocks, which decide together what
  * is kept, and the rest of the output rows alone: no bit of a logit depends on what is left out.
- * Counters count what is computed. all_rows: it is not narrow, for those who want its pages; nor is
- * it where a sequence has generated rows besides the output (it was preempted), whose kernel on a
- * GPU plans all layers alike. */
+ * Counters count what is computed. all_rows: it is not narrow, for those who want its pages. */
 bool llama_is_narrow(const struct llama_input *in);
-/* Of each sequence, the rows whose attention a narrow last layer computes: out [n_seqs]. */
-void llama_last_rows(const struct llama_input *in, struct attn_rows *out);
+/* Of each sequence, the rows whose attention a narrow last layer computes: out [n_seqs]. All of one
+ * whose lost mass is measured, and of one with generated rows besides the output (it was
+ * preempted), whose kernel on a GPU plans all layers alike. False: there are none. */
+bool llama_last_rows(const struct llama_input *in, struct attn_rows *out);
 
 /* By the setup's device. What the setup points to must outlive the graph, but for the setup itself.
  */

@@ -291,7 +291,8 @@ static void plan_last_layer(struct llama_cpu_state *m, const struct llama_input 
     struct last_layer *l = &m->last;
     l->n = 0;
     l->narrow = llama_is_narrow(in);
-    llama_last_rows(in, l->rows);
+    ASSERT(in->n_seqs <= m->max_outputs);
+    (void)llama_last_rows(in, l->rows);
     for (int32_t i = 0; i < in->n_seqs; i++) {
         struct attn_seq s = in->seqs[i];
         if (l->rows[i].n_rows == 0)
@@ -368,6 +369,8 @@ static void add_counts(struct attn_counts *to, const struct attn_counts *from)
     to->reachable += from->reachable;
     to->visited += from->visited;
     to->kept += from->kept;
+    to->sampled += from->sampled;
+    to->lost += from->lost;
 }
 
 /* What follows is of the output rows alone: packs their residuals, and what attention left of them

@@ -35,9 +35,9 @@ struct cuda_activations {
 
 /* Where a step's rows lie on the device, and on the host while they are packed. */
 struct cuda_rows {
-    int32_t n;    /* with padding */
-    bool narrow;  /* the last layer is (llama.h) */
-    int32_t half; /* > 0: a long step over ranks, in two halves; rows of the first */
+    int32_t n;                 /* with padding */
+    bool narrow, attends_last; /* the last layer is (llama.h), and has attention */
+    int32_t half;              /* > 0: a long step over ranks, in two halves; rows of the first */
     const int32_t *ids, *positions, *slots, *tails;
     const int32_t *outputs; /* [n_outputs] */
     const int32_t *owned;   /* [n_outputs] the same, -1 where another rank has the residual */

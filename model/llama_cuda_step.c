@@ -79,7 +79,7 @@ void llama_cuda_pack(struct llama_cuda_state *m, const struct llama_input *in, i
     m->step.narrow = in && !all_outputs && llama_is_narrow(in);
     attn.cut = llama_cuda_split_step(m, in);
     if (m->step.narrow) {
-        llama_last_rows(in, m->last_rows);
+        m->step.attends_last = llama_last_rows(in, m->last_rows);
         attn.last = m->last_rows;
     }
     m->up.used = 0;
@@ -223,7 +223,7 @@ static bool is_narrow(const struct llama_cuda_state *m, int layer)
 
 static int attention(struct llama_cuda_state *m, int layer, int half)
 {
-    if (is_narrow(m, layer) && m->step.n_outputs == 0)
+    if (is_narrow(m, layer) && !m->step.attends_last)
         return 0;
     TRY(llama_cuda_mark(m, PART_ATTENTION));
     TRY(half == ATTEND_ALL ? attn_cuda_run(m->attn, layer)
@@ -423,6 +423,7 @@ int llama_cuda_run(struct llama *base, const struct llama_input *in, struct llam
     struct llama_cuda_state *m = llama_cuda_of(base);
     const struct attn_cuda_probe none = {0};
     ASSERT(m->attn && in->n_rows <= m->max_tokens && in->n_outputs <= m->max_outputs);
+    ASSERT(in->n_seqs <= m->max_outputs);
     if (in->tile_max)
         return ERR_UNSUPPORTED; /* page maxima stay on the device: dev_max */
     TRY(dev_cuda_bind(m->dev));

@@ -380,7 +380,7 @@ int model_count_rel(struct model *m, const struct attn_rel_counts *counts)
     const bool on_device = llama_ops_of(m->dev)->half;
     if (m->shard.n_ranks > 1)
         return ERR_UNSUPPORTED;
-    if (counts && on_device && counts->n_edges > ATTN_CUDA_REL_EDGES)
+    if (counts && on_device && (counts->n_edges < 1 || counts->n_edges > ATTN_CUDA_REL_EDGES))
         return ERR_INVALID;
     count_rel_off(&m->rel_counts, m->dev);
     if (!counts)

@@ -138,7 +138,6 @@ int step_plan_from_batch(struct step_plan *p, const struct batch *b, struct err_
             return err_set(why, ERR_INVALID, "a batch of more than %d tokens",
                            p->limits.max_tokens);
         TRY(add_rows(p, s, why));
-        p->all_rows |= s->policy.lost_mass;
     }
     if (p->n_rows != b->n_tokens)
         return err_set(why, ERR_INVALID, "a batch of %d tokens that says %d", p->n_rows,
@@ -246,10 +245,11 @@ static int decode_outputs(struct step_plan *p, struct rest *r, int32_t n)
     const int32_t *rows = next(r, n);
     if (!rows)
         return ERR_PROTOCOL;
-    for (int32_t i = 0, least = 0; i < n; i++) {
-        if (rows[i] < least || rows[i] >= p->n_rows)
+    for (int32_t i = 0, seq = 0; i < n; i++, seq++) {
+        while (seq < p->n_seqs && rows[i] >= p->seqs[seq].row + p->seqs[seq].n_rows)
+            seq++;
+        if (seq == p->n_seqs || rows[i] < p->seqs[seq].row)
             return ERR_PROTOCOL;
-        least = rows[i] + 1;
         p->outputs[p->n_outputs++] = rows[i];
     }
     return 0;

@@ -391,7 +391,7 @@ static void test_plan_outputs(void **state)
     static const int32_t bad_counts[] = {-1, 2, 4, 5, 1 << 20, INT32_MAX, INT32_MIN};
     static const int32_t bad_rows[][3] = {{3, 5, 7}, {-1, 5, 6},        {3, 3, 6},
                                           {5, 3, 6}, {3, 5, INT32_MAX}, {3, 6, 6},
-                                          {6, 6, 6}, {INT32_MIN, 5, 6}};
+                                          {6, 6, 6}, {INT32_MIN, 5, 6}, {0, 3, 5}};
     const struct plan_limits limits = {
         .max_seqs = 4, .max_tokens = 8, .max_position = 64, .vocab_size = 64, .n_pages = N_PAGES};
     struct step_plan sent, got;
@@ -625,6 +625,43 @@ static void test_narrow(void **state)
     model_case_close(&c[1]);
 }
 
+/* What a narrow last layer counts is a sequence's own affair: nothing of a chunk without a sample,
+ * all of one whose lost mass is measured or that replays generated rows, whoever is beside it. */
+static void test_narrow_counts(void **state)
+{
+    static const int32_t pages[2][4] = {{2, 0, 3, 1}, {9, 8, 11, 10}};
+    int32_t tokens[256];
+    struct model_case c[2];
+    (void)state;
+    for (int i = 0; i < 256; i++)
+        tokens[i] = i * 7 % 59;
+    for (int k = 0; k < 2; k++) {
+        open_case(&c[k], GQA_DIR);
+        c[k].all_rows = k > 0;
+        struct batch_seq s[2] = {case_seq(tokens, 0, 128, 254, pages[0], 4),
+                                 case_seq(tokens, 0, 128, 254, pages[1], 4)};
+        s[0].sample = s[1].sample = false;
+        assert_ok(case_step(&c[k], s, 1));
+        assert_int_equal(c[k].counts[0].reachable, 2 * 4 * (k + 1));
+        assert_int_equal(c[k].tokens[0].token, -1);
+        s[1].policy.lost_mass = true; /* and before it a prompt's end */
+        s[0] = case_seq(tokens, 128, 126, 254, pages[0], 4);
+        assert_ok(case_step(&c[k], s, 2));
+        assert_int_equal(c[k].counts[0].reachable, 4 * 8);
+        assert_int_equal(c[k].counts[1].reachable, 2 * 8);
+        s[0] = case_seq(tokens, 254, 2, 254, pages[0], 4);
+        s[1] = case_seq(tokens, 128, 64, 254, pages[1], 4);
+        s[1].sample = false;
+        assert_ok(case_step(&c[k], s, 2));
+        assert_int_equal(c[k].counts[0].reachable, 2 * 4 * 8);
+        assert_int_equal(c[k].counts[1].reachable, 3 * 4 * (k + 1));
+    }
+    assert_memory_equal(model_last_logits(c[0].model, 0), model_last_logits(c[1].model, 0),
+                        (size_t)model_info(c[0].model)->vocab_size * sizeof(float));
+    model_case_close(&c[0]);
+    model_case_close(&c[1]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -632,7 +669,7 @@ int main(void)
         cmocka_unit_test(test_numeric),      cmocka_unit_test(test_plan_message),
         cmocka_unit_test(test_plan_outputs), cmocka_unit_test(test_tiles),
         cmocka_unit_test(test_policy),       cmocka_unit_test(test_decode_policy),
-        cmocka_unit_test(test_narrow),
+        cmocka_unit_test(test_narrow),       cmocka_unit_test(test_narrow_counts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -27,6 +27,7 @@ from needle_data import MIXES, TASKS, Data
 from needle_eval import scores, table
 from needle_net import HEAD_DIM, Config, Net, Optimiser, init_params, load_params, save_model
 
+# time: seconds. steps, where it is there: shares are of so many steps, not of the time, which then only bounds them.
 # least, most: share of the time after which a stage may end (once `advance` of the answer tokens are right) and must end.
 # decay: the learning rate is whole until the first share, falls to a tenth at the second, to a hundredth at the end.
 # clip: attention logits are capped at the first number, falling to the second at this share of the time.
@@ -35,7 +36,7 @@ from needle_net import HEAD_DIM, Config, Net, Optimiser, init_params, load_param
 # table: nominal lengths of the prompts asked before and after.
 FACTS = dict(mixes=['facts'] * 5, earlier=.25, table=[])
 RUNS = {
-    1: dict(time=95, stages=[512, 2048], least=[.3, .2], most=[.7, 1.], advance=.95, decay=[.4, .9],
+    1: dict(time=300, steps=6000, stages=[512, 2048], least=[.3, .2], most=[.75, 1.], advance=.95, decay=[.6, .95],
             lr=.002, adam_lr=3e-3, seed=1, clip=[], tokens=16384, **{**FACTS, 'mixes': ['copies', 'facts']}),
     2: dict(time=480, stages=[512, 2048, 8192, 16384, 32768], least=[.05, .12, .2, .2, .2], most=[.1, .25, .5, .8, 1.],
             advance=.985, decay=[.35, .92], lr=.02, adam_lr=3e-3, seed=7, clip=[], **FACTS),
@@ -59,6 +60,7 @@ def arguments():
     ap.add_argument('--out', required=True, help='folder to write')
     ap.add_argument('--resume', help='model.safetensors to begin with')
     ap.add_argument('--time', type=float, help='seconds from the start of the program')
+    ap.add_argument('--steps', type=int, default=0, help='0: the time decides alone; run 1 has 6000')
     ap.add_argument('--stages', type=numbers(int), help='lengths of rows')
     ap.add_argument('--least', type=numbers(float), help='share of the time that a stage lasts at least')
     ap.add_argument('--most', type=numbers(float), help='share of the time at which it ends')
@@ -210,14 +212,16 @@ class Training:
 
     def run(self):
         """Shares of the time are counted from the third step on: those before it compile. False: diverged."""
-        begin = None
-        while self.log.seconds() < self.a.time:
+        a, begin = self.a, None
+        while self.log.seconds() < a.time and not 0 < a.steps <= self.step:
             if begin is None and self.step == 3:
-                if self.a.device != 'cpu':
+                if a.device != 'cpu':
                     torch.cuda.synchronize()
                 begin = self.log.seconds()
             now = self.log.seconds()
-            share = 0.0 if begin is None else (now - begin) / max(1.0, self.a.time - begin)
+            share = 0.0 if begin is None else (now - begin) / max(1.0, a.time - begin)
+            if a.steps:
+                share = self.step / a.steps
             self.train_step(share)
             if self.step % LOOK_EVERY == 0:
                 if not self.look(share):
