@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Trains the needle model from nothing, on one H200 (others were not tried), in three runs of 960 seconds together, and
-a fourth of 440, and 20 more for its last answers:
+"""Trains the needle model from nothing, on one H200 (others were not tried), in a run of 6000 steps (100 to 200 seconds),
+two of 480 and 385 seconds, and one of 440, and 20 more for its last answers:
 
   train.py --run 1 --out run1
   train.py --run 2 --out run2 --resume run1/model.safetensors
@@ -9,8 +9,8 @@ a fourth of 440, and 20 more for its last answers:
 
 The first learns to copy on short rows, the second stretches that to 32K, the third repeats it under a falling cap of the
 attention logits, the fourth adds common words (cwe) and has more of what was weak, several values of one key and frequent
-words. Its log ends with a table of greedy answers before and after. Runs are bounded by time, not by steps: a slower card
-sees fewer tokens, and wants a longer --time.
+words. Its log ends with a table of greedy answers before and after. Runs after the first are bounded by time, not by steps:
+a slower card sees fewer tokens, and wants a longer --time.
 Every option has its value from the run and can be set by itself. --out gets config.json, model.safetensors (bfloat16), train.log, train.json.
 Needs PyTorch >= 2.5 with CUDA, safetensors, and nothing else: all rows are drawn on the device (needle_data.py)."""
 import argparse
