@@ -104,7 +104,7 @@ static void fill_sched(const struct daemon *d, struct sched_config *s)
     const struct model_info *info = model_info(d->model.model);
     *s = (struct sched_config){
         .max_running = (int32_t)o->max_running,
-        .token_budget = (int32_t)o->token_budget,
+        .token_budget = d->model.token_budget,
         .max_partial_prefills = (int32_t)o->max_partial_prefills,
         .max_long_partial = (int32_t)o->max_long_partial,
         .long_prefill_tokens = (int32_t)o->long_prefill_tokens,
@@ -260,10 +260,10 @@ static int serve(struct daemon *d, struct err_msg *why)
         engine_shutdown(d->engine);
     else
         log_info("ready model=%s device=%s tp=%" PRId64 " pages=%" PRId32
-                 " kv=%s max_model_len=%" PRId32,
+                 " kv=%s max_model_len=%" PRId32 " token_budget=%" PRId32,
                  model_info(d->model.model)->name, d->model.dev->ops->name, d->opt.tp,
                  d->model.n_pages, dtype_name(model_info(d->model.model)->kv_dtype),
-                 d->model.max_model_len);
+                 d->model.max_model_len, d->model.token_budget);
     (void)uv_run(&d->loop, UV_RUN_DEFAULT);
     if (err == 0)
         *why = (struct err_msg){""}; /* what was said about optional files at start */

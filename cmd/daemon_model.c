@@ -30,11 +30,22 @@ static void show_progress(void *arg, uint64_t done, uint64_t total)
                   done >= total ? "\n" : "");
 }
 
+/* Tokens of a step where --token-budget does not say: what one chunk wants to be fast. */
+static int32_t choose_budget(const struct daemon_options *o, const struct dev *dev)
+{
+    enum { CPU = 2048, GPU = 8192, MOST = 32768 };
+    const int64_t on_gpus = GPU * o->tp < MOST ? GPU * o->tp : MOST;
+    const int64_t wanted = dev->ops == &dev_cpu ? CPU : on_gpus, least = o->max_running + 128;
+    if (o->token_budget > 0)
+        return (int32_t)o->token_budget;
+    return (int32_t)(wanted > least ? wanted : least);
+}
+
 /* The plan of a step: every input token, page table and a header a sequence. */
-static size_t plan_bytes(const struct daemon_options *o, int64_t max_len)
+static size_t plan_bytes(const struct daemon_options *o, int32_t token_budget, int64_t max_len)
 {
     size_t pages = (size_t)kv_pages_for(max_len);
-    return (size_t)o->token_budget * 4 + (size_t)o->max_running * (pages * 4 + 256) + 4096;
+    return (size_t)token_budget * 4 + (size_t)o->max_running * (pages * 4 + 256) + 4096;
 }
 
 static int threads_per_rank(const struct daemon_options *o)
@@ -103,7 +114,6 @@ static int open_parts(struct daemon_model *d, const struct daemon_options *o,
         .dtype = device_dtype(o->dtype),
         .kv_dtype = device_dtype(o->kv_dtype),
         .max_seqs = (int32_t)o->max_running,
-        .max_tokens = (int32_t)o->token_budget,
         .max_position = o->max_model_len,
         .progress = show_progress,
         .progress_arg = &progress,
@@ -115,7 +125,9 @@ static int open_parts(struct daemon_model *d, const struct daemon_options *o,
     d->max_model_len = (int32_t)(o->max_model_len ? o->max_model_len : file.max_position);
     cfg.max_position = d->max_model_len;
     TRY(device_open(&d->dev, o->device, daemon_comm_local_rank(o), threads_per_rank(o), why));
-    TRY(daemon_comm_open(&d->comm, o, peers, d->dev, plan_bytes(o, d->max_model_len), why));
+    d->token_budget = cfg.max_tokens = choose_budget(o, d->dev);
+    const size_t plan = plan_bytes(o, d->token_budget, d->max_model_len);
+    TRY(daemon_comm_open(&d->comm, o, peers, d->dev, plan, why));
     cfg.dev = d->dev;
     cfg.comm = d->comm;
     TRY(model_open(&d->model, &cfg, why));

@@ -16,6 +16,7 @@ struct daemon_model {
     struct daemon_policy policy;
     int32_t max_model_len;
     int32_t n_pages;
+    int32_t token_budget; /* of a step */
 };
 
 MUST_CHECK int daemon_model_open(struct daemon_model *d, const struct daemon_options *o,

@@ -58,8 +58,8 @@ static const struct conf_opt options[] = {
      "longest prompt plus output; 0 is the model's max_position_embeddings"},
     {"max-running", CONF_INT, AT(max_running), "64", 1, 4096, {0}, "N",
      "requests in the batch at once"},
-    {"token-budget", CONF_INT, AT(token_budget), "2048", 256, 1048576, {0}, "TOKENS",
-     "tokens a step: decodes first, the rest to prefill chunks"},
+    {"token-budget", CONF_INT, AT(token_budget), "0", 0, 1048576, {0}, "TOKENS",
+     "tokens a step: decodes first, the rest to prefill chunks; 0 is 2048 on the CPU, on GPUs 8192 for each rank, at most 32768"},
     {"max-partial-prefills", CONF_INT, AT(max_partial_prefills), "4", 1, 256, {0}, "N",
      "prompts in prefill at once, sharing the budget"},
     {"max-long-partial", CONF_INT, AT(max_long_partial), "2", 1, 256, {0}, "N",
@@ -118,7 +118,7 @@ int daemon_options_check(const struct daemon_options *o, struct err_msg *why)
     if (!o->model)
         return err_set(why, ERR_CONFIG, "--model DIR is required");
     TRY(device_check(o->device, why));
-    if (o->token_budget < o->max_running + 128)
+    if (o->token_budget > 0 && o->token_budget < o->max_running + 128)
         return err_set(why, ERR_CONFIG,
                        "--token-budget: %lld is less than max-running + 128 = %lld",
                        (long long)o->token_budget, (long long)o->max_running + 128);

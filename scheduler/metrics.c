@@ -204,12 +204,17 @@ static void write_counters(const struct writer *w, const struct metrics_view *v)
     scalar(w, "sluice_host_seconds_total", "counter",
            "Host time of steps: planning, packing, launching.", (double)v->m->host_us * 1e-6);
     scalar(w, "sluice_sparse_blocks_total", "counter",
-           "Pages causally reachable, over layers, heads and row groups.",
+           "Pages causally reachable by what is computed, over layers, heads and row groups.",
            (double)s->counts.reachable);
     scalar(w, "sluice_sparse_blocks_visited_total", "counter", "Of those, scored.",
            (double)s->counts.visited);
     scalar(w, "sluice_sparse_blocks_kept_total", "counter", "Of those, used.",
            (double)s->counts.kept);
+    scalar(w, "sluice_lost_mass_samples_total", "counter",
+           "Prompt rows and heads whose lost softmax mass was measured.",
+           (double)s->counts.sampled);
+    scalar(w, "sluice_lost_mass_total", "counter", "Lost softmax mass, summed over those.",
+           s->counts.lost);
     scalar(w, "sluice_decode_blocks_total", "counter",
            "The same of generated tokens: pages reachable, over layers and heads.",
            (double)s->decode_counts.reachable);

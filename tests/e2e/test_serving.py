@@ -94,6 +94,12 @@ class Answers(unittest.TestCase):
         _, short = c.generate("short", prompt[:3839], cache_salt=b"auto", **asked)
         self.assertEqual((short[13], short.get(4, 0)), (short[11], 0))  # dense, and finds none of these pages
 
+    def test_default_budget(self):
+        """A step's tokens are by device, and never fewer than its requests want."""
+        self.assertIn(" token_budget=%d" % (8192 if DEVICE and DEVICE.startswith("cuda") else 2048), self.daemon.text())
+        with Daemon("--max-model-len", "1024", "--max-running", "2000", "--kv-pages", "64", "--device", "cpu") as d:
+            self.assertIn(" token_budget=2128", d.text())
+
     def test_density_by_head(self):
         """Where the file says what each head keeps, a density is looked up by that and not by the level's k."""
         with open(os.path.join(NEEDLE, "thresholds.safetensors"), "rb") as f:
@@ -436,7 +442,7 @@ class Metrics(unittest.TestCase):
         port = free_port()
         with self.daemon(port) as d:
             c = Client(d.path)
-            c.generate("a", [9] * 300, max_tokens=5, ignore_eos=True)
+            c.generate("a", [9] * 300, sparse={0: REL, 2: 1e-3, 6: True}, max_tokens=5, ignore_eos=True)
             base = "http://127.0.0.1:%d" % port
             text = urllib.request.urlopen(base + "/metrics", timeout=PATIENCE).read().decode()
             values = {}
@@ -447,6 +453,8 @@ class Metrics(unittest.TestCase):
             label = '{model_name="needle",engine="0"}'
             self.assertEqual(values["vllm:prompt_tokens_total" + label], 300)
             self.assertEqual(values["vllm:generation_tokens_total" + label], 5)
+            self.assertEqual(values["sluice_lost_mass_samples_total" + label], 36)  # the last row, 6 layers of 6 heads
+            self.assertTrue(0 <= values["sluice_lost_mass_total" + label] < 36)
             self.assertEqual(values["vllm:num_requests_running" + label], 0)
             self.assertEqual(values["vllm:time_to_first_token_seconds_count" + label], 1)
             self.assertEqual(values["vllm:inter_token_latency_seconds_count" + label], 4)
