@@ -340,7 +340,7 @@ static bool is_narrow(const struct llama_cpu_state *m, int layer)
 static int attend(struct llama_cpu_state *m, const struct llama_input *in, int layer,
                   struct llama_times *times)
 {
-    const bool narrow = is_narrow(m, layer);
+    const bool last = is_narrow(m, layer);
     const struct attn_rel_counts rel = rel_counts_of(m, in, layer);
     const struct attn_problem p = {
         .layer = layer,
@@ -350,9 +350,9 @@ static int attend(struct llama_cpu_state *m, const struct llama_input *in, int l
         .out = m->a.attn,
         .q_stride = m->qkv_width,
         .out_stride = m->q_width,
-        .seqs = narrow ? m->last.seqs : in->seqs,
-        .n_seqs = narrow ? m->last.n : in->n_seqs,
-        .seq_counts = narrow ? m->last.counts : in->seq_counts,
+        .seqs = last ? m->last.seqs : in->seqs,
+        .n_seqs = last ? m->last.n : in->n_seqs,
+        .seq_counts = last ? m->last.counts : in->seq_counts,
         .head_counts = m->head_counts + (ptrdiff_t)layer * m->shard->n_heads,
         .tile_max = in->tile_max,
         .rel_counts = in->rel_counts ? &rel : NULL,
