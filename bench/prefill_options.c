@@ -125,27 +125,16 @@ static int add_lambdas(struct prefill_options *o, struct err_msg *why)
     return 0;
 }
 
-/* The gates again, measured. */
-static int add_measured(struct prefill_options *o, struct err_msg *why)
+/* The modes from `first` on once more: with their lost mass measured, or the whole last layer. */
+static int add_again(struct prefill_options *o, int first, bool measured, struct err_msg *why)
 {
-    const int n = o->lost_mass ? o->n_modes : 0;
-    for (int i = 1; i < n; i++) {
+    const int n = o->n_modes;
+    for (int i = first; i < n; i++) {
         struct prefill_mode mode = o->modes[i];
-        mode.lost_mass = true;
-        (void)snprintf(mode.name, sizeof mode.name, "%.24s+lost", o->modes[i].name);
-        TRY(add_mode(o, &mode, why));
-    }
-    return 0;
-}
-
-/* All of it again, with the whole last layer. */
-static int add_whole(struct prefill_options *o, struct err_msg *why)
-{
-    const int n = o->all_rows ? o->n_modes : 0;
-    for (int i = 0; i < n; i++) {
-        struct prefill_mode mode = o->modes[i];
-        mode.all_rows = true;
-        (void)snprintf(mode.name, sizeof mode.name, "%.26s+all", o->modes[i].name);
+        mode.lost_mass |= measured;
+        mode.all_rows |= !measured;
+        (void)snprintf(mode.name, sizeof mode.name, "%.26s%s", o->modes[i].name,
+                       measured ? "+lost" : "+all");
         TRY(add_mode(o, &mode, why));
     }
     return 0;
@@ -176,8 +165,9 @@ static int read_lists(struct prefill_options *o, struct err_msg *why)
     TRY(add_mode(o, &dense, why));
     TRY(add_levels(o, why));
     TRY(add_lambdas(o, why));
-    TRY(add_measured(o, why));
-    return add_whole(o, why);
+    if (o->lost_mass)
+        TRY(add_again(o, 1, true, why));
+    return o->all_rows ? add_again(o, 0, false, why) : 0;
 }
 
 int prefill_options_read(struct prefill_options *o, int argc, char **argv, struct err_msg *why)

@@ -37,7 +37,7 @@ struct activations {
     float *logits;   /* [max_outputs, vocab] on rank 0; one rank's slice is that already */
 };
 
-/* What a narrow last layer attends to: the sequences that have an output. */
+/* What a narrow last layer attends to: the sequences of which llama_last_rows wants any row. */
 struct last_layer {
     struct attn_rows *rows;     /* [max_outputs] of all sequences of the step */
     struct attn_seq *seqs;      /* [max_outputs] */
