@@ -17,10 +17,11 @@ enum batch_gate { BATCH_DENSE, BATCH_ABS, BATCH_REL }; /* values equal enum attn
 
 /* The page policy one sequence chose; the model resolves it against its threshold file. */
 struct batch_policy {
-    uint8_t gate;      /* enum batch_gate */
-    uint8_t gate_rows; /* 128 or 64 */
-    int16_t level;     /* ABS: index into the threshold file's k list */
-    float ln_lambda;   /* REL */
+    uint8_t gate;       /* enum batch_gate */
+    uint8_t gate_rows;  /* 128 or 64 */
+    int16_t level;      /* ABS: index into the threshold file's k list; REL, steered: its step */
+    float ln_lambda;    /* REL */
+    float steer, blend; /* REL: see struct attn_choice; steer 0: lambda stays */
     /* Of generated rows: BATCH_DENSE or BATCH_ABS, and then an index into the file's decode_k. */
     int16_t decode_gate, decode_level;
     bool lost_mass; /* measure what prompt rows lose by the gate (attention/attn_lost.h) */
