@@ -15,6 +15,7 @@
 #include "attention/attn_block.h"
 
 #include "attention/attn_lost.h"
+#include "attention/attn_steer.h"
 #include "attention/attn_walk.h"
 
 #include <float.h>
@@ -24,6 +25,11 @@
 enum {
     PANEL_ROWS = KV_BLOCK_TOKENS,
     PV_ROWS = 24 /* rows that go from softmax to PV while their probabilities are in L1 */
+};
+
+/* Of a row group under REL: ln(lambda) as it stands, and the share of pages due (attn_steer.h). */
+struct steering {
+    float ln_lambda, due;
 };
 
 /* Pointers into one worker's scratch. */
@@ -37,6 +43,7 @@ struct scratch {
     float *weight;              /* [PANEL_ROWS] of the page, in units of the row's l */
     int32_t *limit;             /* [PANEL_ROWS] visible keys of the page */
     float *lse;                 /* [ATTN_TASK_ROWS] of a measured row, per head */
+    struct steering *steering;  /* [2 * ATTN_TASK_ROWS] of REL: per head and row group */
     struct attn_counts *counts; /* [ATTN_TASK_ROWS] per head */
 };
 
@@ -83,6 +90,7 @@ static void carve(struct scratch *x, char **at, int32_t head_dim)
     x->weight = take(at, PANEL_ROWS * f);
     x->limit = take(at, PANEL_ROWS * sizeof(int32_t));
     x->lse = take(at, rows * f);
+    x->steering = take(at, 2 * rows * sizeof(struct steering));
     x->counts = take(at, rows * sizeof(struct attn_counts));
 }
 
@@ -264,14 +272,46 @@ static bool abs_skips(const struct block *b, int32_t h, int32_t first, int32_t e
            threshold(b, &b->job->policy->abs, b->seq->choice.level, h);
 }
 
-static bool rel_skips(const struct block *b, int32_t h, int32_t first, int32_t end)
+static bool rel_skips(const struct block *b, int32_t h, int32_t g, int32_t first, int32_t end)
 {
+    struct steering *s = &b->x.steering[2 * h + g];
     const float *m = b->x.m + (size_t)h * (size_t)b->task->n_rows;
-    for (int32_t r = first; r < end; r++) {
-        if (!(b->x.row_max[r] < m[r] + b->seq->choice.ln_lambda))
-            return false;
+    bool skips = true;
+    for (int32_t r = first; r < end && skips; r++)
+        skips = b->x.row_max[r] < m[r] + s->ln_lambda;
+    s->ln_lambda =
+        attn_steer_next(s->ln_lambda, b->seq->choice.steer, s->due, !skips, (float)ATTN_REL_LN_MAX);
+    return skips;
+}
+
+/* Pages of the walk before the diagonal that a head visits. */
+static int32_t n_visited(const struct block *b, int32_t h)
+{
+    const struct attn_head_policy *p = b->heads ? &b->heads[h] : NULL;
+    if (!p || p->visit == ATTN_VISIT_ALL || (int64_t)p->sink_pages + p->local_pages >= b->diag)
+        return b->diag;
+    return p->sink_pages + p->local_pages;
+}
+
+/* Before the first page. */
+static void start_steering(struct block *b)
+{
+    const struct attn_choice *c = &b->seq->choice;
+    const struct attn_thresholds *t =
+        c->gate_rows == KV_BLOCK_TOKENS ? &b->job->policy->rel_128 : &b->job->policy->rel_64;
+    for (int32_t h = 0; h < b->task->n_heads; h++) {
+        const int32_t head = b->task->head + h, layer = b->job->p->layer;
+        float density = 0.0f;
+        if (c->steer > 0.0f)
+            density = (1.0f - c->blend) * attn_threshold(t, c->level, layer, head, 0) +
+                      c->blend * attn_threshold(t, c->level + 1, layer, head, 0);
+        for (int32_t g = 0; g < n_groups(b); g++) {
+            const int32_t last = (b->task->pos + group_end(b, g) - 1) / KV_PAGE_TOKENS;
+            b->x.steering[2 * h + g] =
+                (struct steering){c->ln_lambda, attn_steer_due(density, b->diag, last + 1 - b->diag,
+                                                               n_visited(b, h))};
+        }
     }
-    return true;
 }
 
 /* Softmax and PV for panel rows [first, end); row0 is the panel's first row in the task. */
@@ -308,8 +348,8 @@ static void gate_panel(struct block *b, int32_t h, int32_t skip)
         int32_t first = g * b->group_rows, end = group_end(b, g);
         if (!group_reaches(b, g, b->page))
             continue;
-        if (b->page < b->diag &&
-            (b->gate == ATTN_GATE_ABS ? abs_skips(b, h, first, end) : rel_skips(b, h, first, end)))
+        if (b->page < b->diag && (b->gate == ATTN_GATE_ABS ? abs_skips(b, h, first, end)
+                                                           : rel_skips(b, h, g, first, end)))
             continue;
         b->x.counts[h].kept++;
         accumulate(b, row0, first < skip ? skip : first, end);
@@ -590,6 +630,8 @@ void attn_block_run(void *arg, int task, int worker)
     struct attn_walk walk;
     open_block(&b, arg, task, worker);
     load_rows(&b);
+    if (b.gate == ATTN_GATE_REL)
+        start_steering(&b);
     attn_walk_init(&walk, b.job->policy->order, b.diag, b.last_page, b.heads, b.task->n_heads);
     run_walk(&b, &walk, run_panel);
     store_rows(&b);

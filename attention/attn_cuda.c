@@ -119,8 +119,10 @@ static void drop_policy(struct attn_cuda *a)
 {
     dev_release(a->cfg.dev, a->abs.t, a->abs.bytes);
     dev_release(a->cfg.dev, a->decode.t, a->decode.bytes);
+    dev_release(a->cfg.dev, a->rel_128.t, a->rel_128.bytes);
+    dev_release(a->cfg.dev, a->rel_64.t, a->rel_64.bytes);
     dev_release(a->cfg.dev, a->visit, a->visit_bytes);
-    a->abs.t = a->decode.t = NULL;
+    a->abs.t = a->decode.t = a->rel_128.t = a->rel_64.t = NULL;
     a->visit = NULL;
 }
 
@@ -153,12 +155,15 @@ static int upload_thresholds(struct attn_cuda *a, struct attn_table *to,
                    t->n_heads, t->n_blocks);
     TRY(take(a, &memory, to->bytes, what, why));
     to->t = memory;
+    /* heads at a time: all where they follow each other */
+    const int32_t step = t->head_stride == t->n_blocks ? t->n_heads : 1;
     for (int32_t k = 0; k < t->n_levels; k++) {
         for (int32_t l = 0; l < t->n_layers; l++) {
-            for (int32_t h = 0; h < t->n_heads; h++, at += row)
-                TRY(dev_upload(
-                    a->cfg.dev, (char *)memory + at,
-                    t->t + k * t->level_stride + l * t->layer_stride + h * t->head_stride, row));
+            for (int32_t h = 0; h < t->n_heads; h += step, at += (size_t)step * row)
+                TRY(dev_upload(a->cfg.dev, (char *)memory + at,
+                               t->t + k * t->level_stride + l * t->layer_stride +
+                                   h * t->head_stride,
+                               (size_t)step * row));
         }
     }
     return 0;
@@ -220,6 +225,8 @@ int attn_cuda_set_policy(struct attn_cuda *a, const struct attn_policy *policy, 
     group_layers(a);
     TRY(upload_thresholds(a, &a->abs, &policy->abs, "thresholds", why));
     TRY(upload_thresholds(a, &a->decode, &policy->decode, "decode thresholds", why));
+    TRY(upload_thresholds(a, &a->rel_128, &policy->rel_128, "densities of 128 rows", why));
+    TRY(upload_thresholds(a, &a->rel_64, &policy->rel_64, "densities of 64 rows", why));
     return upload_visits(a, why);
 }
 
@@ -277,6 +284,7 @@ static int prefill(const struct attn_cuda *a, const struct attn_group *g, int la
         .gate_rows = g->gate_rows,
         .t_blocks = a->policy.abs.n_blocks,
         .t_head_stride = a->policy.abs.n_blocks,
+        .t_level_stride = (int64_t)c->kv->n_layers * c->n_heads, /* of REL's densities */
         .scale = c->scale,
         .seq_counts = g->counts,
         .head_counts = a->head_counts + (ptrdiff_t)layer * c->n_heads,

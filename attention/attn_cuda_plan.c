@@ -179,10 +179,29 @@ static const float *thresholds(const struct attn_table *table, const struct attn
     return table->t + ((int64_t)level * t->n_layers + layer) * t->n_heads * t->n_blocks;
 }
 
+static bool is_steered(const struct attn_choice *c)
+{
+    return c->gate == ATTN_GATE_REL && c->steer > 0;
+}
+
+static const struct attn_table *rel_table(const struct attn_cuda *a, int32_t gate_rows)
+{
+    return gate_rows == 64 ? &a->rel_64 : &a->rel_128;
+}
+
+static const struct attn_thresholds *rel_densities(const struct attn_policy *p, int32_t gate_rows)
+{
+    return gate_rows == 64 ? &p->rel_64 : &p->rel_128;
+}
+
 static struct sm90_seq make_seq(const struct attn_cuda *a, const struct attn_part *p,
                                 const struct attn_choice *c, int32_t layer)
 {
     const bool gated = p->prompt && c->gate != ATTN_GATE_NONE;
+    const bool steered = gated && is_steered(c);
+    const struct attn_table *table = steered ? rel_table(a, c->gate_rows) : &a->abs;
+    const struct attn_thresholds *t =
+        steered ? rel_densities(&a->policy, c->gate_rows) : &a->policy.abs;
     return (struct sm90_seq){
         .row = p->row,
         .n_rows = p->n_rows,
@@ -191,9 +210,10 @@ static struct sm90_seq make_seq(const struct attn_cuda *a, const struct attn_par
                      : a->probe.max ? a->probe.gate_rows
                                     : KV_BLOCK_TOKENS,
         .pages = p->pages,
-        .t = gated && c->gate == ATTN_GATE_ABS
-                 ? thresholds(&a->abs, &a->policy.abs, c->level, layer)
-                 : NULL,
+        .t = steered || (gated && c->gate == ATTN_GATE_ABS) ? thresholds(table, t, c->level, layer)
+                                                            : NULL,
+        .steer = steered ? c->steer : 0,
+        .blend = c->blend,
         .ln_lambda = gated && c->gate == ATTN_GATE_REL ? c->ln_lambda : -INFINITY,
     };
 }
@@ -224,11 +244,20 @@ static void pack_last(struct attn_cuda *a, struct attn_group *g, const struct sm
     g->last_tiles = made.dev;
 }
 
-/* Thresholds differ from layer to layer, so ABS needs its sequences once a layer. */
+/* Thresholds differ from layer to layer, as do the densities of heads: then sequences are needed
+ * once a layer. */
+static bool differs_by_layer(const struct attn_group *g, const struct attn_seq *seqs)
+{
+    bool steered = false;
+    for (int32_t i = 0; g->gate == SM90_GATE_REL && i < g->n_parts && !steered; i++)
+        steered = is_steered(&seqs[g->parts[i].seq].choice);
+    return steered || g->gate == SM90_GATE_ABS;
+}
+
 static void pack_prefill(struct attn_cuda *a, struct attn_group *g, const struct attn_seq *seqs,
                          struct upload *u)
 {
-    const int32_t copies = g->gate == SM90_GATE_ABS ? a->cfg.kv->n_layers : 1;
+    const int32_t copies = differs_by_layer(g, seqs) ? a->cfg.kv->n_layers : 1;
     if (g->n_parts == 0)
         return;
     struct upload_piece made =

@@ -158,18 +158,31 @@ __device__ __forceinline__ void begin_page(const struct consumer<D, GATE> &c,
 /* Whether a row of one half, whose scores are there, wants the page, the item's `at`-th before the
  * diagonal. pm: the maxima of its rows, unless the threshold's sign is known. */
 template <int D, int GATE, int KIND>
-__device__ __forceinline__ bool half_wants(const struct consumer<D, GATE> &c,
-                                           const struct sm90_args &a, const struct row_state &st,
-                                           const float (&s)[32], float (&pm)[2], int half, int at)
+__device__ __forceinline__ bool
+half_wants(const struct consumer<D, GATE> &c, const struct sm90_args &a, const struct row_state &st,
+           const float (&s)[32], float (&pm)[2], int half, int at, float gate)
 {
     if (KIND != GATED)
         return reaches<D, GATE, KIND>(c, s, half);
-    if (GATE == SM90_GATE_REL && tops_positive(c, st))
+    if (GATE == SM90_GATE_REL && tops_positive(st, gate))
         page_max_positive(pm, s);
     else
         page_max(pm, s);
     write_max(c, a, pm, half, at);
-    return wants(c, st, pm, half);
+    return wants(c, st, pm, half, gate);
+}
+
+/* Moves REL's gate after a decision, as attn_steer_next does. */
+template <int D, int GATE>
+__device__ __forceinline__ void steer(const struct consumer<D, GATE> &c, const struct sm90_args &a,
+                                      float &gate, float fall, bool kept)
+{
+    if (GATE != SM90_GATE_REL)
+        return;
+    gate -= fall;
+    if (all_of(kept))
+        gate = fminf(gate + __int_as_float(ITEM_FIELD(c, steer)),
+                     (float)ATTN_REL_LN_MAX * a.inv_scale);
 }
 
 /* The exponentials of one half once more, after its maxima. No products may be in flight. */
@@ -262,11 +275,12 @@ __device__ __forceinline__ void plain_page(struct consumer<D, GATE> &c, const CU
     begin_page<D, DT, GATE, KIND>(c, map, s0, s1);
     if (gated) {
         float pm0[2], pm1[2];
-        const bool first = half_wants<D, GATE, KIND>(c, a, st[0], s0, pm0, 0, at);
+        const bool first = half_wants<D, GATE, KIND>(c, a, st[0], s0, pm0, 0, at, c.gate);
         wgmma_wait<0>();
         wgmma_pin(s1);
-        const bool second = half_wants<D, GATE, KIND>(c, a, st[1], s1, pm1, 1, at);
+        const bool second = half_wants<D, GATE, KIND>(c, a, st[1], s1, pm1, 1, at, c.gate);
         const bool keep = vote(c, first | second);
+        steer(c, a, c.gate, c.fall, keep);
         if (all_of(keep))
             request_v(c, map);
         release_k(c);
@@ -292,14 +306,17 @@ __device__ __forceinline__ void split_page(struct consumer<D, GATE> &c, const CU
 {
     float s0[32], s1[32], pm[2];
     begin_page<D, DT, GATE, KIND | SPLIT>(c, map, s0, s1);
-    const bool keep0 = vote(c, half_wants<D, GATE, KIND>(c, a, st[0], s0, pm, 0, at));
+    const bool keep0 = vote(c, half_wants<D, GATE, KIND>(c, a, st[0], s0, pm, 0, at, c.gate));
+    steer(c, a, c.gate, c.fall, keep0);
     wgmma_wait<0>();
     wgmma_pin(s1);
     if (all_of(keep0)) {
         request_v(c, map);
         raise_tops<GATE>(st[0], pm);
     }
-    const bool keep1 = vote(c, half_wants<D, GATE, KIND>(c, a, st[1], s1, pm, 1, at));
+    const float gate1 = GATE == SM90_GATE_REL ? c.gate1 : c.gate;
+    const bool keep1 = vote(c, half_wants<D, GATE, KIND>(c, a, st[1], s1, pm, 1, at, gate1));
+    steer(c, a, c.gate1, c.fall1, keep1);
     if (all_of(keep1 && !keep0))
         request_v(c, map);
     release_k(c);

@@ -24,9 +24,11 @@ template <int D, int GATE>
 struct consumer {
     using L = smem_layout<D, GATE>;
     uint32_t smem;
-    int group; /* 0 or 1: the item */
-    float gate;
-    int kept; /* (page, row group) units of the item */
+    int group;  /* 0 or 1: the item */
+    float gate; /* REL moves it, by halves where they decide apart: then gate1 is the second's */
+    float gate1;
+    float fall, fall1; /* what a decision takes off them */
+    int kept;          /* (page, row group) units of the item */
     /* Bit 2 i + r: row r of half i belongs to the chunk; from bit 8 on the thread of the group. */
     int bits;
     struct ring<L::k_slots> k;
@@ -79,10 +81,10 @@ __device__ __forceinline__ bool all_of(bool x)
 /* Whether a row of this thread in one half wants the page: NaN does. No branches: votes wait. */
 template <int D, int GATE>
 __device__ __forceinline__ bool wants(const struct consumer<D, GATE> &c, const struct row_state &st,
-                                      const float (&pm)[2], int half)
+                                      const float (&pm)[2], int half, float gate)
 {
-    const float b0 = GATE == SM90_GATE_REL ? st.top[0] + c.gate : c.gate;
-    const float b1 = GATE == SM90_GATE_REL ? st.top[1] + c.gate : c.gate;
+    const float b0 = GATE == SM90_GATE_REL ? st.top[0] + gate : gate;
+    const float b1 = GATE == SM90_GATE_REL ? st.top[1] + gate : gate;
     const int valid = opaque(c.bits);
     const bool v0 = valid & 1 << 2 * half, v1 = valid & 2 << 2 * half;
     return (v0 & !(pm[0] < b0)) | (v1 & !(pm[1] < b1));
@@ -90,12 +92,10 @@ __device__ __forceinline__ bool wants(const struct consumer<D, GATE> &c, const s
 
 /* REL: whether all rows of the warp have maxima, and want scores, above zero: then the order of
  * integers will do. */
-template <int D, int GATE>
-__device__ __forceinline__ bool tops_positive(const struct consumer<D, GATE> &c,
-                                              const struct row_state &st)
+__device__ __forceinline__ bool tops_positive(const struct row_state &st, float gate)
 {
     const float least = fminf(st.top[0], st.top[1]);
-    return __all_sync(0xffffffffu, least > 0.0f && least > -c.gate);
+    return __all_sync(0xffffffffu, least > 0.0f && least > -gate);
 }
 
 /* The same for a threshold of the sign that KIND tells. */

@@ -34,8 +34,28 @@
 
 /* ---- a tile ---- */
 
+/* What each decision takes off REL's gate (attn_steer.h). The densities come from global memory
+ * here, once an item: the loading warps have no registers left for it. */
 template <int D, int GATE>
-__device__ __forceinline__ void take_item(struct consumer<D, GATE> &c)
+__device__ __forceinline__ void take_steering(struct consumer<D, GATE> &c,
+                                              const struct sm90_args &a)
+{
+    c.gate1 = c.gate;
+    c.fall = c.fall1 = 0.0f;
+    const float steer = __int_as_float(ITEM_FIELD(c, steer));
+    if (!all_of(steer > 0.0f))
+        return;
+    const struct sm90_seq *s = a.seqs + TILE_FIELD(c, seq);
+    const float *t = s->t + ITEM_FIELD(c, head);
+    const float density = (1.0f - s->blend) * t[0] + s->blend * t[a.t_level_stride];
+    const int before = 2 * ITEM_FIELD(c, block), n_off = ITEM_FIELD(c, n_off);
+    const int n_diag = ITEM_FIELD(c, n_diag);
+    c.fall1 = steer * attn_steer_due(density, before, n_diag, n_off);
+    c.fall = steer * attn_steer_due(density, before, ITEM_FIELD(c, rows64) ? 1 : n_diag, n_off);
+}
+
+template <int D, int GATE>
+__device__ __forceinline__ void take_item(struct consumer<D, GATE> &c, const struct sm90_args &a)
 {
     const int row_begin = ITEM_FIELD(c, row_begin), row_end = ITEM_FIELD(c, row_end);
     int valid = 0;
@@ -48,6 +68,8 @@ __device__ __forceinline__ void take_item(struct consumer<D, GATE> &c)
     c.gate = GATE == SM90_GATE_NONE ? 0.0f : __int_as_float(ITEM_FIELD(c, gate));
     if (GATE == SM90_GATE_ABS && c.gate == 0.0f)
         c.gate = -0.0f; /* which reaches() takes for a negative one */
+    if (GATE == SM90_GATE_REL)
+        take_steering(c, a);
     c.kept = 0;
 }
 
@@ -172,7 +194,7 @@ __device__ __forceinline__ void compute_item(struct consumer<D, GATE> &c, const 
     }
     wgmma_zero(o0);
     wgmma_zero(o1);
-    take_item(c);
+    take_item(c, a);
     mbar_wait(c.smem + L::q_full + 8 * c.group, ITEM_FIELD(c, q_parity));
     if (HAS_OPEN(GATE) && all_of(TILE_FIELD(c, open))) {
         struct consumer<D, SM90_GATE_NONE> all = keeping_all(c);

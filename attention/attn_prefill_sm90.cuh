@@ -4,6 +4,8 @@
 #define ATTENTION_ATTN_PREFILL_SM90_CUH
 
 #include "attention/attn_sm90.h"
+#include "attention/attn_steer.h"
+#include "attention/policy.h"
 #include "attention/tile.cuh"
 
 enum {
@@ -30,6 +32,7 @@ struct item_info {
     int32_t sink, local;
     int32_t rows64;
     float gate;       /* on raw scores. ABS: the threshold; REL: ln(lambda) */
+    float steer;      /* REL, likewise: what a kept page adds to it (attn_steer.h); 0: nothing */
     int32_t q_parity; /* of the barrier of Q */
     /* Its pages in the tile's list: before each segment so many that are not for it, then `n` that
      * are. One segment is the diagonal, the others lie before it. */

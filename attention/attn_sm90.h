@@ -27,8 +27,12 @@ struct sm90_seq {
     int32_t row, n_rows, pos; /* as in struct attn_seq */
     int32_t gate_rows;        /* 128 or 64: in what units pages are counted */
     const int32_t *pages;     /* device */
-    const float *t;           /* ABS: [n_heads, n_blocks] of this level and layer; NULL: dense */
-    float ln_lambda;          /* REL: -inf is dense */
+    /* ABS: [n_heads, n_blocks] of this level and layer; NULL: dense. REL that is steered: densities
+     * [n_heads] of this level and layer, those of the next level t_level_stride further. */
+    const float *t;
+    float ln_lambda; /* REL: -inf is dense */
+    float steer;     /* REL: 0, or see struct attn_choice */
+    float blend;     /* of the next level's densities */
     int32_t pad;
 };
 
@@ -61,7 +65,7 @@ struct sm90_args {
     int32_t order;
     int32_t gate_rows; /* 128 or 64: of all sequences that have a gate */
     int32_t t_blocks;
-    int64_t t_head_stride;
+    int64_t t_head_stride, t_level_stride;
     float scale;
     float scale_log2, inv_scale;                  /* filled in by the launch */
     struct sm90_counts *seq_counts, *head_counts; /* or NULL */

@@ -58,8 +58,8 @@ struct attn_thresholds {
 };
 
 /* Largest ln(lambda) of REL. Above 0 a page may be skipped though it would raise the maximum, by
- * less than that; pages kept alone raise it. */
-enum { ATTN_REL_LN_MAX = 30 };
+ * less than that; pages kept alone raise it. And the largest steer. */
+enum { ATTN_REL_LN_MAX = 30, ATTN_STEER_MAX = 100 };
 
 /* What one sequence chose. level indexes thresholds (ABS); ln_lambda at most ATTN_REL_LN_MAX (REL);
  * gate_rows 128 (one decision for the query block, the paper) or 64 (one for each half of it).

@@ -60,6 +60,21 @@ static int check_extent(const struct plan_limits *l, const struct batch_seq *s, 
     return 0;
 }
 
+static int check_rel(const struct plan_limits *l, const struct batch_seq *s, struct err_msg *why)
+{
+    const struct batch_policy *p = &s->policy;
+    const int32_t n_steps = l->n_rel_steps[p->gate_rows == 64];
+    if (!(p->ln_lambda <= (float)ATTN_REL_LN_MAX))
+        return wrong(s, "ln_lambda is above 30 or NaN", 0, why);
+    if (!(p->steer >= 0.0f && p->steer <= (float)ATTN_STEER_MAX))
+        return wrong(s, "steer is not from 0 to 100", 0, why);
+    if (p->steer > 0.0f && (p->level < 0 || p->level >= n_steps - 1))
+        return wrong(s, "no steps to steer between at this level", p->level, why);
+    if (p->steer > 0.0f && !(p->blend >= 0.0f && p->blend <= 1.0f))
+        return wrong(s, "blend is not from 0 to 1", 0, why);
+    return 0;
+}
+
 static int check_policy(const struct plan_limits *l, const struct batch_seq *s, struct err_msg *why)
 {
     const struct batch_policy *p = &s->policy;
@@ -78,8 +93,8 @@ static int check_policy(const struct plan_limits *l, const struct batch_seq *s, 
         return wrong(s, "gate_rows is not 128 or 64", p->gate_rows, why);
     if (p->gate == BATCH_ABS && (p->level < 0 || p->level >= l->n_levels))
         return wrong(s, "no thresholds of this level", p->level, why);
-    if (p->gate == BATCH_REL && !(p->ln_lambda <= (float)ATTN_REL_LN_MAX))
-        return wrong(s, "ln_lambda is above 30 or NaN", 0, why);
+    if (p->gate == BATCH_REL)
+        TRY(check_rel(l, s, why));
     if (s->start < s->prompt_len && s->start % KV_BLOCK_TOKENS != 0)
         return wrong(s, "a gated chunk starts inside a block", s->start, why);
     if (end < s->prompt_len && end % KV_BLOCK_TOKENS != 0)
@@ -96,6 +111,8 @@ static struct attn_choice make_choice(const struct batch_policy *p)
                                 .gate_rows = p->gate_rows ? p->gate_rows : KV_BLOCK_TOKENS,
                                 .level = p->level,
                                 .ln_lambda = p->ln_lambda,
+                                .steer = p->steer,
+                                .blend = p->blend,
                                 .decode_gate = p->decode_gate,
                                 .decode_level = p->decode_level,
                                 .lost_mass = p->lost_mass};
