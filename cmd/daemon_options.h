@@ -12,7 +12,7 @@ struct daemon_options {
     int64_t tp, nnodes, node_rank, rank, threads;
     int64_t kv_memory, kv_pages, max_model_len;
     int64_t max_running, token_budget, max_partial_prefills, max_long_partial, long_prefill_tokens;
-    double watermark, decode_density;
+    double watermark, decode_density, steer;
     int64_t max_queued_requests, max_queued_tokens, max_tenant_requests;
     int64_t max_connections, max_frame, handshake_timeout, slow_bytes, slow_timeout;
     int64_t drain_timeout, step_timeout, comm_timeout;

@@ -38,6 +38,11 @@ struct engine_policy {
     const void *thresholds; /* borrowed */
     double (*ln_lambda)(const void *rel, double density, int64_t n_tokens);
     const void *rel_128, *rel_64; /* borrowed; NULL: not calibrated */
+    /* A REL density is steered to by this much (struct attn_choice), above 0, where the thresholds
+     * know the densities of heads: their step and blend. */
+    double steer;
+    bool (*steps)(const void *thresholds, int32_t gate_rows, double density, int32_t *level,
+                  float *blend);
     /* Gates of generated tokens: the predicted density of a level, growing with it. */
     const int32_t *decode_k; /* of n_decode_levels levels, increasing; borrowed */
     int32_t n_decode_levels;

@@ -86,6 +86,9 @@ static int choose_rel(const struct engine_policy *p, const struct ipc_sparse *s,
     const int32_t rows = s->gate_rows ? s->gate_rows : KV_BLOCK_TOKENS;
     const void *rel = rows == 64 ? p->rel_64 : p->rel_128;
     double ln_lambda = s->ln_lambda;
+    int32_t level = 0;
+    float blend = 0;
+    bool steered = false;
     if (s->density > 0) {
         if (!rel)
             return err_set(why, ERR_INVALID,
@@ -93,9 +96,14 @@ static int choose_rel(const struct engine_policy *p, const struct ipc_sparse *s,
                            "(sluice-calibrate --rel)",
                            rows);
         ln_lambda = p->ln_lambda(rel, s->density, n_tokens);
+        steered = p->steer > 0 && p->steps(p->thresholds, rows, s->density, &level, &blend);
     }
-    *out = (struct batch_policy){
-        .gate = BATCH_REL, .gate_rows = (uint8_t)rows, .ln_lambda = (float)ln_lambda};
+    *out = (struct batch_policy){.gate = BATCH_REL,
+                                 .gate_rows = (uint8_t)rows,
+                                 .level = (int16_t)level,
+                                 .ln_lambda = (float)ln_lambda,
+                                 .steer = steered ? (float)p->steer : 0,
+                                 .blend = blend};
     return 0;
 }
 
@@ -145,8 +153,12 @@ static int choose_decode(const struct engine_policy *p, const struct ipc_submit 
  * generated tokens is not: prompts do not depend on it, and those tokens' pages are not shared. */
 static uint64_t policy_fingerprint(const struct engine_policy *p, const struct batch_policy *b)
 {
-    const uint64_t fields[] = {b->gate, b->gate_rows, (uint64_t)b->level,
-                               dtype_f32_bits(b->ln_lambda)};
+    const uint64_t fields[] = {b->gate,
+                               b->gate_rows,
+                               (uint64_t)b->level,
+                               dtype_f32_bits(b->ln_lambda),
+                               dtype_f32_bits(b->steer),
+                               dtype_f32_bits(b->blend)};
     if (b->gate == BATCH_DENSE)
         return p->fingerprint;
     return hash_bytes(fields, sizeof fields, p->fingerprint);

@@ -112,6 +112,8 @@ void case_close(struct attn_case *t)
     mem_free(t->heads);
     mem_free(t->thresholds);
     mem_free(t->decode);
+    mem_free(t->densities[0]);
+    mem_free(t->densities[1]);
     dev_close(t->dev);
 }
 
@@ -183,6 +185,16 @@ void case_decode_thresholds(struct attn_case *t, int32_t n_levels, int32_t n_blo
                             double hi)
 {
     t->policy.decode = random_thresholds(t, &t->decode, n_levels, n_blocks, lo, hi);
+}
+
+void case_densities(struct attn_case *t, int32_t n_levels)
+{
+    struct attn_thresholds *to[] = {&t->policy.rel_128, &t->policy.rel_64};
+    for (int i = 0; i < 2; i++) {
+        *to[i] = random_thresholds(t, &t->densities[i], n_levels, 1, 0.02, 0.9);
+        for (int64_t j = 0; j < n_levels * to[i]->level_stride; j++)
+            t->densities[i][j] = fminf(fmaxf(t->densities[i][j], 0), 1);
+    }
 }
 
 void case_visits(struct attn_case *t)

@@ -43,6 +43,7 @@ struct attn_case {
     struct attn_head_policy *heads; /* storage for policy.heads */
     float *thresholds;              /* storage for policy.abs.t */
     float *decode;                  /* likewise for policy.decode.t */
+    float *densities[2];            /* and for policy.rel_128.t and rel_64.t */
     int32_t layer;
     float scale;
     struct dev *dev;
@@ -69,6 +70,8 @@ void case_thresholds(struct attn_case *t, int32_t n_levels, int32_t n_blocks, do
 /* The same of generated rows. */
 void case_decode_thresholds(struct attn_case *t, int32_t n_levels, int32_t n_blocks, double lo,
                             double hi);
+/* Random densities [n_levels, layers, heads] for REL to be steered to. */
+void case_densities(struct attn_case *t, int32_t n_levels);
 /* Every head SINK_LOCAL or ALL at random. */
 void case_visits(struct attn_case *t);
 /* One batch; writes the chunks' tokens to the cache first. Returns attn_cpu's result. */

@@ -13,6 +13,11 @@ static struct attn_choice random_choice(struct rng *r, int32_t n_levels, bool ga
                             .gate_rows = rng_range(r, 0, 1) ? 128 : 64,
                             .level = (int16_t)rng_range(r, 0, n_levels - 1),
                             .ln_lambda = (float)(1 - 3 * rng_unit(r))};
+    if (c.gate == ATTN_GATE_REL && rng_range(r, 0, 1)) {
+        c.level = (int16_t)rng_range(r, 0, n_levels - 2);
+        c.steer = (float)(3 * rng_unit(r));
+        c.blend = (float)rng_unit(r);
+    }
     return c;
 }
 
@@ -46,6 +51,7 @@ static void random_shapes_match_the_oracle(void **state)
         struct attn_case t;
         case_open(&t, &c, &r);
         case_thresholds(&t, 3, rng_range(&r, 1, 5), c.sharpness / 2, 4 * c.sharpness);
+        case_densities(&t, 3);
         t.policy.order = rng_range(&r, 0, 1) ? ATTN_ORDER_L2R : ATTN_ORDER_DIAG_SINK_R2L;
         if (rng_range(&r, 0, 1))
             case_visits(&t);
@@ -520,6 +526,16 @@ static void bad_problems_are_named(void **state)
     s.choice = (struct attn_choice){.gate = ATTN_GATE_REL, .gate_rows = 128, .ln_lambda = -1};
     BAD_S(choice.ln_lambda, 30.5f, "ln_lambda");
     BAD_S(choice.ln_lambda, NAN, "ln_lambda");
+    BAD_S(choice.steer, -1, "steer");
+    BAD_S(choice.steer, NAN, "steer");
+    BAD_S(choice.steer, 100.5f, "steer");
+    BAD_S(choice.steer, 1, "level 0 of 0 steps"); /* no densities */
+    case_densities(&t, 2);
+    s.choice.steer = 1;
+    BAD_S(choice.level, 1, "level 1 of 2 steps");
+    BAD_S(choice.level, -1, "level -1 of 2 steps");
+    BAD_S(choice.blend, 1.5f, "blend");
+    BAD_S(choice.blend, NAN, "blend");
 #undef BAD_P
 #undef BAD_S
     case_close(&t);
@@ -566,6 +582,50 @@ static void rel_counts_are_the_gates_decisions(void **state)
     case_close(&t);
 }
 
+/* Wherever it begins, a steered gate ends near the density of its head: within what it takes to
+ * come there from a wrong lambda, and that of an average. By groups of either size, in any chunks.
+ */
+static void steering_reaches_the_density(void **state)
+{
+    static const float starts[] = {-4, 3};
+    enum { TOKENS = 8192, HEADS = 2, N_STARTS = sizeof starts / sizeof *starts };
+    struct rng r = test_rng("steering", 23);
+    struct attn_case t;
+    (void)state;
+    case_open_one(&t, &r, TOKENS, TOKENS, 32, 1);
+    case_densities(&t, 2);
+    for (int i = 0; i < 2 * N_STARTS; i++) {
+        const bool wide = i % 2;
+        const struct attn_thresholds *d = wide ? &t.policy.rel_128 : &t.policy.rel_64;
+        float *to = t.densities[!wide] + t.layer * d->layer_stride;
+        for (int h = 0; h < HEADS; h++) {
+            to[h] = 0.1f + 0.2f * (float)h;
+            to[h + d->level_stride] = to[h] - 0.08f;
+        }
+        t.seqs[0].choice = (struct attn_choice){.gate = ATTN_GATE_REL,
+                                                .gate_rows = wide ? 128 : 64,
+                                                .ln_lambda = starts[i / 2],
+                                                .steer = 2,
+                                                .blend = 0.5f};
+        struct case_bits whole;
+        case_run_whole(&t);
+        case_save(&t, &whole);
+        for (int h = 0; h < HEADS; h++) {
+            const struct attn_counts *c = &t.head_counts[h];
+            const double got = (double)c->kept / (double)c->reachable;
+            printf("# %d rows from %.1f: head %d kept %.3f\n", wide ? 128 : 64,
+                   (double)starts[i / 2], h, got);
+            assert_close(got, 0.06 + 0.2 * h, 0.06, 0);
+        }
+        case_reset(&t);
+        for (int pos = 0; pos < TOKENS; pos += 512)
+            assert_int_equal(case_run(&t, &(struct case_chunk){0, pos, 512}, 1), 0);
+        case_assert_bits(&t, &whole);
+        case_drop(&whole);
+    }
+    case_close(&t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -580,6 +640,7 @@ int main(void)
         cmocka_unit_test(mass_is_the_pages_share),
         cmocka_unit_test(the_gate_compares_what_tile_max_reports),
         cmocka_unit_test(rel_counts_are_the_gates_decisions),
+        cmocka_unit_test(steering_reaches_the_density),
         cmocka_unit_test(nan_stays_where_it_may_be_seen),
         cmocka_unit_test(nan_keeps_a_page),
         cmocka_unit_test(bad_problems_are_named),

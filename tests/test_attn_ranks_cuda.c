@@ -36,6 +36,7 @@ struct inputs {
     int head_dim;
     uint16_t *q, *k, *v; /* [TOKENS, HEADS, dim], [PAGES, KV_HEADS, page, dim] */
     float t[HEADS][BLOCKS], decode[HEADS][BLOCKS];
+    float densities[2][HEADS];
 };
 
 /* Heads [first, first + n) of [outer, n_all, inner] elements. */
@@ -81,6 +82,9 @@ static void open_share(struct share *s, const struct inputs *in, int rank, int n
                                          HEADS * BLOCKS, HEADS * BLOCKS, BLOCKS}};
     policy.decode = policy.abs;
     policy.decode.t = in->decode[rank * s->n_heads];
+    policy.rel_128 = (struct attn_thresholds){
+        &in->densities[0][rank * s->n_heads], 2, 1, s->n_heads, 1, HEADS, HEADS, 1};
+    policy.rel_64 = policy.rel_128;
     assert_ok(attn_cuda_set_policy(s->attn, &policy, &why));
 }
 
@@ -158,6 +162,8 @@ static void make_inputs(struct inputs *in, int head_dim, struct rng *rng)
     for (int h = 0; h < HEADS; h++) /* about the largest of 8192 normal scores */
         for (int b = 0; b < BLOCKS; b++)
             in->t[h][b] = 3.6f + 0.08f * (float)h + 0.05f * (float)b;
+    for (int i = 0; i < 2 * HEADS; i++)
+        in->densities[i / HEADS][i % HEADS] = 0.3f + 0.1f * (float)(i % 5);
     for (int i = 0; i < HEADS * BLOCKS; i++) /* about the largest of 64 */
         in->decode[i / BLOCKS][i % BLOCKS] = in->t[i / BLOCKS][i % BLOCKS] - 1.4f;
 }
@@ -196,6 +202,8 @@ static void test_heads(void **state)
         {.gate = ATTN_GATE_ABS, .gate_rows = 64},
         {.gate = ATTN_GATE_REL, .gate_rows = 128, .ln_lambda = -0.4f},
         {.gate = ATTN_GATE_REL, .gate_rows = 64, .ln_lambda = -0.7f},
+        {.gate = ATTN_GATE_REL, .gate_rows = 128, .ln_lambda = -0.4f, .steer = 1, .blend = 0.5f},
+        {.gate = ATTN_GATE_REL, .gate_rows = 64, .ln_lambda = -0.7f, .steer = 1},
         {.gate = ATTN_GATE_NONE, .gate_rows = 128, .decode_gate = ATTN_GATE_ABS},
     };
     struct rng rng = {7};

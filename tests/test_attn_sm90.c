@@ -446,7 +446,8 @@ struct rel_case {
     float *q, *k, *score; /* score: maxima [128 rows, REL_PAGES] of one query block */
     int table[REL_PAGES];
     int d, rows64;
-    float scale, ln_lambda;
+    float scale, ln_lambda, steer;
+    float density[2][REL_HEADS]; /* of two levels, between which it is steered */
 };
 
 static float *to_floats(const uint16_t *dev, size_t n, int dtype)
@@ -487,21 +488,36 @@ static void rel_scores(struct rel_case *c, int head, int block, int rows, float 
     }
 }
 
+enum { REL_BLEND_QUARTERS = 1 };
+
+/* Share of the pages before the diagonal that a row group is steered to. */
+static float rel_due(const struct rel_case *c, int head, int block, int n_diag)
+{
+    const float blend = REL_BLEND_QUARTERS / 4.0f;
+    const float density = c->density[0][head] * (1 - blend) + c->density[1][head] * blend;
+    const float spend = density * (float)(2 * block + n_diag) - (float)n_diag;
+    return block == 0 || spend <= 0 ? 0 : fminf(spend / (float)(2 * block), 1);
+}
+
 /* The gate over one query block, page by page in the default order; returns (page, group) kept. */
 static uint64_t rel_block(struct rel_case *c, int head, int block, uint8_t *keep)
 {
     const int rows = REL_N - block * 128 < 128 ? REL_N - block * 128 : 128;
     const int two = c->rows64 && rows > 64;
     uint64_t kept = two ? 3 : rows > 64 ? 2 : 1;
-    float m[128];
+    float m[128], ln[2] = {c->ln_lambda, c->ln_lambda};
+    const float due[2] = {rel_due(c, head, block, c->rows64 || rows <= 64 ? 1 : 2),
+                          rel_due(c, head, block, 2)};
     rel_scores(c, head, block, rows, m);
     for (int i = 0; i < 2 * block; i++) {
         int page = i == 0 ? 0 : 2 * block - i;
         int yes[2] = {0, 0};
         for (int r = 0; r < rows; r++)
-            yes[r / 64] |= !(c->score[r * REL_PAGES + page] < m[r] + c->ln_lambda);
+            yes[r / 64] |= !(c->score[r * REL_PAGES + page] < m[r] + ln[c->rows64 && r >= 64]);
         if (!c->rows64)
             yes[0] = yes[1] = yes[0] | yes[1];
+        for (int g = 0; g < 2; g++)
+            ln[g] = fminf(ln[g] + c->steer * ((float)yes[g] - due[g]), 30);
         for (int r = 0; r < rows; r++)
             if (yes[r / 64])
                 m[r] = fmaxf(m[r], c->score[r * REL_PAGES + page]);
@@ -513,19 +529,29 @@ static uint64_t rel_block(struct rel_case *c, int head, int block, uint8_t *keep
     return kept;
 }
 
-/* REL against a sequential simulation on the host. */
-static void test_rel(int d, int dtype, int rows64, float ln_lambda)
+/* REL against a sequential simulation on the host; steered where steer is above 0. */
+static void test_rel(int d, int dtype, int rows64, float ln_lambda, float steer)
 {
+    const float density[2][REL_HEADS] = {{0.9f, 0.5f, 0.3f, 0.2f}, {0.7f, 0.3f, 0.05f, 0}};
+    float *densities;
     struct world w;
     const int one[1][2] = {{0, REL_N}};
     world_make(&w, REL_HEADS, 2, d, dtype, 1, one, 41);
     w.seqs[0].ln_lambda = ln_lambda;
     w.seqs[0].gate_rows = rows64 ? 64 : 128;
+    CK(cudaMalloc((void **)&densities, sizeof density));
+    CK(cudaMemcpy(densities, density, sizeof density, cudaMemcpyHostToDevice));
+    w.seqs[0].t = densities;
+    w.seqs[0].steer = steer;
+    w.seqs[0].blend = REL_BLEND_QUARTERS / 4.0f;
+    w.args.t_level_stride = REL_HEADS;
     w.args.head_counts = w.counts;
     world_plan(&w);
     CK(cudaMemset(w.counts, 0, REL_HEADS * sizeof *w.counts));
     run(&w, SM90_GATE_REL, "rel");
-    struct rel_case c = {.d = d, .rows64 = rows64, .scale = w.args.scale, .ln_lambda = ln_lambda};
+    struct rel_case c = {
+        .d = d, .rows64 = rows64, .scale = w.args.scale, .ln_lambda = ln_lambda, .steer = steer};
+    memcpy(c.density, density, sizeof density);
     c.q = to_floats(w.q, (size_t)REL_N * (size_t)(REL_HEADS * d), dtype);
     c.k = to_floats(w.k, (size_t)w.pool_pages * (size_t)(2 * 64 * d), dtype);
     c.score = malloc(sizeof(float) * 128 * REL_PAGES);
@@ -542,12 +568,14 @@ static void test_rel(int d, int dtype, int rows64, float ln_lambda)
     struct sm90_counts got;
     counts_of(&w, &got);
     char text[160];
-    snprintf(text, sizeof text, "REL d%d t%d rows %d ln %.1f: reachable %llu kept %llu want %llu",
-             d, dtype, rows64 ? 64 : 128, (double)ln_lambda, got.reachable, got.kept,
+    snprintf(text, sizeof text,
+             "REL d%d t%d rows %d ln %.1f steer %.1f: reachable %llu kept %llu want %llu", d, dtype,
+             rows64 ? 64 : 128, (double)ln_lambda, (double)steer, got.reachable, got.kept,
              (unsigned long long)kept);
     compare(&w, &keep, text, 1);
     check(got.kept == kept, "    counter", "");
     free(c.q), free(c.k), free(c.score), keeps_free(&keep);
+    CK(cudaFree(densities));
     world_free(&w);
 }
 
@@ -713,9 +741,11 @@ static void test_all(int d, int dtype)
     test_turns(d, dtype, 2900, 3);
     test_signs(d, dtype);
     for (int rows64 = 0; rows64 < 2; rows64++) {
-        test_rel(d, dtype, rows64, -1.5f);
-        test_rel(d, dtype, rows64, -4.0f);
-        test_rel(d, dtype, rows64, 0.7f); /* pages are skipped that would raise the maximum */
+        test_rel(d, dtype, rows64, -1.5f, 0);
+        test_rel(d, dtype, rows64, -4.0f, 0);
+        test_rel(d, dtype, rows64, 0.7f, 0); /* pages are skipped that would raise the maximum */
+        test_rel(d, dtype, rows64, -0.9f, 0.8f);
+        test_rel(d, dtype, rows64, -INFINITY, 0.8f); /* stays open */
     }
 }
 
@@ -734,7 +764,8 @@ int main(int argc, char **argv)
         test_abs(128, 0);
         test_turns(128, 0, 900, 1);
         test_signs(128, 0);
-        test_rel(128, 0, 0, -4.0f);
+        test_rel(128, 0, 0, -4.0f, 0);
+        test_rel(128, 0, 1, -0.9f, 0.8f);
     } else if (argc > 1 && !strcmp(argv[1], "least")) {
         test_least();
     } else if (argc > 1 && !strcmp(argv[1], "turns")) { /* for racecheck too */

@@ -39,6 +39,7 @@ struct world {
     struct model *model;
     float *thresholds; /* [1, n_layers, n_heads, N_BLOCKS] */
     float *decode;     /* likewise, of generated rows */
+    float *densities;  /* [2, n_layers, n_heads] that REL is steered to */
     struct attn_policy policy;
     struct batch_result result;
     struct want wants[N_REQS];
@@ -107,6 +108,17 @@ static void make_thresholds(struct world *w)
         w->decode[i] = (float)(15 * rng_unit(&r));
     w->policy.decode = w->policy.abs;
     w->policy.decode.t = w->decode;
+    w->densities = mem_zalloc((size_t)n * 2, sizeof *w->densities);
+    for (int32_t i = 0; i < n * 2; i++)
+        w->densities[i] = (float)(0.6 * rng_unit(&r));
+    w->policy.rel_64 = (struct attn_thresholds){.t = w->densities,
+                                                .n_levels = 2,
+                                                .n_layers = info->n_layers,
+                                                .n_heads = info->n_heads,
+                                                .n_blocks = 1,
+                                                .level_stride = n,
+                                                .layer_stride = info->n_heads,
+                                                .head_stride = 1};
 }
 
 static void world_open(struct world *w)
@@ -138,6 +150,7 @@ static void world_close(struct world *w)
     model_close(w->model);
     mem_free(w->thresholds);
     mem_free(w->decode);
+    mem_free(w->densities);
     dev_close(w->dev);
 }
 
@@ -161,6 +174,8 @@ static void make_wants(struct world *w, struct rng *r, uint8_t gate)
                                           .gate_rows = gate == BATCH_REL ? 64 : 128,
                                           .level = 0,
                                           .ln_lambda = -0.001f,
+                                          .steer = gate == BATCH_REL && i % 3 == 0 ? 1.5f : 0,
+                                          .blend = 0.25f,
                                           .decode_gate = i % 2 ? BATCH_ABS : BATCH_DENSE};
         q->sampling = (struct batch_sampling){.temperature = rng_unit(r) < 0.5 ? 0.0f : 0.9f,
                                               .top_p = 1,

@@ -97,6 +97,24 @@ static void lambda_nan(struct batch_seq *s)
     s->policy.ln_lambda = NAN;
 }
 
+static void steer_negative(struct batch_seq *s)
+{
+    s->policy.gate = BATCH_REL;
+    s->policy.steer = -1;
+}
+
+static void steer_nan(struct batch_seq *s)
+{
+    s->policy.gate = BATCH_REL;
+    s->policy.steer = NAN;
+}
+
+static void steer_unknown(struct batch_seq *s)
+{
+    s->policy.gate = BATCH_REL;
+    s->policy.steer = 1;
+}
+
 static void unaligned_start(struct batch_seq *s)
 {
     s->policy.gate = BATCH_REL;
@@ -146,6 +164,9 @@ static void test_bad_batches(void **state)
         {"thresholds", no_thresholds},
         {"ln_lambda", lambda_large},
         {"ln_lambda", lambda_nan},
+        {"steer", steer_negative},
+        {"steer", steer_nan},
+        {"no steps to steer", steer_unknown},
         {"inside a block", unaligned_start},
         {"inside a block", unaligned_end},
         {"gate_rows", rows_unknown},

@@ -205,6 +205,11 @@ static void gated_step(struct pair *p, struct batch_policy policy, bool lost, do
     }
 }
 
+/* REL of the first level of these densities, 0 or 1 by layer and head, so steered that no score is
+ * near a decision: the first page is skipped; of a density of 1 all others are kept, of 0 none. */
+static const struct batch_policy steered = {
+    .gate = BATCH_REL, .gate_rows = 128, .ln_lambda = 30, .steer = 100};
+
 /* Under levels 0 and 1, open and closed. */
 static void gated_steps(struct pair *p, bool lost, double bound)
 {
@@ -216,12 +221,14 @@ static void gated_steps(struct pair *p, bool lost, double bound)
     };
     for (size_t i = 0; i < sizeof policies / sizeof *policies; i++)
         gated_step(p, policies[i], lost, bound);
+    gated_step(p, steered, lost, bound);
 }
 
 static void test_gates(void **state)
 {
     enum { BLOCKS = 3 };
     static float t[2][2][8][BLOCKS]; /* levels, layers, heads */
+    float densities[2][2][8];
     struct attn_head_policy heads[2 * 8];
     struct pair p;
     struct tiny_model *m = &tiny[2];
@@ -241,10 +248,13 @@ static void test_gates(void **state)
                                                .level_stride = 2 * 8 * BLOCKS,
                                                .layer_stride = 8 * BLOCKS,
                                                .head_stride = BLOCKS}};
+    for (int i = 0; i < 16; i++)
+        densities[0][i / 8][i % 8] = densities[1][i / 8][i % 8] = (float)((i / 8 + i) % 2);
     tiny_model_write(m);
     open_pair(&p, m->dir, 7);
     for (int visit = 0; visit < 2; visit++) {
         struct attn_policy with = policy;
+        with.rel_128 = (struct attn_thresholds){&densities[0][0][0], 2, 2, 8, 1, 16, 8, 1};
         with.heads = visit ? heads : NULL;
         assert_ok(model_set_policy(p.cpu.model, &with, NULL));
         assert_ok(model_set_policy(p.gpu.model, &with, NULL));

@@ -47,24 +47,31 @@ static void see(struct seen *seen, const struct model_case *c, const struct rank
     }
 }
 
-/* Random thresholds for generated rows, of all heads: each rank takes its own. */
-static int set_decode(struct model *m, float *t, struct err_msg *why)
+/* Random thresholds for generated rows, and densities that REL is steered to, of all heads: each
+ * rank takes its own. */
+static int set_policy(struct model *m, float *t, struct err_msg *why)
 {
     const struct model_info *info = model_info(m);
     const int32_t n = info->n_layers * info->n_heads;
     struct rng r = {9};
-    if (n > MAX_THRESHOLDS)
+    float *densities = t + n; /* [2, n_layers, n_heads] */
+    if (3 * n > MAX_THRESHOLDS)
         return ERR_INVALID;
     for (int32_t i = 0; i < n; i++)
         t[i] = (float)(rng_normal(&r) * 2);
-    const struct attn_policy policy = {.decode = {.t = t,
-                                                  .n_levels = 1,
-                                                  .n_layers = info->n_layers,
-                                                  .n_heads = info->n_heads,
-                                                  .n_blocks = 1,
-                                                  .level_stride = n,
-                                                  .layer_stride = info->n_heads,
-                                                  .head_stride = 1}};
+    for (int32_t i = 0; i < 2 * n; i++)
+        densities[i] = 0.4f + 0.5f * (float)rng_unit(&r);
+    struct attn_policy policy = {.decode = {.t = t,
+                                            .n_levels = 1,
+                                            .n_layers = info->n_layers,
+                                            .n_heads = info->n_heads,
+                                            .n_blocks = 1,
+                                            .level_stride = n,
+                                            .layer_stride = info->n_heads,
+                                            .head_stride = 1}};
+    policy.rel_64 = policy.decode;
+    policy.rel_64.t = densities;
+    policy.rel_64.n_levels = 2;
     return model_set_policy(m, &policy, why);
 }
 
@@ -98,8 +105,12 @@ static int run_long(struct model_case *c, struct rank_life *life)
         tokens[i] = rng_range(&r, 0, model_info(c->model)->vocab_size - 1);
     for (int32_t step = 0; step < 2; step++) {
         struct batch_seq s = case_seq(tokens, 256 * step, 256, MAX_POSITION, pages, 8);
-        s.policy = (struct batch_policy){
-            .gate = BATCH_REL, .gate_rows = 64, .ln_lambda = 4.0f, .lost_mass = true};
+        s.policy = (struct batch_policy){.gate = BATCH_REL,
+                                         .gate_rows = 64,
+                                         .ln_lambda = 4.0f,
+                                         .steer = 2.0f,
+                                         .blend = 0.5f,
+                                         .lost_mass = true};
         TRY(case_step(c, &s, 1));
         life->steps[step].counts[0] = c->counts[0];
     }
@@ -128,7 +139,7 @@ static int open_rank(struct rank_life *life, struct model_case *c, struct comm *
                                      .max_tokens = SCRIPT_MAX_TOKENS,
                                      .max_position = MAX_POSITION};
     TRY(model_open(&c->model, &cfg, why));
-    TRY(set_decode(c->model, life->decode, why));
+    TRY(set_policy(c->model, life->decode, why));
     return model_take_pages(c->model, SCRIPT_PAGES, why);
 }
 
