@@ -155,7 +155,7 @@ static void world_close(struct world *w)
 }
 
 /* Prompts share prefixes of random length with one another, so that warm caches matter. */
-static void make_wants(struct world *w, struct rng *r, uint8_t gate)
+static void make_wants(struct world *w, struct rng *r, uint8_t gate, float steer)
 {
     for (int i = 0; i < N_REQS; i++) {
         struct want *q = &w->wants[i];
@@ -174,7 +174,7 @@ static void make_wants(struct world *w, struct rng *r, uint8_t gate)
                                           .gate_rows = gate == BATCH_REL ? 64 : 128,
                                           .level = 0,
                                           .ln_lambda = -0.001f,
-                                          .steer = gate == BATCH_REL && i % 3 == 0 ? 1.5f : 0,
+                                          .steer = steer,
                                           .blend = 0.25f,
                                           .decode_gate = i % 2 ? BATCH_ABS : BATCH_DENSE};
         q->sampling = (struct batch_sampling){.temperature = rng_unit(r) < 0.5 ? 0.0f : 0.9f,
@@ -301,14 +301,14 @@ static void schedule(struct world *w, struct rng *r, bool share_generated, struc
     kv_cache_destroy(kv);
 }
 
-static void random_schedules(uint8_t gate, uint64_t seed)
+static void random_schedules(uint8_t gate, float steer, uint64_t seed)
 {
     struct world *w = mem_zalloc(1, sizeof *w);
     struct rng r = test_rng("determinism", seed);
     uint64_t preempted = 0;
     struct batch_counts pages = {0}, rows = {0};
     world_open(w);
-    make_wants(w, &r, gate);
+    make_wants(w, &r, gate, steer);
     reference(w);
     for (int i = 0; i < ROUNDS; i++) {
         struct sched_stats st;
@@ -333,19 +333,25 @@ static void random_schedules(uint8_t gate, uint64_t seed)
 static void dense(void **state)
 {
     (void)state;
-    random_schedules(BATCH_DENSE, 11);
+    random_schedules(BATCH_DENSE, 0, 11);
 }
 
 static void abs_gate(void **state)
 {
     (void)state;
-    random_schedules(BATCH_ABS, 12);
+    random_schedules(BATCH_ABS, 0, 12);
 }
 
 static void rel_gate(void **state)
 {
     (void)state;
-    random_schedules(BATCH_REL, 13);
+    random_schedules(BATCH_REL, 0, 13);
+}
+
+static void steered_gate(void **state)
+{
+    (void)state;
+    random_schedules(BATCH_REL, 1.5f, 14);
 }
 
 /* A second turn (prompt + answer + more) finds the pages of the generated answer and continues with
@@ -357,7 +363,7 @@ static void check_second_turn(int16_t decode_gate)
     struct world *w = mem_zalloc(1, sizeof *w);
     struct rng r = test_rng("second_turn", 14);
     world_open(w);
-    make_wants(w, &r, BATCH_DENSE);
+    make_wants(w, &r, BATCH_DENSE, 0);
     struct want *first = &w->wants[0], *second = &w->wants[1];
     first->n_prompt = 250;
     first->max_tokens = 24;
@@ -420,6 +426,7 @@ int main(void)
         cmocka_unit_test(dense),
         cmocka_unit_test(abs_gate),
         cmocka_unit_test(rel_gate),
+        cmocka_unit_test(steered_gate),
         cmocka_unit_test(second_turn),
         cmocka_unit_test(second_turn_after_a_gate),
     };

@@ -11,7 +11,7 @@
 #include <stdio.h>
 #include <unistd.h>
 
-enum { MAX_RANKS = 4, MAX_VOCAB = 512, MAX_POSITION = 512, MAX_THRESHOLDS = 64 };
+enum { MAX_RANKS = 4, MAX_VOCAB = 512, MAX_POSITION = 512, MAX_THRESHOLDS = 192 };
 
 /* What rank 0 saw of one step. */
 struct seen {
@@ -30,7 +30,7 @@ struct rank_life {
     uint64_t fingerprint;
     int32_t vocab;
     int64_t comm_us, total_us;
-    float decode[MAX_THRESHOLDS]; /* the policy's, which the model borrows */
+    float policy[MAX_THRESHOLDS]; /* what the model borrows of it */
     struct seen steps[SCRIPT_STEPS];
 };
 
@@ -139,7 +139,7 @@ static int open_rank(struct rank_life *life, struct model_case *c, struct comm *
                                      .max_tokens = SCRIPT_MAX_TOKENS,
                                      .max_position = MAX_POSITION};
     TRY(model_open(&c->model, &cfg, why));
-    TRY(set_policy(c->model, life->decode, why));
+    TRY(set_policy(c->model, life->policy, why));
     return model_take_pages(c->model, SCRIPT_PAGES, why);
 }
 
