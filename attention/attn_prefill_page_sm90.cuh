@@ -172,15 +172,13 @@ half_wants(const struct consumer<D, GATE> &c, const struct sm90_args &a, const s
     return wants(c, st, pm, half, gate);
 }
 
-/* Moves REL's gate after a decision, as attn_steer_next does. */
+/* REL's gate after a page is kept; what every decision takes off it is taken off elsewhere. See
+ * attn_steer_next. */
 template <int D, int GATE>
-__device__ __forceinline__ void steer(const struct consumer<D, GATE> &c, const struct sm90_args &a,
-                                      float &gate, float fall, bool kept)
+__device__ __forceinline__ void steer_kept(const struct consumer<D, GATE> &c,
+                                           const struct sm90_args &a, float &gate)
 {
-    if (GATE != SM90_GATE_REL)
-        return;
-    gate -= fall;
-    if (all_of(kept))
+    if (GATE == SM90_GATE_REL)
         gate = fminf(gate + __int_as_float(ITEM_FIELD(c, steer)),
                      (float)ATTN_REL_LN_MAX * a.inv_scale);
 }
@@ -280,12 +278,14 @@ __device__ __forceinline__ void plain_page(struct consumer<D, GATE> &c, const CU
         wgmma_pin(s1);
         const bool second = half_wants<D, GATE, KIND>(c, a, st[1], s1, pm1, 1, at, c.gate);
         const bool keep = vote(c, first | second);
-        steer(c, a, c.gate, c.fall, keep);
+        if (GATE == SM90_GATE_REL)
+            c.gate -= c.fall;
         if (all_of(keep))
             request_v(c, map);
         release_k(c);
         if (all_of(!keep))
             return;
+        steer_kept(c, a, c.gate);
         raise_tops<GATE>(st[0], pm0);
         raise_tops<GATE>(st[1], pm1);
         half_exp<D, DT>(p0, s0, st[0], o0, a);
@@ -307,21 +307,26 @@ __device__ __forceinline__ void split_page(struct consumer<D, GATE> &c, const CU
     float s0[32], s1[32], pm[2];
     begin_page<D, DT, GATE, KIND | SPLIT>(c, map, s0, s1);
     const bool keep0 = vote(c, half_wants<D, GATE, KIND>(c, a, st[0], s0, pm, 0, at, c.gate));
-    steer(c, a, c.gate, c.fall, keep0);
+    if (GATE == SM90_GATE_REL)
+        c.gate -= c.fall;
     wgmma_wait<0>();
     wgmma_pin(s1);
     if (all_of(keep0)) {
         request_v(c, map);
         raise_tops<GATE>(st[0], pm);
+        steer_kept(c, a, c.gate);
     }
     const float gate1 = GATE == SM90_GATE_REL ? c.gate1 : c.gate;
     const bool keep1 = vote(c, half_wants<D, GATE, KIND>(c, a, st[1], s1, pm, 1, at, gate1));
-    steer(c, a, c.gate1, c.fall1, keep1);
+    if (GATE == SM90_GATE_REL)
+        c.gate1 -= c.fall1;
     if (all_of(keep1 && !keep0))
         request_v(c, map);
     release_k(c);
-    if (all_of(keep1))
+    if (all_of(keep1)) {
         raise_tops<GATE>(st[1], pm);
+        steer_kept(c, a, c.gate1);
+    }
     if (all_of(!keep0 && !keep1))
         return;
     count_kept(c, ITEM_FIELD(c, rows64) ? keep0 + keep1 : 1);
