@@ -6,7 +6,11 @@
 #include <math.h>
 #include <string.h>
 
-enum { FIRST_LENGTH = 1024, N_BINS = CALIB_REL_BELOW_1 + 1 };
+enum {
+    FIRST_LENGTH = 1024,
+    N_BINS = CALIB_REL_BELOW_1 + 1,
+    N_GATED = CALIB_REL_TRIALS - CALIB_REL_BELOW_1
+};
 
 static const float same_length = 0.02f; /* of logarithms */
 static const float ln_8 = 2.0795f;      /* and a little more: lengths are whole numbers */
@@ -30,6 +34,8 @@ struct calib_rel {
     struct attn_rel_counts counts; /* of the prompt so far */
     uint64_t *sums;                /* of whole prompts, likewise [n_layers, 2, n_heads, N_BINS] */
     int32_t next;                  /* length of the prompt's next point */
+    double diagonal[2];            /* diagonal pages of a head, of whole prompts, by rows_index */
+    struct attn_counts *heads;     /* of whole prompts, [2, N_GATED, n_layers, n_heads] */
     struct curve *curves[2];       /* by rows_index */
     int32_t n_curves[2], room[2];
     float longest[2]; /* of ln_length */
@@ -39,6 +45,11 @@ static int rows_index(int32_t gate_rows)
 {
     ASSERT(gate_rows == 128 || gate_rows == 64);
     return gate_rows == 128 ? 0 : 1;
+}
+
+static size_t n_heads_of(const struct calib_rel *r)
+{
+    return (size_t)r->n_layers * (size_t)r->n_heads;
 }
 
 static size_t n_bins(const struct calib_rel *r)
@@ -54,6 +65,7 @@ void calib_rel_create(struct calib_rel **out, int32_t n_layers, int32_t n_heads)
     r->sums = mem_zalloc(n_bins(r), sizeof *r->sums);
     r->counts = (struct attn_rel_counts){trials, CALIB_REL_BELOW_1,
                                          mem_zalloc(n_bins(r), sizeof *r->counts.bins)};
+    r->heads = mem_zalloc((size_t)2 * N_GATED * n_heads_of(r), sizeof *r->heads);
     r->next = FIRST_LENGTH;
     *out = r;
 }
@@ -64,6 +76,7 @@ void calib_rel_destroy(struct calib_rel *r)
         return;
     mem_free(r->sums);
     mem_free(r->counts.bins);
+    mem_free(r->heads);
     mem_free(r->curves[0]);
     mem_free(r->curves[1]);
     mem_free(r);
@@ -162,6 +175,8 @@ void calib_rel_reached(struct calib_rel *r, int32_t n_tokens, bool last)
     }
     if (!last)
         return;
+    r->diagonal[0] += diagonal(128, n_tokens);
+    r->diagonal[1] += diagonal(64, n_tokens);
     for (size_t i = 0; i < n_bins(r); i++)
         r->sums[i] += r->counts.bins[i];
     memset(r->counts.bins, 0, n_bins(r) * sizeof *r->counts.bins);
@@ -187,17 +202,82 @@ void calib_rel_gated(struct calib_rel *r, int32_t gate_rows, int32_t trial, doub
     c->skipped[trial] = (float)(1 - density);
 }
 
+/* Decisions off the diagonal that a head skips at a trial, and all of them. */
+static void count_skipped(const struct calib_rel *r, int which, int32_t trial, int32_t layer,
+                          int32_t head, double *skipped, double *all)
+{
+    const int32_t row = (2 * layer + which) * r->n_heads + head;
+    const uint64_t *bins = r->sums + (size_t)row * N_BINS;
+    *skipped = *all = 0;
+    for (int32_t i = 0; i < N_BINS; i++) {
+        *skipped += i <= trial ? (double)bins[i] : 0;
+        *all += (double)bins[i];
+    }
+}
+
 double calib_rel_skipped(const struct calib_rel *r, int32_t gate_rows, int32_t trial, int32_t layer,
                          int32_t head)
 {
-    const int32_t row = (2 * layer + rows_index(gate_rows)) * r->n_heads + head;
-    const uint64_t *bins = r->sums + (size_t)row * N_BINS;
-    double skipped = 0, all = 0;
-    for (int32_t i = 0; i < N_BINS; i++) {
-        skipped += i <= trial ? (double)bins[i] : 0;
-        all += (double)bins[i];
-    }
+    double skipped, all;
+    count_skipped(r, rows_index(gate_rows), trial, layer, head, &skipped, &all);
     return skipped / all;
+}
+
+static struct attn_counts *gated_heads(const struct calib_rel *r, int which, int32_t trial)
+{
+    return r->heads +
+           ((size_t)which * N_GATED + (size_t)(trial - CALIB_REL_BELOW_1)) * n_heads_of(r);
+}
+
+void calib_rel_heads(struct calib_rel *r, int32_t gate_rows, int32_t trial,
+                     const struct attn_counts *heads)
+{
+    struct attn_counts *to = gated_heads(r, rows_index(gate_rows), trial);
+    for (size_t i = 0; i < n_heads_of(r); i++) {
+        to[i].reachable += heads[i].reachable;
+        to[i].kept += heads[i].kept;
+    }
+}
+
+/* Share of its pages that a head keeps at a trial, diagonal ones among them. */
+static double kept_share(const struct calib_rel *r, int which, int32_t trial, int32_t layer,
+                         int32_t head)
+{
+    double skipped, all;
+    if (trial >= CALIB_REL_BELOW_1) {
+        const struct attn_counts *c = &gated_heads(r, which, trial)[layer * r->n_heads + head];
+        return c->reachable > 0 ? (double)c->kept / (double)c->reachable : 1;
+    }
+    count_skipped(r, which, trial, layer, head, &skipped, &all);
+    all += r->diagonal[which];
+    return all > 0 ? 1 - skipped / all : 1;
+}
+
+int32_t calib_rel_steps(const struct calib_rel *r, int32_t gate_rows, float *out)
+{
+    const double least = 0.002;
+    const size_t n = n_heads_of(r);
+    double before = 1;
+    int32_t n_steps = 1;
+    for (size_t i = 0; i < n; i++)
+        out[i] = 1;
+    for (int32_t trial = 0; trial < CALIB_REL_TRIALS; trial++) {
+        float *step = out + (size_t)n_steps * n;
+        double sum = 0;
+        for (int32_t l = 0; l < r->n_layers; l++) {
+            for (int32_t h = 0; h < r->n_heads; h++) {
+                const double kept = kept_share(r, rows_index(gate_rows), trial, l, h);
+                *step++ = (float)kept;
+                sum += l < counted_layers(r) ? kept : 0;
+            }
+        }
+        const double mean = sum / ((double)counted_layers(r) * (double)r->n_heads);
+        if (mean > before - least)
+            continue;
+        before = mean;
+        n_steps++;
+    }
+    return n_steps;
 }
 
 /* ln(lambda) where a curve first skips s; NAN where its trials do not say. */

@@ -15,7 +15,7 @@
 
 #include <stdbool.h>
 
-enum { CALIB_REL_TRIALS = 26, CALIB_REL_BELOW_1 = 20 };
+enum { CALIB_REL_TRIALS = 26, CALIB_REL_BELOW_1 = 20, CALIB_REL_STEPS = CALIB_REL_TRIALS + 1 };
 
 struct calib_rel;
 
@@ -34,6 +34,14 @@ void calib_rel_reached(struct calib_rel *r, int32_t n_tokens, bool last);
  * runs of a prompt follow each other, the dense one first, and have the same chunks. */
 void calib_rel_gated(struct calib_rel *r, int32_t gate_rows, int32_t trial, double density,
                      int32_t n_tokens, bool last);
+/* And what its heads [n_layers, n_heads] kept in the whole of such a run; added up over prompts. */
+void calib_rel_heads(struct calib_rel *r, int32_t gate_rows, int32_t trial,
+                     const struct attn_counts *heads);
+/* What heads are steered between (attn_policy.rel_128): the shares of their pages that they keep
+ * without a gate and at the trials, into out [at most CALIB_REL_STEPS, n_layers, n_heads]; trials
+ * that lower the mean by less than 0.002 are left out. Returns how many. The last layer's, of gated
+ * trials, are of the rows that it computes. */
+int32_t calib_rel_steps(const struct calib_rel *r, int32_t gate_rows, float *out);
 /* Mean share skipped by each layer and head at a trial, off the diagonal; NAN where nothing was
  * counted. */
 double calib_rel_skipped(const struct calib_rel *r, int32_t gate_rows, int32_t trial, int32_t layer,

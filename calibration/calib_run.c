@@ -3,6 +3,7 @@
 #include "core/mem.h"
 
 #include <errno.h>
+#include <string.h>
 
 struct calib_run {
     struct model *model;
@@ -16,7 +17,13 @@ struct calib_run {
     /* NULL: off. With a trial below 0 the run is dense and counted, else gated. */
     struct calib_rel *rel;
     int32_t rel_trial, rel_rows;
+    struct attn_counts *heads[2]; /* [n_layers, n_heads] before a gated run and of it */
 };
+
+static size_t n_heads(const struct calib_run *r)
+{
+    return (size_t)model_info(r->model)->n_layers * (size_t)model_info(r->model)->n_heads;
+}
 
 int calib_run_create(struct calib_run **out, struct model *m, int32_t max_tokens, int32_t chunk,
                      struct err_msg *why)
@@ -32,6 +39,8 @@ int calib_run_create(struct calib_run **out, struct model *m, int32_t max_tokens
     r->pages = mem_zalloc((size_t)r->n_pages, sizeof *r->pages);
     for (int32_t i = 0; i < r->n_pages; i++)
         r->pages[i] = i;
+    for (int i = 0; i < 2; i++)
+        r->heads[i] = mem_zalloc(n_heads(r), sizeof *r->heads[i]);
     int err = model_take_pages(m, r->n_pages, why);
     if (err < 0) {
         calib_run_destroy(r);
@@ -46,6 +55,8 @@ void calib_run_destroy(struct calib_run *r)
     if (!r)
         return;
     mem_free(r->pages);
+    mem_free(r->heads[0]);
+    mem_free(r->heads[1]);
     mem_free(r);
 }
 
@@ -203,17 +214,41 @@ int calib_run_mass(struct calib_run *r, struct calib *c, struct calib_mass *mass
     return calib_end_sample(c, n_tokens, why);
 }
 
+/* The counters of heads as they are. */
+static int read_heads(struct calib_run *r, struct attn_counts *to)
+{
+    const struct attn_counts *now = model_head_counts(r->model);
+    if (!now)
+        return ERR_INVALID;
+    memcpy(to, now, n_heads(r) * sizeof *to);
+    return 0;
+}
+
+/* A prompt under a trial's gate; its chunks are reported as they come, its heads at the end. */
+static int run_trial(struct calib_run *r, const int32_t *tokens, int32_t n_tokens)
+{
+    const struct batch_policy gated = {.gate = BATCH_REL,
+                                       .gate_rows = (uint8_t)r->rel_rows,
+                                       .ln_lambda = calib_rel_trials()[r->rel_trial]};
+    struct batch_counts counts;
+    struct attn_counts *before = r->heads[0], *run = r->heads[1];
+    TRY(read_heads(r, before));
+    TRY(calib_run_prompt(r, tokens, n_tokens, gated, &counts));
+    TRY(read_heads(r, run));
+    for (size_t i = 0; i < n_heads(r); i++) {
+        run[i].reachable -= before[i].reachable;
+        run[i].kept -= before[i].kept;
+    }
+    calib_rel_heads(r->rel, r->rel_rows, r->rel_trial, run);
+    return 0;
+}
+
 /* Those that no dense run counts. */
 static int run_trials(struct calib_run *r, const int32_t *tokens, int32_t n_tokens)
 {
-    struct batch_counts counts;
     for (r->rel_rows = 64; r->rel_rows <= 128; r->rel_rows += 64) {
-        for (r->rel_trial = CALIB_REL_BELOW_1; r->rel_trial < CALIB_REL_TRIALS; r->rel_trial++) {
-            const struct batch_policy gated = {.gate = BATCH_REL,
-                                               .gate_rows = (uint8_t)r->rel_rows,
-                                               .ln_lambda = calib_rel_trials()[r->rel_trial]};
-            TRY(calib_run_prompt(r, tokens, n_tokens, gated, &counts));
-        }
+        for (r->rel_trial = CALIB_REL_BELOW_1; r->rel_trial < CALIB_REL_TRIALS; r->rel_trial++)
+            TRY(run_trial(r, tokens, n_tokens));
     }
     return 0;
 }

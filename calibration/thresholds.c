@@ -35,6 +35,8 @@ struct thresholds {
     struct attn_thresholds decode;
     float *decode_t;
     int32_t *decode_k;
+    struct attn_thresholds rel[2]; /* of 128 rows, of 64; t NULL: none */
+    float *rel_t[2];
     uint64_t hash;
 };
 
@@ -375,6 +377,11 @@ static uint64_t content_hash(const struct thresholds *t)
     uint64_t h = hash_bytes(shape, sizeof shape, t->meta.model);
     h = hash_bytes(t->k, (size_t)v->n_levels * sizeof *t->k, h);
     h = hash_bytes(t->t, (size_t)v->n_levels * (size_t)v->level_stride * sizeof *t->t, h);
+    for (int i = 0; i < 2 && t->rel[i].t; i++) {
+        v = &t->rel[i];
+        h = hash_bytes(&v->n_levels, sizeof v->n_levels, h);
+        h = hash_bytes(v->t, (size_t)v->n_levels * (size_t)v->level_stride * sizeof *v->t, h);
+    }
     v = &t->decode;
     if (!v->t) /* the same as before there were any */
         return h;
@@ -430,16 +437,92 @@ static int read_decode(const struct reader *r, struct thresholds *out)
     return 0;
 }
 
+/* ---- densities of heads --------------------------------------------------------------------- */
+
+/* Mean over the layers that a served prompt's density is of. */
+static double mean_density(const struct attn_thresholds *v, int32_t level)
+{
+    const int32_t n_layers = v->n_layers > 1 ? v->n_layers - 1 : 1;
+    const float *t = v->t + level * v->level_stride;
+    double sum = 0;
+    for (int32_t l = 0; l < n_layers; l++) {
+        for (int32_t h = 0; h < v->n_heads; h++)
+            sum += (double)t[l * v->layer_stride + h * v->head_stride];
+    }
+    return sum / ((double)n_layers * (double)v->n_heads);
+}
+
+static int check_densities(const struct reader *r, const struct attn_thresholds *v,
+                           const char *name)
+{
+    const size_t n = (size_t)v->n_levels * (size_t)v->level_stride;
+    for (size_t i = 0; i < n; i++) {
+        if (v->t[i] >= 0 && v->t[i] <= 1)
+            continue;
+        return err_set(r->why, ERR_FORMAT, "%s: %s[%zu, %zu, %zu] is %g, not from 0 to 1", r->name,
+                       name, i / (size_t)v->level_stride,
+                       i % (size_t)v->level_stride / (size_t)v->layer_stride,
+                       i % (size_t)v->layer_stride, (double)v->t[i]);
+    }
+    for (int32_t i = 1; i < v->n_levels; i++) {
+        if (!(mean_density(v, i) < mean_density(v, i - 1)))
+            return err_set(r->why, ERR_FORMAT, "%s: %s: the mean of step %d is not below step %d's",
+                           r->name, name, i, i - 1);
+    }
+    return 0;
+}
+
+static int read_rel_heads(const struct reader *r, const char *name, const struct thresholds *of,
+                          struct attn_thresholds *view, float **at)
+{
+    const struct st_tensor *t = find_tensor(r, name, ST_F32, 3);
+    char shape[128];
+    if (!t)
+        return ERR_FORMAT;
+    if (t->shape[0] < 2 || t->shape[0] > MAX_LEVELS || t->shape[1] != of->view.n_layers ||
+        t->shape[2] != of->view.n_heads)
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: tensor %s has shape %s, not 2 to %d steps of %d layers of %d heads",
+                       r->name, name, st_shape_text(shape, sizeof shape, t->shape, t->n_dims),
+                       MAX_LEVELS, of->view.n_layers, of->view.n_heads);
+    *at = mem_try_aligned(t->bytes, 1);
+    if (!*at)
+        return err_set(r->why, -ENOMEM, "%s: no memory for %zu bytes", r->name, t->bytes);
+    memcpy(*at, t->data, t->bytes);
+    const struct thresholds_rel_heads heads = {*at, (int32_t)t->shape[0]};
+    *view = thresholds_rel_heads_view(&heads, of->view.n_layers, of->view.n_heads);
+    return check_densities(r, view, name);
+}
+
+/* Optional: both tensors or neither, and only where lambda is known for a density. */
+static int read_rel(const struct reader *r, struct thresholds *out)
+{
+    static const char *const names[] = {"rel_128_heads", "rel_64_heads"};
+    const double known[] = {out->meta.rel_128.b, out->meta.rel_64.b};
+    if (!safetensors_find(r->st, names[0]) && !safetensors_find(r->st, names[1]))
+        return 0;
+    for (int i = 0; i < 2; i++) {
+        TRY(read_rel_heads(r, names[i], out, &out->rel[i], &out->rel_t[i]));
+        if (!(known[i] > 0))
+            return err_set(r->why, ERR_FORMAT, "%s: tensor %s without metadata rel_%d", r->name,
+                           names[i], i == 0 ? 128 : 64);
+    }
+    out->meta.rel_128_heads = (struct thresholds_rel_heads){out->rel_t[0], out->rel[0].n_levels};
+    out->meta.rel_64_heads = (struct thresholds_rel_heads){out->rel_t[1], out->rel[1].n_levels};
+    return 0;
+}
+
 static int read_tensors(const struct reader *r, struct thresholds *out)
 {
     const struct pair names = {"thresholds", "k"};
     TRY(read_pair(r, names, &out->view, &out->t, &out->k));
     TRY(read_decode(r, out));
-    if (safetensors_count(r->st) != (out->decode_t ? 4 : 2)) {
-        return err_set(
-            r->why, ERR_FORMAT,
-            "%s: %zu tensors, must be thresholds and k, or with them decode and decode_k", r->name,
-            safetensors_count(r->st));
+    TRY(read_rel(r, out));
+    if (safetensors_count(r->st) != 2u + (out->decode_t ? 2 : 0) + (out->rel_t[0] ? 2 : 0)) {
+        return err_set(r->why, ERR_FORMAT,
+                       "%s: %zu tensors, must be thresholds and k, or with them decode and "
+                       "decode_k, or rel_128_heads and rel_64_heads",
+                       r->name, safetensors_count(r->st));
     }
     TRY(check_length(r, &out->view, &out->meta));
     TRY(check_auto_k(r, out));
@@ -488,6 +571,8 @@ void thresholds_free(struct thresholds *t)
     mem_free(t->head_k);
     mem_free(t->decode_t);
     mem_free(t->decode_k);
+    mem_free(t->rel_t[0]);
+    mem_free(t->rel_t[1]);
     mem_free(t);
 }
 
@@ -504,6 +589,11 @@ const struct attn_thresholds *thresholds_view(const struct thresholds *t)
 const struct attn_thresholds *thresholds_decode_view(const struct thresholds *t)
 {
     return &t->decode;
+}
+
+const struct attn_thresholds *thresholds_rel_view(const struct thresholds *t, int32_t gate_rows)
+{
+    return &t->rel[gate_rows == 64];
 }
 
 const int32_t *thresholds_k(const struct thresholds *t, int32_t *n_levels)
@@ -591,6 +681,39 @@ double thresholds_rel_ln_lambda(const struct thresholds_rel *r, double density, 
     if (ln > (double)THRESHOLDS_REL_LN_MAX)
         return (double)THRESHOLDS_REL_LN_MAX;
     return ln > -60 ? ln : -60;
+}
+
+struct attn_thresholds thresholds_rel_heads_view(const struct thresholds_rel_heads *r,
+                                                 int32_t n_layers, int32_t n_heads)
+{
+    return (struct attn_thresholds){.t = r->t,
+                                    .n_levels = r->n_steps,
+                                    .n_layers = n_layers,
+                                    .n_heads = n_heads,
+                                    .n_blocks = 1,
+                                    .level_stride = (int64_t)n_layers * n_heads,
+                                    .layer_stride = n_heads,
+                                    .head_stride = 1};
+}
+
+bool thresholds_rel_steps(const struct attn_thresholds *heads, double density, int32_t *level,
+                          float *blend)
+{
+    int32_t lo = 0, hi = heads->n_levels - 1;
+    if (!heads->t || hi < 1)
+        return false;
+    while (hi - lo > 1) { /* the first step's density or less, more than the last's */
+        const int32_t mid = lo + (hi - lo) / 2;
+        if (mean_density(heads, mid) >= density)
+            lo = mid;
+        else
+            hi = mid;
+    }
+    const double from = mean_density(heads, lo), to = mean_density(heads, lo + 1);
+    const double at = (from - density) / (from - to);
+    *level = lo;
+    *blend = at < 0 ? 0 : at > 1 ? 1 : (float)at;
+    return true;
 }
 
 /* ---- predicted density ---------------------------------------------------------------------- */

@@ -5,16 +5,17 @@
  * tokens below which auto is dense), and source "imported" where another program's file was
  * converted (import.h): samples may then be 0, unknown. Optional, and ignored by readers that do
  * not know them: rel_128 and rel_64 (struct thresholds_rel, 24 numbers, or 14: without
- * what follows the knots), auto_density or
- * auto_ln_lambda and auto_rows, head_k (S * L * H whole numbers, where each head keeps pages of its
- * own: k then only names the level). Two
- * more tensors, both or neither: `decode` f32 [S', L, H, NB'] and `decode_k` i32 [S'], the same for
- * generated rows, which decide alone (policy.h), with levels and a length of their own. Programs
- * from before those refuse a file that has them, by the number of its tensors.
- * T[s][l][h][i] gates query head h of layer l at absolute query block i (128 tokens); natural
- * scaled-logit units. Levels are stored by increasing k; NB is n_max in blocks. -inf (dense) and
- * +inf (diagonal only) are values, NaN is not. Every error names the file and the field. Source:
- * BSFA section 4.2-4.3. */
+ * what follows the knots), auto_density or auto_ln_lambda and auto_rows, head_k (S * L * H whole
+ * numbers, where each head keeps pages of its own: k then only names the level). Two more tensors,
+ * both or neither: `decode` f32 [S', L, H, NB'] and `decode_k` i32 [S'], the same for generated
+ * rows, which decide alone (policy.h), with levels and a length of their own. Programs from before
+ * those refuse a file that has them, by the number of its tensors. Two more, both or neither:
+ * `rel_128_heads` and `rel_64_heads` f32 [P, L, H], what the REL gate of so many rows is steered
+ * to: the shares of their pages that heads keep at steps of lambda, whose mean (but for the last
+ * layer, which computes one block of a prompt) falls from step to step. T[s][l][h][i] gates query
+ * head h of layer l at absolute query block i (128 tokens); natural scaled-logit units. Levels are
+ * stored by increasing k; NB is n_max in blocks. -inf (dense) and +inf (diagonal only) are values,
+ * NaN is not. Every error names the file and the field. Source: BSFA section 4.2-4.3. */
 #ifndef CALIBRATION_THRESHOLDS_H
 #define CALIBRATION_THRESHOLDS_H
 
@@ -48,6 +49,20 @@ struct thresholds_rel {
  * at least -60. */
 double thresholds_rel_ln_lambda(const struct thresholds_rel *r, double density, int64_t n_tokens);
 
+/* t [n_steps, n_layers, n_heads]: see struct attn_policy. */
+struct thresholds_rel_heads {
+    const float *t; /* NULL: none */
+    int32_t n_steps;
+};
+
+/* As kernels see it. */
+struct attn_thresholds thresholds_rel_heads_view(const struct thresholds_rel_heads *r,
+                                                 int32_t n_layers, int32_t n_heads);
+/* Where the mean density lies among the steps of such a view: (1 - blend) * step[level] + blend *
+ * step[level + 1], at most the first's and at least the last's. False where there are none. */
+bool thresholds_rel_steps(const struct attn_thresholds *heads, double density, int32_t *level,
+                          float *blend);
+
 /* Thresholds of generated rows: t [n_levels, n_layers, n_heads, n_blocks], k [n_levels] pages that
  * a row keeps besides the one of its own token. */
 struct thresholds_decode {
@@ -75,7 +90,8 @@ struct thresholds_meta {
     /* [S, L, H] pages that each head keeps, none fewer than a level before; NULL: the level's k.
      * Borrowed: a loaded file's lives as long as it. */
     const int32_t *head_k;
-    struct thresholds_decode decode; /* likewise borrowed */
+    struct thresholds_decode decode;                         /* likewise borrowed */
+    struct thresholds_rel_heads rel_128_heads, rel_64_heads; /* likewise */
 };
 
 MUST_CHECK int thresholds_load(struct thresholds **out, const char *path, struct err_msg *why);
@@ -93,6 +109,8 @@ const struct thresholds_meta *thresholds_meta(const struct thresholds *t);
 const struct attn_thresholds *thresholds_view(const struct thresholds *t);
 /* Those of generated rows; t == NULL: the file has none. */
 const struct attn_thresholds *thresholds_decode_view(const struct thresholds *t);
+/* What REL of 128 or 64 rows is steered to; t == NULL: the file has none. */
+const struct attn_thresholds *thresholds_rel_view(const struct thresholds *t, int32_t gate_rows);
 const int32_t *thresholds_k(const struct thresholds *t, int32_t *n_levels);
 /* Index of the level with exactly this k, or ERR_INVALID with the list of those there are. */
 MUST_CHECK int thresholds_level(const struct thresholds *t, int32_t k, struct err_msg *why);

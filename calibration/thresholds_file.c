@@ -130,17 +130,33 @@ static json_t *make_meta(const struct thresholds_meta *m, const struct shape *s)
     return o;
 }
 
-/* The tensors, one after the other in this order. */
-static json_t *make_tensors(const struct shape *s, const struct thresholds_decode *d)
+/* A tensor of REL's densities, whose data begins at *at. */
+static json_t *rel_tensor(const struct shape *s, const struct thresholds_rel_heads *r,
+                          json_int_t *at)
 {
+    const json_int_t begin = *at;
+    *at += (json_int_t)sizeof *r->t * r->n_steps * s->layers * s->heads;
+    return json_pack("{s:s,s:[i,i,i],s:[I,I]}", "dtype", "F32", "shape", r->n_steps, s->layers,
+                     s->heads, "data_offsets", begin, *at);
+}
+
+/* The tensors, one after the other in this order. */
+static json_t *make_tensors(const struct shape *s, const struct thresholds_meta *m)
+{
+    const struct thresholds_decode *d = &m->decode;
     const json_int_t per_block = (json_int_t)sizeof(float) * s->layers * s->heads;
     const json_int_t t = per_block * s->levels * s->blocks;
     const json_int_t k = t + (json_int_t)sizeof(int32_t) * s->levels;
     const json_int_t decode = k + per_block * d->n_levels * d->n_blocks;
+    json_int_t end = d->t ? decode + (json_int_t)sizeof(int32_t) * d->n_levels : k;
     json_t *all =
         json_pack("{s:{s:s,s:[i,i,i,i],s:[I,I]},s:{s:s,s:[i],s:[I,I]}}", "thresholds", "dtype",
                   "F32", "shape", s->levels, s->layers, s->heads, s->blocks, "data_offsets",
                   (json_int_t)0, t, "k", "dtype", "I32", "shape", s->levels, "data_offsets", t, k);
+    if (all && m->rel_128_heads.t) {
+        (void)json_object_set_new(all, "rel_128_heads", rel_tensor(s, &m->rel_128_heads, &end));
+        (void)json_object_set_new(all, "rel_64_heads", rel_tensor(s, &m->rel_64_heads, &end));
+    }
     if (!all || !d->t)
         return all;
     json_t *more =
@@ -156,7 +172,7 @@ static json_t *make_tensors(const struct shape *s, const struct thresholds_decod
 /* The header as safetensors wants it: JSON padded with spaces so that the data is aligned. */
 static char *make_header(const struct thresholds_meta *meta, const struct shape *s, size_t *len)
 {
-    json_t *root = make_tensors(s, &meta->decode), *about = make_meta(meta, s);
+    json_t *root = make_tensors(s, meta), *about = make_meta(meta, s);
     char *text = NULL;
     if (about && json_object_set_new(root, "__metadata__", about) == 0)
         text = json_dumps(root, JSON_COMPACT | JSON_SORT_KEYS);
@@ -221,8 +237,9 @@ int thresholds_save(const char *path, const struct thresholds_meta *meta, const 
     const struct shape s = {n_levels, n_layers, n_heads, n_blocks};
     const size_t n = (size_t)n_levels * (size_t)n_layers * (size_t)n_heads * (size_t)n_blocks;
     const struct thresholds_decode *d = &meta->decode;
-    const size_t n_decode =
-        (size_t)d->n_levels * (size_t)n_layers * (size_t)n_heads * (size_t)d->n_blocks;
+    const size_t n_all = (size_t)n_layers * (size_t)n_heads;
+    const size_t n_decode = (size_t)d->n_levels * n_all * (size_t)d->n_blocks;
+    const struct thresholds_rel_heads *rel[] = {&meta->rel_128_heads, &meta->rel_64_heads};
     unsigned char prefix[8];
     size_t header_len = 0;
     char *header = make_header(meta, &s, &header_len);
@@ -235,8 +252,10 @@ int thresholds_save(const char *path, const struct thresholds_meta *meta, const 
                                       {t, n * sizeof *t},
                                       {k, (size_t)n_levels * sizeof *k},
                                       {d->t, n_decode * sizeof *d->t},
-                                      {d->k, (size_t)d->n_levels * sizeof *d->k}};
-    int err = thresholds_write_file(path, parts, d->t ? 6 : 4, why);
+                                      {d->k, (size_t)d->n_levels * sizeof *d->k},
+                                      {rel[0]->t, (size_t)rel[0]->n_steps * n_all * sizeof *t},
+                                      {rel[1]->t, (size_t)rel[1]->n_steps * n_all * sizeof *t}};
+    int err = thresholds_write_file(path, parts, sizeof parts / sizeof *parts, why);
     mem_free(header);
     return err;
 }

@@ -58,6 +58,8 @@ static struct thresholds_meta make_meta(const struct calibrate_work *w)
         struct thresholds_meta meta = *thresholds_meta(w->file);
         meta.rel_128 = w->rel_128;
         meta.rel_64 = w->rel_64;
+        meta.rel_128_heads = w->rel_heads[0];
+        meta.rel_64_heads = w->rel_heads[1];
         if (w->decode_t)
             meta.decode = decode_of(w);
         set_auto(&w->o, &meta);
@@ -74,6 +76,8 @@ static struct thresholds_meta make_meta(const struct calibrate_work *w)
                                    .auto_min = AUTO_MIN_TOKENS,
                                    .rel_128 = w->rel_128,
                                    .rel_64 = w->rel_64,
+                                   .rel_128_heads = w->rel_heads[0],
+                                   .rel_64_heads = w->rel_heads[1],
                                    .head_k = w->o.budget ? w->head_k : NULL,
                                    .decode = decode_of(w)};
     memcpy(meta.rope, info->rope, sizeof meta.rope);

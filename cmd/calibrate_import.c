@@ -69,6 +69,8 @@ int calibrate_load(struct calibrate_work *w, struct err_msg *why)
     w->set = meta->set;
     w->rel_128 = meta->rel_128;
     w->rel_64 = meta->rel_64;
+    w->rel_heads[0] = meta->rel_128_heads;
+    w->rel_heads[1] = meta->rel_64_heads;
     w->o.gate_rows = meta->gate_rows == KV_BLOCK_TOKENS ? 0 : 1;
     for (int32_t i = 0; i < w->n_levels; i++)
         w->levels[i].k = w->k[i] = k[i];

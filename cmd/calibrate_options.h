@@ -22,6 +22,7 @@ struct calibrate_options {
     int64_t rel; /* samples for the REL gate's law; 0: none */
     /* auto is the REL gate at a density or a lambda, of auto_rows; both 0: it is auto_k */
     double auto_density, auto_lambda;
+    double steer;  /* of the held-out runs of the REL gate */
     int auto_rows; /* index into the choices 128, 64 */
     int64_t holdout, limit, max_len, threads, chunk, auto_k, auto_min;
     int gate_rows;       /* index into the choices 128, 64 */

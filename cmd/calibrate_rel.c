@@ -3,11 +3,24 @@
 #include "calibration/calib_rel.h"
 
 #include "cmd/calibrate_work.h"
+#include "core/mem.h"
 
 /* Sample i of n, evenly spread over those that calibrate. */
 static const struct sample *chosen(const struct calibrate_work *w, int64_t i, int64_t n)
 {
     return &w->samples.items[w->split.calibrate[i * w->split.n_calibrate / n]];
+}
+
+/* The densities of heads at the trials, of which there are several where there is a fit. */
+static void keep_heads(struct calibrate_work *w, const struct calib_rel *rel)
+{
+    const size_t n = (size_t)w->info.n_layers * (size_t)w->info.n_heads;
+    for (int i = 0; i < 2; i++) {
+        w->rel_made[i] = mem_alloc(CALIB_REL_STEPS * n * sizeof *w->rel_made[i]);
+        const int32_t n_steps = calib_rel_steps(rel, i == 0 ? 128 : 64, w->rel_made[i]);
+        w->rel_heads[i] = (struct thresholds_rel_heads){w->rel_made[i], n_steps};
+        ASSERT(n_steps > 1);
+    }
 }
 
 int calibrate_rel(struct calibrate_work *w, struct err_msg *why)
@@ -31,6 +44,8 @@ int calibrate_rel(struct calibrate_work *w, struct err_msg *why)
         err = calib_rel_fit(rel, 128, &w->rel_128, why);
     if (err == 0)
         err = calib_rel_fit(rel, 64, &w->rel_64, why);
+    if (err == 0)
+        keep_heads(w, rel);
     calibrate_progress_end(&w->progress);
     calib_rel_destroy(rel);
     return err;
@@ -41,11 +56,17 @@ static int measure_one(struct calibrate_work *w, int32_t target, int32_t i, stru
     const struct sample *s = &w->samples.items[w->split.held_out[i]];
     const double wanted = w->rel_targets[target];
     const bool whole = w->o.auto_rows == 0;
-    const struct batch_policy policy = {.gate = BATCH_REL,
-                                        .gate_rows = whole ? 128 : 64,
-                                        .ln_lambda = (float)thresholds_rel_ln_lambda(
-                                            whole ? &w->rel_128 : &w->rel_64, wanted, s->n_tokens)};
+    struct batch_policy policy = {.gate = BATCH_REL,
+                                  .gate_rows = whole ? 128 : 64,
+                                  .ln_lambda = (float)thresholds_rel_ln_lambda(
+                                      whole ? &w->rel_128 : &w->rel_64, wanted, s->n_tokens)};
     struct batch_counts counts;
+    int32_t level;
+    if (w->o.steer > 0 && thresholds_rel_steps(whole ? &w->policy.rel_128 : &w->policy.rel_64,
+                                               wanted, &level, &policy.blend)) {
+        policy.level = (int16_t)level;
+        policy.steer = (float)w->o.steer;
+    }
     int err = calib_run_prompt(w->run, s->tokens, s->n_tokens, policy, &counts);
     if (err < 0)
         return err_set(why, err, "%s:%d: gated run: %s", w->o.samples, s->line, err_str(err));
@@ -59,6 +80,13 @@ int calibrate_measure_rel(struct calibrate_work *w, struct err_msg *why)
     if (w->n_rel_targets > 0 && !(w->rel_64.b > 0))
         return err_set(why, ERR_CONFIG,
                        "--rel-density: needs --rel, or a file of --thresholds with it");
+    if (w->n_rel_targets > 0) {
+        w->policy.rel_128 =
+            thresholds_rel_heads_view(&w->rel_heads[0], w->info.n_layers, w->info.n_heads);
+        w->policy.rel_64 =
+            thresholds_rel_heads_view(&w->rel_heads[1], w->info.n_layers, w->info.n_heads);
+        TRY(model_set_policy(w->model, &w->policy, why));
+    }
     calibrate_progress_begin(&w->progress, "held-out runs:",
                              samples_tokens(&w->samples, w->split.held_out, w->split.n_held_out) *
                                  w->n_rel_targets);

@@ -19,6 +19,8 @@ void calibrate_work_free(struct calibrate_work *w)
     mem_free(w->head_k);
     mem_free(w->lost);
     mem_free(w->decode_t);
+    mem_free(w->rel_made[0]);
+    mem_free(w->rel_made[1]);
     if (!w->file)
         mem_free(w->t);
     thresholds_free(w->file);

@@ -32,6 +32,8 @@ struct calibrate_work {
     struct calibrate_held_out *held_out;      /* [split.n_held_out] */
     struct attn_counts *heads;                /* [n_levels, n_layers, n_heads] over those */
     struct thresholds_rel rel_128, rel_64;    /* b 0: not calibrated */
+    struct thresholds_rel_heads rel_heads[2]; /* of 128 rows, of 64; t NULL: not calibrated */
+    float *rel_made[2];                       /* what --rel found, which rel_heads points to then */
     double rel_targets[CALIBRATE_MAX_LEVELS]; /* densities to reach by REL on held-out samples */
     int32_t n_rel_targets;
     struct calibrate_density rel_levels[CALIBRATE_MAX_LEVELS]; /* by those */

@@ -133,7 +133,7 @@ static double level_density(const void *thresholds, int32_t level, int64_t n_tok
 static bool rel_steps(const void *thresholds, int32_t gate_rows, double density, int32_t *level,
                       float *blend)
 {
-    return thresholds_rel_steps(thresholds, gate_rows, density, level, blend);
+    return thresholds_rel_steps(thresholds_rel_view(thresholds, gate_rows), density, level, blend);
 }
 
 static double decode_density(const void *thresholds, int32_t level, int64_t n_tokens)

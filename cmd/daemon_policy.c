@@ -129,6 +129,15 @@ static int load_window(struct daemon_policy *p, const struct daemon_options *o,
     return 0;
 }
 
+/* What a REL density is steered to, where the file has it. */
+static void load_rel(struct daemon_policy *p)
+{
+    if (!p->thresholds)
+        return;
+    p->attn.rel_128 = *thresholds_rel_view(p->thresholds, 128);
+    p->attn.rel_64 = *thresholds_rel_view(p->thresholds, 64);
+}
+
 /* The gate of generated tokens, where the file has it. */
 static int load_decode(struct daemon_policy *p, const struct daemon_options *o, struct err_msg *why)
 {
@@ -156,6 +165,8 @@ int daemon_policy_load(struct daemon_policy *p, const struct daemon_options *o,
         err = load_window(p, o, info, why);
     if (err == 0 && o->thresholds)
         err = load_thresholds(p, o, info, why);
+    if (err == 0)
+        load_rel(p);
     if (err == 0)
         err = load_decode(p, o, why);
     if (err < 0)
