@@ -39,6 +39,22 @@ static void check_decode(const struct thresholds *t)
     check_values(d);
 }
 
+/* Densities of heads fit too, and any mean lies among them. */
+static void check_rel(const struct thresholds *t, int rows)
+{
+    const struct attn_thresholds *v = thresholds_view(t), *d = thresholds_rel_view(t, rows);
+    int32_t level = -1;
+    float blend = -1;
+    demand((d->t != NULL) == (thresholds_meta(t)->rel_128_heads.t != NULL));
+    demand(thresholds_rel_steps(d, 0.3, &level, &blend) == (d->t != NULL));
+    if (!d->t)
+        return;
+    demand(d->n_layers == v->n_layers && d->n_heads == v->n_heads && d->n_blocks == 1);
+    demand(level >= 0 && level < d->n_levels - 1 && blend >= 0 && blend <= 1);
+    for (int64_t i = 0; i < d->n_levels * d->level_stride; i++)
+        demand(d->t[i] >= 0 && d->t[i] <= 1);
+}
+
 /* What the rest of the engine relies on once a file is accepted. */
 static void check(const struct thresholds *t)
 {
@@ -67,6 +83,8 @@ static void check(const struct thresholds *t)
     }
     check_values(v);
     check_decode(t);
+    check_rel(t, 128);
+    check_rel(t, 64);
 }
 
 static void parse(const uint8_t *data, size_t size)

@@ -186,6 +186,49 @@ static void length_is_no_factor(void **state)
     calib_rel_destroy(r);
 }
 
+/* Heads that keep what was counted, diagonal pages among it; trials that change nothing are left
+ * out; the last layer is told and does not count. */
+static void steps_of_heads(void **state)
+{
+    (void)state;
+    enum { N = 4096, PROMPTS = 2, COUNTED = 3 };
+    struct calib_rel *r = NULL;
+    float steps[CALIB_REL_STEPS][LAYERS][HEADS];
+    const double off = decisions(128, N), all = off + 2.0 * N / 128;
+    calib_rel_create(&r, LAYERS, HEADS);
+    for (int prompt = 0; prompt < PROMPTS; prompt++) {
+        const struct attn_rel_counts *c = calib_rel_counts(r);
+        for (int l = 0; l < LAYERS; l++) {
+            for (int h = 0; h < HEADS;
+                 h++) { /* a head skips a share at trial 2, then nothing more */
+                uint64_t *bins = c->bins + (size_t)((2 * l) * HEADS + h) * BINS;
+                bins[2] = (uint64_t)(off / 4) * (uint64_t)h;
+                bins[BINS - 1] = (uint64_t)off - bins[2];
+            }
+        }
+        calib_rel_reached(r, N, true);
+        for (int e = CALIB_REL_BELOW_1; e < CALIB_REL_TRIALS; e++) {
+            struct attn_counts heads[LAYERS * HEADS];
+            for (int i = 0; i < LAYERS * HEADS; i++) {
+                const bool skips = e >= CALIB_REL_BELOW_1 + COUNTED && i < HEADS;
+                heads[i] = (struct attn_counts){.reachable = 1000,
+                                                .kept = skips ? 100 + 100 * (uint64_t)i : 770};
+            }
+            calib_rel_heads(r, 128, e, heads);
+        }
+    }
+    /* without a gate, at trial 2, at one with 0.77 - which is above that and left out - then 0.2 */
+    assert_int_equal(calib_rel_steps(r, 128, &steps[0][0][0]), 3);
+    for (int h = 0; h < HEADS; h++) {
+        assert_true(steps[0][0][h] == 1 && steps[0][1][h] == 1);
+        assert_close(steps[1][0][h], 1 - floor(off / 4) * h / all, 1e-6, 0);
+        assert_close(steps[2][0][h], 0.1 + 0.1 * h, 1e-6, 0);
+        assert_close(steps[2][1][h], 0.77, 1e-6, 0);
+    }
+    assert_int_equal(calib_rel_steps(r, 64, &steps[0][0][0]), 1); /* nothing was counted */
+    calib_rel_destroy(r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -196,6 +239,7 @@ int main(void)
         cmocka_unit_test(beyond_1),
         cmocka_unit_test(no_law),
         cmocka_unit_test(a_bent_curve),
+        cmocka_unit_test(steps_of_heads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -244,6 +244,50 @@ static void rel_counts_in_layer_0(void **state)
     close_model(&f);
 }
 
+/* Steered to a mean density, a prompt keeps it, wherever lambda begins, and its heads are where the
+ * steps have them; within a page of the ten that its blocks reach. */
+static void a_steered_run_keeps_its_density(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct calib_rel *rel = NULL;
+    struct attn_counts before[64];
+    open_model(&f, 256);
+    const struct model_info *info = model_info(f.model);
+    const size_t n = (size_t)info->n_layers * (size_t)info->n_heads;
+    float *steps = mem_alloc(CALIB_REL_STEPS * n * sizeof *steps);
+    calib_rel_create(&rel, info->n_layers, info->n_heads);
+    assert_ok(calib_run_rel(f.run, rel, f.tokens, N_TOKENS, NULL));
+    const struct thresholds_rel_heads heads = {steps, calib_rel_steps(rel, 128, steps)};
+    struct attn_policy policy = {.order = ATTN_ORDER_DIAG_SINK_R2L};
+    policy.rel_128 = thresholds_rel_heads_view(&heads, info->n_layers, info->n_heads);
+    assert_true(n <= sizeof before / sizeof *before && heads.n_steps > 4);
+    assert_ok(model_set_policy(f.model, &policy, NULL));
+    for (int i = 0; i < 2; i++) {
+        struct batch_policy steered = {
+            .gate = BATCH_REL, .gate_rows = 128, .ln_lambda = i ? 1 : -1, .steer = 3};
+        struct batch_counts counts;
+        int32_t level = 0;
+        assert_true(thresholds_rel_steps(&policy.rel_128, 0.6, &level, &steered.blend));
+        steered.level = (int16_t)level;
+        memcpy(before, model_head_counts(f.model), n * sizeof *before);
+        assert_ok(calib_run_prompt(f.run, f.tokens, N_TOKENS, steered, &counts));
+        printf("# from %g: kept %.3f\n", (double)steered.ln_lambda,
+               (double)counts.kept / (double)counts.reachable);
+        assert_close((double)counts.kept / (double)counts.reachable, 0.6, 0.08, 0);
+        for (size_t h = 0; h + (size_t)info->n_heads < n; h++) {
+            const struct attn_counts *now = &model_head_counts(f.model)[h];
+            const double kept = (double)(now->kept - before[h].kept);
+            const double want = (1 - (double)steered.blend) * (double)steps[(size_t)level * n + h] +
+                                (double)steered.blend * (double)steps[((size_t)level + 1) * n + h];
+            assert_close(kept / (double)(now->reachable - before[h].reachable), want, 0.15, 0);
+        }
+    }
+    calib_rel_destroy(rel);
+    mem_free(steps);
+    close_model(&f);
+}
+
 /* The mass that reaches the calibrator is softmax mass: with all pages before the block lost, no
  * row loses more than it has, and probing leaves the thresholds' bits alone. In the first layer,
  * where the gate has not changed the input yet, each head keeps the k that was chosen for it. */
@@ -304,9 +348,13 @@ static void each_head_keeps_its_own_k(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(keeps_k_in_layer_0),     cmocka_unit_test(a_row_keeps_k_in_layer_0),
-        cmocka_unit_test(same_bits_in_any_chunk), cmocka_unit_test(file_fits_model),
-        cmocka_unit_test(rel_counts_in_layer_0),  cmocka_unit_test(each_head_keeps_its_own_k),
+        cmocka_unit_test(keeps_k_in_layer_0),
+        cmocka_unit_test(a_row_keeps_k_in_layer_0),
+        cmocka_unit_test(same_bits_in_any_chunk),
+        cmocka_unit_test(file_fits_model),
+        cmocka_unit_test(rel_counts_in_layer_0),
+        cmocka_unit_test(a_steered_run_keeps_its_density),
+        cmocka_unit_test(each_head_keeps_its_own_k),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -423,12 +423,9 @@ static void second_turn_after_a_gate(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(dense),
-        cmocka_unit_test(abs_gate),
-        cmocka_unit_test(rel_gate),
-        cmocka_unit_test(steered_gate),
-        cmocka_unit_test(second_turn),
-        cmocka_unit_test(second_turn_after_a_gate),
+        cmocka_unit_test(dense),       cmocka_unit_test(abs_gate),
+        cmocka_unit_test(rel_gate),    cmocka_unit_test(steered_gate),
+        cmocka_unit_test(second_turn), cmocka_unit_test(second_turn_after_a_gate),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

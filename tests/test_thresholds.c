@@ -40,6 +40,26 @@ static struct thresholds_meta with_decode(const float *t, const int32_t *k)
     return m;
 }
 
+/* Densities of REL's heads, by steps: the means of all layers but the last, 1, 0.75 and 0.25 for
+ * either kind of rows. */
+enum { RS = 3, N_REL = RS * L * H };
+
+static struct thresholds_meta with_rel(float *t)
+{
+    static const float means[RS] = {1, 0.75f, 0.25f};
+    struct thresholds_meta m = meta0;
+    m.rel_128 = m.rel_64;
+    m.rel_128_heads = m.rel_64_heads = (struct thresholds_rel_heads){t, RS};
+    for (int i = 0; i < N_REL; i++) {
+        const int step = i / (L * H),
+                  off = i % H - 1; /* -1, 0, 1, 2 of a quarter of what is left */
+        t[i] = means[step] + (step ? 0.125f * (float)(2 * off - 1) / 4 : 0);
+    }
+    for (int s = 0; s < RS; s++)
+        t[(s * L + L - 1) * H] = 1; /* the last layer does not count */
+    return m;
+}
+
 static void fill_decode(float *t)
 {
     struct rng r = {77};
@@ -326,6 +346,93 @@ static void replaced_in(const struct thresholds_meta *m, const char *from, const
 static void replaced(const char *from, const char *to, int err, const char *says)
 {
     replaced_in(&meta0, from, to, err, says);
+}
+
+/* REL's densities come back, with a hash that knows them; and where a mean lies among them. */
+static void rel_heads_round_trip(void **state)
+{
+    (void)state;
+    float v[N_T], d[N_REL];
+    size_t len;
+    struct thresholds *t = NULL;
+    values(v, 1);
+    const struct thresholds_meta m = with_rel(d);
+    char *data = saved(&m, v, ks, &len);
+    assert_ok(thresholds_parse(&t, data, len, "t", NULL));
+    free(data);
+    for (int rows = 64; rows <= 128; rows += 64) {
+        static const double cases[][3] = {/* density, level, blend */
+                                          {1, 0, 0},      {0.875, 0, 0.5}, {0.5, 1, 0.5},
+                                          {0.35, 1, 0.8}, {0.25, 1, 1},    {0.01, 1, 1}};
+        const struct attn_thresholds *view = thresholds_rel_view(t, rows);
+        assert_true(view->n_levels == RS && view->n_layers == L && view->n_heads == H &&
+                    view->n_blocks == 1 && view->head_stride == 1 && view->layer_stride == H &&
+                    view->level_stride == (int64_t)L * H);
+        assert_memory_equal(view->t, d, sizeof d);
+        for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+            int32_t level = -1;
+            float blend = -1;
+            assert_true(thresholds_rel_steps(view, cases[i][0], &level, &blend));
+            assert_int_equal(level, (int32_t)cases[i][1]);
+            assert_close(blend, cases[i][2], 1e-6, 0);
+        }
+    }
+    assert_ptr_equal(thresholds_meta(t)->rel_64_heads.t, thresholds_rel_view(t, 64)->t);
+    thresholds_free(t);
+    const uint64_t h = hash_of(&m, v, ks);
+    assert_true(h != hash_of(&meta0, v, ks));
+    d[N_REL - 1] -= 0.01f;
+    assert_true(h != hash_of(&m, v, ks));
+    char *plain = saved(&meta0, v, ks, &len);
+    assert_ok(thresholds_parse(&t, plain, len, "t", NULL));
+    int32_t level;
+    float blend;
+    assert_false(thresholds_rel_steps(thresholds_rel_view(t, 128), 0.5, &level, &blend));
+    thresholds_free(t);
+    free(plain);
+}
+
+static void bad_rel_heads(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *from, *to, *says;
+    } cases[] = {
+        {"\"rel_64_heads\":", "\"rel_65_heads\":", "tensor rel_64_heads is missing"},
+        {"\"rel_128_heads\":", "\"rel_129_heads\":", "tensor rel_128_heads is missing"},
+        {"\"F32\",\"shape\":[3,2,4]", "\"I32\",\"shape\":[3,2,4]",
+         "tensor rel_128_heads is I32, must be F32"},
+        {"[3,2,4]", "[3,8]", "rel_128_heads has shape [3, 8], must have 3 dimensions"},
+        {"[3,2,4]", "[3,4,2]", "shape [3, 4, 2], not 2 to 64 steps of 2 layers of 4 heads"},
+        {"[3,2,4]", "[1,6,4]", "shape [1, 6, 4], not 2 to 64 steps"},
+        {"\"rel_128\":", "\"rel_129\":", "tensor rel_128_heads without metadata rel_128"},
+    };
+    float v[N_T], d[N_REL];
+    size_t len;
+    struct thresholds_meta m = with_rel(d);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        replaced_in(&m, cases[i].from, cases[i].to, ERR_FORMAT, cases[i].says);
+    values(v, 1);
+    static const struct {
+        int at;
+        float value;
+        const char *says;
+    } wrong[] = {{(1 * L + 1) * H + 2, NAN, "rel_128_heads[1, 1, 2] is nan"},
+                 {5, 1.5f, "rel_128_heads[0, 1, 1] is 1.5, not from 0 to 1"},
+                 {(2 * L + 0) * H + 3, -0.1f, "rel_128_heads[2, 0, 3] is -0.1"}};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        m = with_rel(d);
+        d[wrong[i].at] = wrong[i].value;
+        char *data = saved(&m, v, ks, &len);
+        expect_error(data, len, ERR_FORMAT, wrong[i].says);
+        free(data);
+    }
+    m = with_rel(d);
+    for (int h = 0; h < H; h++)
+        d[(1 * L + 0) * H + h] = 1;
+    char *data = saved(&m, v, ks, &len);
+    expect_error(data, len, ERR_FORMAT, "the mean of step 1 is not below step 0's");
+    free(data);
 }
 
 static void bad_decode(void **state)
@@ -695,6 +802,8 @@ int main(void)
         cmocka_unit_test(density_of_heads),
         cmocka_unit_test(decode_round_trip),
         cmocka_unit_test(bad_decode),
+        cmocka_unit_test(rel_heads_round_trip),
+        cmocka_unit_test(bad_rel_heads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
