@@ -476,15 +476,16 @@ static int read_rel_heads(const struct reader *r, const char *name, const struct
                           struct attn_thresholds *view, float **at)
 {
     const struct st_tensor *t = find_tensor(r, name, ST_F32, 3);
-    char shape[128];
     if (!t)
         return ERR_FORMAT;
     if (t->shape[0] < 2 || t->shape[0] > MAX_LEVELS || t->shape[1] != of->view.n_layers ||
-        t->shape[2] != of->view.n_heads)
+        t->shape[2] != of->view.n_heads) {
+        char shape[128];
         return err_set(r->why, ERR_FORMAT,
                        "%s: tensor %s has shape %s, not 2 to %d steps of %d layers of %d heads",
                        r->name, name, st_shape_text(shape, sizeof shape, t->shape, t->n_dims),
                        MAX_LEVELS, of->view.n_layers, of->view.n_heads);
+    }
     *at = mem_try_aligned(t->bytes, 1);
     if (!*at)
         return err_set(r->why, -ENOMEM, "%s: no memory for %zu bytes", r->name, t->bytes);

@@ -165,10 +165,10 @@ int daemon_policy_load(struct daemon_policy *p, const struct daemon_options *o,
         err = load_window(p, o, info, why);
     if (err == 0 && o->thresholds)
         err = load_thresholds(p, o, info, why);
-    if (err == 0)
+    if (err == 0) {
         load_rel(p);
-    if (err == 0)
         err = load_decode(p, o, why);
+    }
     if (err < 0)
         daemon_policy_free(p);
     return err;

@@ -526,18 +526,54 @@ static void bad_problems_are_named(void **state)
     s.choice = (struct attn_choice){.gate = ATTN_GATE_REL, .gate_rows = 128, .ln_lambda = -1};
     BAD_S(choice.ln_lambda, 30.5f, "ln_lambda");
     BAD_S(choice.ln_lambda, NAN, "ln_lambda");
-    BAD_S(choice.steer, -1, "steer");
-    BAD_S(choice.steer, NAN, "steer");
-    BAD_S(choice.steer, 100.5f, "steer");
-    BAD_S(choice.steer, 1, "level 0 of 0 steps"); /* no densities */
-    case_densities(&t, 2);
-    s.choice.steer = 1;
-    BAD_S(choice.level, 1, "level 1 of 2 steps");
-    BAD_S(choice.level, -1, "level -1 of 2 steps");
-    BAD_S(choice.blend, 1.5f, "blend");
-    BAD_S(choice.blend, NAN, "blend");
 #undef BAD_P
 #undef BAD_S
+    case_close(&t);
+}
+
+static void bad_steering_is_named(void **state)
+{
+    static const struct {
+        float steer, blend;
+        int16_t level;
+        const char *field;
+    } cases[] = {{-1, 0, 0, "steer"},
+                 {NAN, 0, 0, "steer"},
+                 {100.5f, 0, 0, "steer"},
+                 {1, 0, 1, "level 1 of 2 steps"},
+                 {1, 0, -1, "level -1 of 2 steps"},
+                 {1, 1.5f, 0, "blend"},
+                 {1, NAN, 0, "blend"},
+                 {1, 0, 0, "level 0 of 0 steps"}};
+    enum { N = sizeof cases / sizeof *cases };
+    struct rng r = test_rng("bad steering", 18);
+    struct attn_case t;
+    float q, out;
+    (void)state;
+    case_open_one(&t, &r, 150, 150, 64, 2);
+    case_densities(&t, 2);
+    for (size_t i = 0; i < N; i++) {
+        if (i == N - 1)
+            t.policy.rel_64.t = t.policy.rel_128.t = NULL;
+        t.seqs[0].choice = (struct attn_choice){.gate = ATTN_GATE_REL,
+                                                .gate_rows = i % 2 ? 64 : 128,
+                                                .ln_lambda = -1,
+                                                .steer = cases[i].steer,
+                                                .blend = cases[i].blend,
+                                                .level = cases[i].level};
+        const struct attn_seq s = {
+            .n_rows = 150, .prompt_end = 150, .pages = t.seqs[0].pages, .choice = t.seqs[0].choice};
+        const struct attn_problem p = {.n_heads = 4,
+                                       .scale = 1,
+                                       .q = &q,
+                                       .out = &out,
+                                       .q_stride = 256,
+                                       .out_stride = 256,
+                                       .seqs = &s,
+                                       .n_seqs = 1,
+                                       .workspace = t.workspace};
+        expect_invalid(p, s, &t, cases[i].field);
+    }
     case_close(&t);
 }
 
@@ -644,6 +680,7 @@ int main(void)
         cmocka_unit_test(nan_stays_where_it_may_be_seen),
         cmocka_unit_test(nan_keeps_a_page),
         cmocka_unit_test(bad_problems_are_named),
+        cmocka_unit_test(bad_steering_is_named),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
