@@ -14,6 +14,8 @@
 #ifndef ATTENTION_ATTN_STEER_H
 #define ATTENTION_ATTN_STEER_H
 
+#include "attention/policy.h"
+
 #ifdef __CUDACC__
 #    define ATTN_STEER_FN static __host__ __device__ __forceinline__
 #else
@@ -27,6 +29,14 @@ ATTN_STEER_FN float attn_steer_due(float density, int n_before, int n_diag, int 
     if (!(due > 0.0f))
         return 0.0f;
     return due < (float)n_visited ? due / (float)n_visited : 1.0f;
+}
+
+/* Where steering is to begin, by the lambda that is right on the mean: half a page ahead, since a
+ * group keeps a page before it is due. */
+static inline double attn_steer_start(double ln_lambda, double steer)
+{
+    const double start = ln_lambda + steer / 2;
+    return start < ATTN_REL_LN_MAX ? start : ATTN_REL_LN_MAX;
 }
 
 /* The gate after a decision, in whatever units steer and most are. */

@@ -439,19 +439,6 @@ static int read_decode(const struct reader *r, struct thresholds *out)
 
 /* ---- densities of heads --------------------------------------------------------------------- */
 
-/* Mean over the layers that a served prompt's density is of. */
-static double mean_density(const struct attn_thresholds *v, int32_t level)
-{
-    const int32_t n_layers = v->n_layers > 1 ? v->n_layers - 1 : 1;
-    const float *t = v->t + level * v->level_stride;
-    double sum = 0;
-    for (int32_t l = 0; l < n_layers; l++) {
-        for (int32_t h = 0; h < v->n_heads; h++)
-            sum += (double)t[l * v->layer_stride + h * v->head_stride];
-    }
-    return sum / ((double)n_layers * (double)v->n_heads);
-}
-
 static int check_densities(const struct reader *r, const struct attn_thresholds *v,
                            const char *name)
 {
@@ -465,7 +452,7 @@ static int check_densities(const struct reader *r, const struct attn_thresholds 
                        i % (size_t)v->layer_stride, (double)v->t[i]);
     }
     for (int32_t i = 1; i < v->n_levels; i++) {
-        if (!(mean_density(v, i) < mean_density(v, i - 1)))
+        if (!(thresholds_rel_mean(v, i) < thresholds_rel_mean(v, i - 1)))
             return err_set(r->why, ERR_FORMAT, "%s: %s: the mean of step %d is not below step %d's",
                            r->name, name, i, i - 1);
     }
@@ -648,73 +635,6 @@ int thresholds_check(const struct thresholds *t, const struct thresholds_expect 
                        e->rope);
     }
     return 0;
-}
-
-/* ---- densities of the REL gate -------------------------------------------------------------- */
-
-/* The knots of prompts of exp(ln_tokens); where lines of other slopes cross, none falls. */
-static void knots_at(const struct thresholds_rel *r, double ln_tokens,
-                     double out[THRESHOLDS_REL_KNOTS])
-{
-    const double far = log(64), off = r->ln_tokens > 0 ? ln_tokens - r->ln_tokens : 0;
-    const double by = off > far ? far : off < -far ? -far : off;
-    for (int i = 0; i < THRESHOLDS_REL_KNOTS; i++) {
-        out[i] = r->knots[i] + r->slopes[i] * by;
-        if (i > 0 && out[i] < out[i - 1])
-            out[i] = out[i - 1];
-    }
-}
-
-double thresholds_rel_ln_lambda(const struct thresholds_rel *r, double density, int64_t n_tokens)
-{
-    const double at = (1 - density) * 10 - 1; /* in knots */
-    const double ln_tokens = log((double)(n_tokens > 0 ? n_tokens : 1));
-    double knots[THRESHOLDS_REL_KNOTS], ln = -ln_tokens;
-    knots_at(r, ln_tokens, knots);
-    if (at <= 0) {
-        ln += knots[0] + r->b * at / 10;
-    } else if (at >= THRESHOLDS_REL_KNOTS - 1) {
-        ln += knots[THRESHOLDS_REL_KNOTS - 1] + r->b * (at - (THRESHOLDS_REL_KNOTS - 1)) / 10;
-    } else {
-        const int i = (int)at;
-        ln += knots[i] + (knots[i + 1] - knots[i]) * (at - i);
-    }
-    if (ln > (double)THRESHOLDS_REL_LN_MAX)
-        return (double)THRESHOLDS_REL_LN_MAX;
-    return ln > -60 ? ln : -60;
-}
-
-struct attn_thresholds thresholds_rel_heads_view(const struct thresholds_rel_heads *r,
-                                                 int32_t n_layers, int32_t n_heads)
-{
-    return (struct attn_thresholds){.t = r->t,
-                                    .n_levels = r->n_steps,
-                                    .n_layers = n_layers,
-                                    .n_heads = n_heads,
-                                    .n_blocks = 1,
-                                    .level_stride = (int64_t)n_layers * n_heads,
-                                    .layer_stride = n_heads,
-                                    .head_stride = 1};
-}
-
-bool thresholds_rel_steps(const struct attn_thresholds *heads, double density, int32_t *level,
-                          float *blend)
-{
-    int32_t lo = 0, hi = heads->n_levels - 1;
-    if (!heads->t || hi < 1)
-        return false;
-    while (hi - lo > 1) { /* the first step's density or less, more than the last's */
-        const int32_t mid = lo + (hi - lo) / 2;
-        if (mean_density(heads, mid) >= density)
-            lo = mid;
-        else
-            hi = mid;
-    }
-    const double from = mean_density(heads, lo), to = mean_density(heads, lo + 1);
-    const double at = (from - density) / (from - to);
-    *level = lo;
-    *blend = at < 0 ? 0 : at > 1 ? 1 : (float)at;
-    return true;
 }
 
 /* ---- predicted density ---------------------------------------------------------------------- */

@@ -26,6 +26,7 @@
 #include <stddef.h>
 
 struct thresholds;
+struct batch_policy;
 
 enum { THRESHOLDS_REL_KNOTS = 9 };
 
@@ -58,10 +59,12 @@ struct thresholds_rel_heads {
 /* As kernels see it. */
 struct attn_thresholds thresholds_rel_heads_view(const struct thresholds_rel_heads *r,
                                                  int32_t n_layers, int32_t n_heads);
-/* Where the mean density lies among the steps of such a view: (1 - blend) * step[level] + blend *
- * step[level + 1], at most the first's and at least the last's. False where there are none. */
-bool thresholds_rel_steps(const struct attn_thresholds *heads, double density, int32_t *level,
-                          float *blend);
+/* Steers a sequence by rel->steer: sets level and blend, between which heads keep a mean density of
+ * a prompt of n_tokens, each block its diagonal pages at least (at most the first step's density,
+ * at least the last's), and moves ln_lambda to where steering begins. False where such a view has
+ * no steps: nothing is set. */
+bool thresholds_rel_steer(const struct attn_thresholds *heads, double density, int64_t n_tokens,
+                          struct batch_policy *rel);
 
 /* Thresholds of generated rows: t [n_levels, n_layers, n_heads, n_blocks], k [n_levels] pages that
  * a row keeps besides the one of its own token. */

@@ -3,6 +3,7 @@
 #ifndef CALIBRATION_THRESHOLDS_FILE_H
 #define CALIBRATION_THRESHOLDS_FILE_H
 
+#include "calibration/thresholds.h"
 #include "core/err.h"
 
 #include <stddef.h>
@@ -11,6 +12,9 @@
 #define THRESHOLDS_VERSION  "1"
 #define THRESHOLDS_PAGE     "64"
 #define THRESHOLDS_IMPORTED "imported"
+
+/* Mean of a step of REL's densities, over the layers that a served prompt's density is of. */
+double thresholds_rel_mean(const struct attn_thresholds *heads, int32_t step);
 
 /* A whole file in memory, released with mem_free. */
 MUST_CHECK int thresholds_read_file(const char *path, void **data, size_t *len,

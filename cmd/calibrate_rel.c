@@ -61,12 +61,10 @@ static int measure_one(struct calibrate_work *w, int32_t target, int32_t i, stru
                                   .ln_lambda = (float)thresholds_rel_ln_lambda(
                                       whole ? &w->rel_128 : &w->rel_64, wanted, s->n_tokens)};
     struct batch_counts counts;
-    int32_t level;
-    if (w->o.steer > 0 && thresholds_rel_steps(whole ? &w->policy.rel_128 : &w->policy.rel_64,
-                                               wanted, &level, &policy.blend)) {
-        policy.level = (int16_t)level;
-        policy.steer = (float)w->o.steer;
-    }
+    policy.steer = (float)w->o.steer;
+    if (w->o.steer > 0 && !thresholds_rel_steer(whole ? &w->policy.rel_128 : &w->policy.rel_64,
+                                                wanted, s->n_tokens, &policy))
+        policy.steer = 0;
     int err = calib_run_prompt(w->run, s->tokens, s->n_tokens, policy, &counts);
     if (err < 0)
         return err_set(why, err, "%s:%d: gated run: %s", w->o.samples, s->line, err_str(err));

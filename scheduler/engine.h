@@ -39,10 +39,10 @@ struct engine_policy {
     double (*ln_lambda)(const void *rel, double density, int64_t n_tokens);
     const void *rel_128, *rel_64; /* borrowed; NULL: not calibrated */
     /* A REL density is steered to by this much (struct attn_choice), above 0, where the thresholds
-     * know the densities of heads: their step and blend. */
+     * know the densities of heads: that tells step, blend and ln(lambda) to begin with. */
     double steer;
-    bool (*steps)(const void *thresholds, int32_t gate_rows, double density, int32_t *level,
-                  float *blend);
+    bool (*steered)(const void *thresholds, double density, int64_t n_tokens,
+                    struct batch_policy *rel);
     /* Gates of generated tokens: the predicted density of a level, growing with it. */
     const int32_t *decode_k; /* of n_decode_levels levels, increasing; borrowed */
     int32_t n_decode_levels;

@@ -85,25 +85,19 @@ static int choose_rel(const struct engine_policy *p, const struct ipc_sparse *s,
 {
     const int32_t rows = s->gate_rows ? s->gate_rows : KV_BLOCK_TOKENS;
     const void *rel = rows == 64 ? p->rel_64 : p->rel_128;
-    double ln_lambda = s->ln_lambda;
-    int32_t level = 0;
-    float blend = 0;
-    bool steered = false;
-    if (s->density > 0) {
-        if (!rel)
-            return err_set(why, ERR_INVALID,
-                           "sparse.density: the REL gate of %d rows is not calibrated "
-                           "(sluice-calibrate --rel)",
-                           rows);
-        ln_lambda = p->ln_lambda(rel, s->density, n_tokens);
-        steered = p->steer > 0 && p->steps(p->thresholds, rows, s->density, &level, &blend);
-    }
-    *out = (struct batch_policy){.gate = BATCH_REL,
-                                 .gate_rows = (uint8_t)rows,
-                                 .level = (int16_t)level,
-                                 .ln_lambda = (float)ln_lambda,
-                                 .steer = steered ? (float)p->steer : 0,
-                                 .blend = blend};
+    *out = (struct batch_policy){
+        .gate = BATCH_REL, .gate_rows = (uint8_t)rows, .ln_lambda = (float)s->ln_lambda};
+    if (!(s->density > 0))
+        return 0;
+    if (!rel)
+        return err_set(why, ERR_INVALID,
+                       "sparse.density: the REL gate of %d rows is not calibrated "
+                       "(sluice-calibrate --rel)",
+                       rows);
+    out->ln_lambda = (float)p->ln_lambda(rel, s->density, n_tokens);
+    out->steer = (float)p->steer;
+    if (p->steer > 0 && !p->steered(p->thresholds, s->density, n_tokens, out))
+        out->steer = 0;
     return 0;
 }
 

@@ -2,6 +2,7 @@
  * file itself, or header text up to a NUL and then tensor bytes, which spares the fuzzer the work
  * of keeping the header's length right. */
 #include "calibration/thresholds.h"
+#include "model/batch.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -43,14 +44,13 @@ static void check_decode(const struct thresholds *t)
 static void check_rel(const struct thresholds *t, int rows)
 {
     const struct attn_thresholds *v = thresholds_view(t), *d = thresholds_rel_view(t, rows);
-    int32_t level = -1;
-    float blend = -1;
+    struct batch_policy p = {.gate_rows = (uint8_t)rows, .steer = 1, .level = -1, .blend = -1};
     demand((d->t != NULL) == (thresholds_meta(t)->rel_128_heads.t != NULL));
-    demand(thresholds_rel_steps(d, 0.3, &level, &blend) == (d->t != NULL));
+    demand(thresholds_rel_steer(d, 0.3, 4000, &p) == (d->t != NULL));
     if (!d->t)
         return;
     demand(d->n_layers == v->n_layers && d->n_heads == v->n_heads && d->n_blocks == 1);
-    demand(level >= 0 && level < d->n_levels - 1 && blend >= 0 && blend <= 1);
+    demand(p.level >= 0 && p.level < d->n_levels - 1 && p.blend >= 0 && p.blend <= 1);
     for (int64_t i = 0; i < d->n_levels * d->level_stride; i++)
         demand(d->t[i] >= 0 && d->t[i] <= 1);
 }

@@ -3,6 +3,7 @@
 #include "tests/test.h"
 
 #include "calibration/calib_rel.h"
+#include "model/batch.h"
 
 enum { LAYERS = 2, HEADS = 3, BINS = CALIB_REL_BELOW_1 + 1 };
 
@@ -229,6 +230,42 @@ static void steps_of_heads(void **state)
     calib_rel_destroy(r);
 }
 
+/* Steered to a density, heads that are due less than their diagonal keep that all the same, and the
+ * others are due so much less: summed over blocks one by one. */
+static void diagonals_are_paid_for(void **state)
+{
+    (void)state;
+    enum { L = 3, H = 2, STEPS = 4 };
+    float t[STEPS][L][H];
+    struct rng r = test_rng("diagonals", 21);
+    for (int i = 0; i < STEPS * L * H; i++) /* falling for every head */
+        (&t[0][0][0])[i] = (float)(rng_unit(&r) * 0.2 + (STEPS - 1 - i / (L * H)) * 0.2);
+    const struct thresholds_rel_heads heads = {&t[0][0][0], STEPS};
+    const struct attn_thresholds view = thresholds_rel_heads_view(&heads, L, H);
+    for (int i = 0; i < 40; i++) {
+        const int32_t n = rng_range(&r, 1, 9000), rows = i % 2 ? 64 : 128;
+        const double density = 0.1 + 0.5 * rng_unit(&r);
+        struct batch_policy p = {.gate_rows = (uint8_t)rows, .steer = 1};
+        double kept = 0, all = 0, least = 0;
+        assert_true(thresholds_rel_steer(&view, density, n, &p));
+        for (int h = 0; h < (L - 1) * H; h++) {
+            const double from = (double)(&t[p.level][0][0])[h],
+                         to = (double)(&t[p.level + 1][0][0])[h];
+            const double due = from + (double)p.blend * (to - from);
+            for (int b = 0; b <= (n - 1) / 128; b++) {
+                for (int g = 0; g < 128 / rows; g++) {
+                    const int diag = rows == 64 ? 1 + g : 2, reach = 2 * b + diag;
+                    kept += fmax(due * reach, diag);
+                    least += fmax((double)(&t[STEPS - 1][0][0])[h] * reach, diag);
+                    all += reach;
+                }
+            }
+        }
+        if (kept / all < density - 1e-3 || least / all < density) /* else no step is low enough */
+            assert_close(kept / all, density, 1e-3, 0);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -240,6 +277,7 @@ int main(void)
         cmocka_unit_test(no_law),
         cmocka_unit_test(a_bent_curve),
         cmocka_unit_test(steps_of_heads),
+        cmocka_unit_test(diagonals_are_paid_for),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

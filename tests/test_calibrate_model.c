@@ -265,11 +265,10 @@ static void a_steered_run_keeps_its_density(void **state)
     assert_ok(model_set_policy(f.model, &policy, NULL));
     for (int i = 0; i < 2; i++) {
         struct batch_policy steered = {
-            .gate = BATCH_REL, .gate_rows = 128, .ln_lambda = i ? 1 : -1, .steer = 3};
+            .gate = BATCH_REL, .gate_rows = 128, .ln_lambda = i ? 0 : -2, .steer = 3};
         struct batch_counts counts;
-        int32_t level = 0;
-        assert_true(thresholds_rel_steps(&policy.rel_128, 0.6, &level, &steered.blend));
-        steered.level = (int16_t)level;
+        assert_true(thresholds_rel_steer(&policy.rel_128, 0.6, N_TOKENS, &steered));
+        const size_t level = (size_t)steered.level;
         memcpy(before, model_head_counts(f.model), n * sizeof *before);
         assert_ok(calib_run_prompt(f.run, f.tokens, N_TOKENS, steered, &counts));
         printf("# from %g: kept %.3f\n", (double)steered.ln_lambda,
@@ -278,8 +277,8 @@ static void a_steered_run_keeps_its_density(void **state)
         for (size_t h = 0; h + (size_t)info->n_heads < n; h++) {
             const struct attn_counts *now = &model_head_counts(f.model)[h];
             const double kept = (double)(now->kept - before[h].kept);
-            const double want = (1 - (double)steered.blend) * (double)steps[(size_t)level * n + h] +
-                                (double)steered.blend * (double)steps[((size_t)level + 1) * n + h];
+            const double want = (1 - (double)steered.blend) * (double)steps[level * n + h] +
+                                (double)steered.blend * (double)steps[(level + 1) * n + h];
             assert_close(kept / (double)(now->reachable - before[h].reachable), want, 0.15, 0);
         }
     }

@@ -3,6 +3,7 @@
 #include "tests/test.h"
 
 #include "calibration/thresholds.h"
+#include "model/batch.h"
 
 #include <errno.h>
 #include <stdbool.h>
@@ -361,18 +362,19 @@ static void rel_heads_round_trip(void **state)
     assert_ok(thresholds_parse(&t, data, len, "t", NULL));
     free(data);
     for (int rows = 64; rows <= 128; rows += 64) {
-        static const double cases[][3] = {/* density, level, blend */
+        static const double cases[][3] = {/* density, level, blend; of so long a prompt that its
+                                             diagonals are few */
                                           {1, 0, 0},      {0.875, 0, 0.5}, {0.5, 1, 0.5},
                                           {0.35, 1, 0.8}, {0.25, 1, 1},    {0.01, 1, 1}};
         const struct attn_thresholds *view = thresholds_rel_view(t, rows);
         assert_true(view->n_levels == RS && view->n_layers == L && view->n_heads == H);
         assert_memory_equal(view->t, d, sizeof d);
         for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-            int32_t level = -1;
-            float blend = -1;
-            assert_true(thresholds_rel_steps(view, cases[i][0], &level, &blend));
-            assert_int_equal(level, (int32_t)cases[i][1]);
-            assert_close(blend, cases[i][2], 1e-6, 0);
+            struct batch_policy p = {.gate_rows = (uint8_t)rows, .ln_lambda = -2, .steer = 3};
+            assert_true(thresholds_rel_steer(view, cases[i][0], 10000000, &p));
+            assert_int_equal(p.level, (int32_t)cases[i][1]);
+            assert_close(p.blend, cases[i][2], 2e-3, 0);
+            assert_true(p.ln_lambda == -0.5f); /* half a page ahead */
         }
     }
     assert_ptr_equal(thresholds_meta(t)->rel_64_heads.t, thresholds_rel_view(t, 64)->t);
@@ -381,7 +383,7 @@ static void rel_heads_round_trip(void **state)
     assert_true(h != hash_of(&meta0, v, ks));
     d[N_REL - 1] -= 0.01f;
     assert_true(h != hash_of(&m, v, ks));
-    assert_false(thresholds_rel_steps(&(struct attn_thresholds){0}, 0.5, NULL, NULL));
+    assert_false(thresholds_rel_steer(&(struct attn_thresholds){0}, 0.5, 1000, NULL));
 }
 
 static void bad_rel_heads(void **state)

@@ -329,7 +329,8 @@ class Calibrate(unittest.TestCase):
         self.refused("--auto-density and --auto-lambda exclude each other", *args, "--auto-density", "0.5", "--auto-lambda", "3")
         self.refused("--auto-k: 9999 is not one of the levels", "--model", NEEDLE, "--thresholds", out, *args[2:10], "--rel", "1", "--auto-k", "9999")
         r = calibrate("--model", NEEDLE, "--thresholds", out, *args[2:8], "--holdout", "2", "--rel-density", "0.75,0.6", "--json")
-        self.assertEqual(json.loads(r.stdout)["rel"], report["rel"])  # the file's own law and knots
+        self.assertEqual(json.loads(r.stdout)["rel"], report["rel"])  # the file's own law, knots and densities of heads
+        self.assertEqual({n: t[0][1:] for n, t in tensors.items() if n.startswith("rel_")}, {"rel_128_heads": [6, 6], "rel_64_heads": [6, 6]})
         self.refused("--rel-density: needs --rel", *args[:-4], "--rel-density", "0.5")
         self.refused("--auto-density needs --rel", *args[:-4], "--auto-density", "0.6")
         self.refused("--rel-density: '2'", *args[:-1], "2")
@@ -343,6 +344,8 @@ class Calibrate(unittest.TestCase):
         self.run_given(*given, "--export", pt)
         self.run_given("--model", NEEDLE, "--import", pt, "--out", back)
         want, got = (read_safetensors(p)[1] for p in (shipped, back))
+        for name in ("rel_128_heads", "rel_64_heads"):  # a .pt file has no place for them
+            self.assertEqual(want.pop(name)[0][1:], [6, 6])
         self.assertEqual(want, got)
         self.assertEqual(zipfile.ZipFile(pt).testzip(), None)
         self.check_pickle(pt, want)
