@@ -52,6 +52,7 @@ static int check_policy(const struct attn_policy *policy, const struct attn_prob
                            h, head->sink_pages, head->local_pages);
     }
     TRY(check_thresholds(&policy->abs, "thresholds", p, kv, why));
+    TRY(check_thresholds(&policy->abs_pages, "pages of heads", p, kv, why));
     TRY(check_thresholds(&policy->rel_128, "densities of 128 rows", p, kv, why));
     TRY(check_thresholds(&policy->rel_64, "densities of 64 rows", p, kv, why));
     return check_thresholds(&policy->decode, "decode thresholds", p, kv, why);
@@ -79,14 +80,27 @@ static int check_rel(const struct attn_choice *c, const struct attn_policy *poli
     if (!(c->ln_lambda <= (float)ATTN_REL_LN_MAX))
         return err_set(why, ERR_INVALID, "sequence %d: ln_lambda %g is not <= %d", i,
                        (double)c->ln_lambda, ATTN_REL_LN_MAX);
-    if (!(c->steer >= 0.0f && c->steer <= (float)ATTN_STEER_MAX))
-        return err_set(why, ERR_INVALID, "sequence %d: steer %g is not from 0 to %d", i,
-                       (double)c->steer, ATTN_STEER_MAX);
     if (c->steer > 0.0f && (!t->t || c->level < 0 || c->level >= t->n_levels - 1))
         return err_set(why, ERR_INVALID, "sequence %d: level %d of %d steps to steer between", i,
                        c->level, t->t ? t->n_levels : 0);
     if (c->steer > 0.0f && !(c->blend >= 0.0f && c->blend <= 1.0f))
         return err_set(why, ERR_INVALID, "sequence %d: blend %g is not from 0 to 1", i,
+                       (double)c->blend);
+    return 0;
+}
+
+static int check_abs(const struct attn_choice *c, const struct attn_policy *policy, int32_t i,
+                     struct err_msg *why)
+{
+    const struct attn_thresholds *t = &policy->abs_pages;
+    if (!policy->abs.t || c->level < 0 || c->level >= policy->abs.n_levels)
+        return err_set(why, ERR_INVALID, "sequence %d: level %d of %d threshold levels", i,
+                       c->level, policy->abs.t ? policy->abs.n_levels : 0);
+    if (c->steer > 0.0f && (!t->t || c->level >= t->n_levels))
+        return err_set(why, ERR_INVALID, "sequence %d: level %d of %d whose pages are known", i,
+                       c->level, t->t ? t->n_levels : 0);
+    if (c->steer > 0.0f && !(c->blend >= 0.0f && isfinite(c->blend)))
+        return err_set(why, ERR_INVALID, "sequence %d: blend %g is not 0 or more", i,
                        (double)c->blend);
     return 0;
 }
@@ -102,12 +116,10 @@ static int check_choice(const struct attn_seq *s, const struct attn_policy *poli
     if (c->gate_rows != 128 && c->gate_rows != 64)
         return err_set(why, ERR_INVALID, "sequence %d: gate_rows %d is not 128 or 64", i,
                        c->gate_rows);
-    if (c->gate == ATTN_GATE_ABS &&
-        (!policy->abs.t || c->level < 0 || c->level >= policy->abs.n_levels))
-        return err_set(why, ERR_INVALID, "sequence %d: level %d of %d threshold levels", i,
-                       c->level, policy->abs.t ? policy->abs.n_levels : 0);
-    if (c->gate == ATTN_GATE_REL)
-        TRY(check_rel(c, policy, i, why));
+    if (!(c->steer >= 0.0f && c->steer <= (float)ATTN_STEER_MAX))
+        return err_set(why, ERR_INVALID, "sequence %d: steer %g is not from 0 to %d", i,
+                       (double)c->steer, ATTN_STEER_MAX);
+    TRY(c->gate == ATTN_GATE_ABS ? check_abs(c, policy, i, why) : check_rel(c, policy, i, why));
     if (s->pos >= s->prompt_end)
         return 0;
     int32_t end = s->pos + s->n_rows;

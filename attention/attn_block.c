@@ -27,9 +27,10 @@ enum {
     PV_ROWS = 24 /* rows that go from softmax to PV while their probabilities are in L1 */
 };
 
-/* Of a row group under REL: ln(lambda) as it stands, and the share of pages due (attn_steer.h). */
+/* Of a row group: its threshold or ln(lambda) as it stands, and its share of pages (attn_steer.h).
+ */
 struct steering {
-    float ln_lambda, due;
+    float gate, due;
 };
 
 /* Pointers into one worker's scratch. */
@@ -43,7 +44,7 @@ struct scratch {
     float *weight;              /* [PANEL_ROWS] of the page, in units of the row's l */
     int32_t *limit;             /* [PANEL_ROWS] visible keys of the page */
     float *lse;                 /* [ATTN_TASK_ROWS] of a measured row, per head */
-    struct steering *steering;  /* [2 * ATTN_TASK_ROWS] of REL: per head and row group */
+    struct steering *steering;  /* [2 * ATTN_TASK_ROWS] per head and row group */
     struct attn_counts *counts; /* [ATTN_TASK_ROWS] per head */
 };
 
@@ -266,22 +267,29 @@ static float threshold(const struct block *b, const struct attn_thresholds *t, i
 }
 
 /* The gate's predicates. Both are written so that NaN keeps the page. */
-static bool abs_skips(const struct block *b, int32_t h, int32_t first, int32_t end)
+static bool abs_skips(const struct block *b, float t, int32_t first, int32_t end)
 {
-    return rows_max(b->x.row_max, first, end) <
-           threshold(b, &b->job->policy->abs, b->seq->choice.level, h);
+    return rows_max(b->x.row_max, first, end) < t;
 }
 
-static bool rel_skips(const struct block *b, int32_t h, int32_t g, int32_t first, int32_t end)
+static bool rel_skips(const struct block *b, int32_t h, float ln_lambda, int32_t first, int32_t end)
+{
+    const float *m = b->x.m + (size_t)h * (size_t)b->task->n_rows;
+    for (int32_t r = first; r < end; r++) {
+        if (!(b->x.row_max[r] < m[r] + ln_lambda))
+            return false;
+    }
+    return true;
+}
+
+/* The decision of group g of a head on a page before the diagonal; moves the group's gate. */
+static bool skips(struct block *b, int32_t h, int32_t g, int32_t first, int32_t end)
 {
     struct steering *s = &b->x.steering[2 * h + g];
-    const float *m = b->x.m + (size_t)h * (size_t)b->task->n_rows;
-    bool skips = true;
-    for (int32_t r = first; r < end && skips; r++)
-        skips = b->x.row_max[r] < m[r] + s->ln_lambda;
-    s->ln_lambda =
-        attn_steer_next(s->ln_lambda, b->seq->choice.steer, s->due, !skips, (float)ATTN_REL_LN_MAX);
-    return skips;
+    const bool skip = b->gate == ATTN_GATE_ABS ? abs_skips(b, s->gate, first, end)
+                                               : rel_skips(b, h, s->gate, first, end);
+    s->gate = attn_steer_next(s->gate, b->seq->choice.steer, s->due, !skip);
+    return skip;
 }
 
 /* Pages of the walk before the diagonal that a head visits. */
@@ -293,24 +301,34 @@ static int32_t n_visited(const struct block *b, int32_t h)
     return p->sink_pages + p->local_pages;
 }
 
-/* Before the first page. */
-static void start_steering(struct block *b)
+/* The share of those that group g is due, if it is steered. */
+static float due(const struct block *b, int32_t h, int32_t g)
 {
     const struct attn_choice *c = &b->seq->choice;
-    const struct attn_thresholds *t =
-        c->gate_rows == KV_BLOCK_TOKENS ? &b->job->policy->rel_128 : &b->job->policy->rel_64;
+    const struct attn_policy *p = b->job->policy;
+    const struct attn_thresholds *t = c->gate_rows == KV_BLOCK_TOKENS ? &p->rel_128 : &p->rel_64;
+    const int32_t head = b->task->head + h, layer = b->job->p->layer;
+    const int32_t last = (b->task->pos + group_end(b, g) - 1) / KV_PAGE_TOKENS;
+    if (!(c->steer > 0.0f))
+        return 0.0f;
+    if (b->gate == ATTN_GATE_ABS)
+        return attn_steer_share(c->blend * attn_threshold(&p->abs_pages, c->level, layer, head, 0),
+                                n_visited(b, h));
+    const float density = (1.0f - c->blend) * attn_threshold(t, c->level, layer, head, 0) +
+                          c->blend * attn_threshold(t, c->level + 1, layer, head, 0);
+    return attn_steer_due(density, b->diag, last + 1 - b->diag, n_visited(b, h));
+}
+
+/* Where the gates of prompt rows begin. */
+static void start_gates(struct block *b)
+{
+    const struct attn_choice *c = &b->seq->choice;
     for (int32_t h = 0; h < b->task->n_heads; h++) {
-        const int32_t head = b->task->head + h, layer = b->job->p->layer;
-        float density = 0.0f;
-        if (c->steer > 0.0f)
-            density = (1.0f - c->blend) * attn_threshold(t, c->level, layer, head, 0) +
-                      c->blend * attn_threshold(t, c->level + 1, layer, head, 0);
-        for (int32_t g = 0; g < n_groups(b); g++) {
-            const int32_t last = (b->task->pos + group_end(b, g) - 1) / KV_PAGE_TOKENS;
-            b->x.steering[2 * h + g] =
-                (struct steering){c->ln_lambda, attn_steer_due(density, b->diag, last + 1 - b->diag,
-                                                               n_visited(b, h))};
-        }
+        const float gate = b->gate == ATTN_GATE_ABS
+                               ? threshold(b, &b->job->policy->abs, c->level, h)
+                               : c->ln_lambda;
+        for (int32_t g = 0; g < n_groups(b); g++)
+            b->x.steering[2 * h + g] = (struct steering){gate, due(b, h, g)};
     }
 }
 
@@ -348,8 +366,7 @@ static void gate_panel(struct block *b, int32_t h, int32_t skip)
         int32_t first = g * b->group_rows, end = group_end(b, g);
         if (!group_reaches(b, g, b->page))
             continue;
-        if (b->page < b->diag && (b->gate == ATTN_GATE_ABS ? abs_skips(b, h, first, end)
-                                                           : rel_skips(b, h, g, first, end)))
+        if (b->page < b->diag && skips(b, h, g, first, end))
             continue;
         b->x.counts[h].kept++;
         accumulate(b, row0, first < skip ? skip : first, end);
@@ -630,8 +647,8 @@ void attn_block_run(void *arg, int task, int worker)
     struct attn_walk walk;
     open_block(&b, arg, task, worker);
     load_rows(&b);
-    if (b.gate == ATTN_GATE_REL)
-        start_steering(&b);
+    if (b.gate != ATTN_GATE_NONE && !b.task->generated)
+        start_gates(&b);
     attn_walk_init(&walk, b.job->policy->order, b.diag, b.last_page, b.heads, b.task->n_heads);
     run_walk(&b, &walk, run_panel);
     store_rows(&b);

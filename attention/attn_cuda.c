@@ -119,10 +119,11 @@ static void drop_policy(struct attn_cuda *a)
 {
     dev_release(a->cfg.dev, a->abs.t, a->abs.bytes);
     dev_release(a->cfg.dev, a->decode.t, a->decode.bytes);
+    dev_release(a->cfg.dev, a->abs_pages.t, a->abs_pages.bytes);
     dev_release(a->cfg.dev, a->rel_128.t, a->rel_128.bytes);
     dev_release(a->cfg.dev, a->rel_64.t, a->rel_64.bytes);
     dev_release(a->cfg.dev, a->visit, a->visit_bytes);
-    a->abs.t = a->decode.t = a->rel_128.t = a->rel_64.t = NULL;
+    a->abs.t = a->decode.t = a->abs_pages.t = a->rel_128.t = a->rel_64.t = NULL;
     a->visit = NULL;
 }
 
@@ -225,6 +226,7 @@ int attn_cuda_set_policy(struct attn_cuda *a, const struct attn_policy *policy, 
     group_layers(a);
     TRY(upload_thresholds(a, &a->abs, &policy->abs, "thresholds", why));
     TRY(upload_thresholds(a, &a->decode, &policy->decode, "decode thresholds", why));
+    TRY(upload_thresholds(a, &a->abs_pages, &policy->abs_pages, "pages of heads", why));
     TRY(upload_thresholds(a, &a->rel_128, &policy->rel_128, "densities of 128 rows", why));
     TRY(upload_thresholds(a, &a->rel_64, &policy->rel_64, "densities of 64 rows", why));
     return upload_visits(a, why);
@@ -284,7 +286,7 @@ static int prefill(const struct attn_cuda *a, const struct attn_group *g, int la
         .gate_rows = g->gate_rows,
         .t_blocks = a->policy.abs.n_blocks,
         .t_head_stride = a->policy.abs.n_blocks,
-        .t_level_stride = (int64_t)c->kv->n_layers * c->n_heads, /* of REL's densities */
+        .keep_level_stride = (int64_t)c->kv->n_layers * c->n_heads,
         .scale = c->scale,
         .seq_counts = g->counts,
         .head_counts = a->head_counts + (ptrdiff_t)layer * c->n_heads,

@@ -71,7 +71,7 @@ struct attn_cuda {
     struct sm90_maps *maps; /* [n_layers] */
     /* the policy */
     struct attn_policy policy;
-    struct attn_table abs, decode, rel_128, rel_64;
+    struct attn_table abs, decode, abs_pages, rel_128, rel_64;
     struct sm90_visit *visit; /* device [n_layers, n_heads] or NULL */
     size_t visit_bytes;
     struct attn_dec_plan *plans; /* [n_plans] */

@@ -74,6 +74,13 @@ static void add_part(struct attn_group *g, struct attn_part part)
         g->parts[g->n_parts++] = part;
 }
 
+/* The kernels that a gate wants: those of ABS know its thresholds' signs, which steering changes.
+ */
+static int kernel_gate(const struct attn_choice *c)
+{
+    return c->gate == ATTN_GATE_ABS && c->steer > 0 ? SM90_GATE_REL : (int)c->gate;
+}
+
 /* Where the prompt rows of a sequence in one half go: to the launch of their gate, or to one that
  * has none yet. Without a gate that is always the half's first. */
 static struct attn_group *group_of(struct attn_cuda *a, int first, const struct attn_choice *c)
@@ -81,10 +88,11 @@ static struct attn_group *group_of(struct attn_cuda *a, int first, const struct 
     struct attn_group *g = &a->groups[first];
     if (c->gate == ATTN_GATE_NONE)
         return g;
-    while (g->gate != SM90_GATE_NONE && (g->gate != (int)c->gate || g->gate_rows != c->gate_rows))
+    const int gate = kernel_gate(c);
+    while (g->gate != SM90_GATE_NONE && (g->gate != gate || g->gate_rows != c->gate_rows))
         g++;
     ASSERT(g < &a->groups[first + LAUNCH_SECOND - LAUNCH_PREFILL]);
-    g->gate = (int)c->gate;
+    g->gate = gate;
     g->gate_rows = c->gate_rows;
     return g;
 }
@@ -179,29 +187,23 @@ static const float *thresholds(const struct attn_table *table, const struct attn
     return table->t + ((int64_t)level * t->n_layers + layer) * t->n_heads * t->n_blocks;
 }
 
-static bool is_steered(const struct attn_choice *c)
+/* The values that a sequence is steered by. */
+static const float *keep_of(const struct attn_cuda *a, const struct attn_choice *c, int32_t layer)
 {
-    return c->gate == ATTN_GATE_REL && c->steer > 0;
-}
-
-static const struct attn_table *rel_table(const struct attn_cuda *a, int32_t gate_rows)
-{
-    return gate_rows == 64 ? &a->rel_64 : &a->rel_128;
-}
-
-static const struct attn_thresholds *rel_densities(const struct attn_policy *p, int32_t gate_rows)
-{
-    return gate_rows == 64 ? &p->rel_64 : &p->rel_128;
+    if (c->gate == ATTN_GATE_ABS)
+        return thresholds(&a->abs_pages, &a->policy.abs_pages, c->level, layer);
+    if (c->gate_rows == 64)
+        return thresholds(&a->rel_64, &a->policy.rel_64, c->level, layer);
+    return thresholds(&a->rel_128, &a->policy.rel_128, c->level, layer);
 }
 
 static struct sm90_seq make_seq(const struct attn_cuda *a, const struct attn_part *p,
                                 const struct attn_choice *c, int32_t layer)
 {
     const bool gated = p->prompt && c->gate != ATTN_GATE_NONE;
-    const bool steered = gated && is_steered(c);
-    const struct attn_table *table = steered ? rel_table(a, c->gate_rows) : &a->abs;
-    const struct attn_thresholds *t =
-        steered ? rel_densities(&a->policy, c->gate_rows) : &a->policy.abs;
+    const bool steered = gated && c->steer > 0;
+    const bool absolute = gated && c->gate == ATTN_GATE_ABS;
+    const float ln_lambda = absolute ? 0 : c->ln_lambda;
     return (struct sm90_seq){
         .row = p->row,
         .n_rows = p->n_rows,
@@ -210,11 +212,12 @@ static struct sm90_seq make_seq(const struct attn_cuda *a, const struct attn_par
                      : a->probe.max ? a->probe.gate_rows
                                     : KV_BLOCK_TOKENS,
         .pages = p->pages,
-        .t = steered || (gated && c->gate == ATTN_GATE_ABS) ? thresholds(table, t, c->level, layer)
-                                                            : NULL,
+        .t = absolute ? thresholds(&a->abs, &a->policy.abs, c->level, layer) : NULL,
+        .keep = steered ? keep_of(a, c, layer) : NULL,
+        .ln_lambda = kernel_gate(c) == SM90_GATE_REL && gated ? ln_lambda : -INFINITY,
         .steer = steered ? c->steer : 0,
         .blend = c->blend,
-        .ln_lambda = gated && c->gate == ATTN_GATE_REL ? c->ln_lambda : -INFINITY,
+        .is_absolute = absolute,
     };
 }
 
@@ -249,8 +252,8 @@ static void pack_last(struct attn_cuda *a, struct attn_group *g, const struct sm
 static bool differs_by_layer(const struct attn_group *g, const struct attn_seq *seqs)
 {
     bool steered = false;
-    for (int32_t i = 0; g->gate == SM90_GATE_REL && i < g->n_parts && !steered; i++)
-        steered = is_steered(&seqs[g->parts[i].seq].choice);
+    for (int32_t i = 0; i < g->n_parts && !steered; i++)
+        steered = seqs[g->parts[i].seq].choice.steer > 0;
     return steered || g->gate == SM90_GATE_ABS;
 }
 

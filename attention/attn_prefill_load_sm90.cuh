@@ -56,8 +56,10 @@ __device__ __forceinline__ void describe_item(struct item_info *it, const struct
     it->n_pages = n_diag + w.sink + w.local;
     part_end();
     it->gate = gate_of<GATE>(a, s, block, head);
-    if (GATE == SM90_GATE_REL)
+    if (GATE == SM90_GATE_REL) {
         it->steer = s->steer * a.inv_scale;
+        it->is_absolute = s->is_absolute;
+    }
 }
 
 /* Whether the gate of a tile's item keeps all pages; of none too. */

@@ -175,12 +175,10 @@ half_wants(const struct consumer<D, GATE> &c, const struct sm90_args &a, const s
 /* REL's gate after a page is kept; what every decision takes off it is taken off elsewhere. See
  * attn_steer_next. */
 template <int D, int GATE>
-__device__ __forceinline__ void steer_kept(const struct consumer<D, GATE> &c,
-                                           const struct sm90_args &a, float &gate)
+__device__ __forceinline__ void steer_kept(const struct consumer<D, GATE> &c, float &gate)
 {
     if (GATE == SM90_GATE_REL)
-        gate = fminf(gate + __int_as_float(ITEM_FIELD(c, steer)),
-                     (float)ATTN_REL_LN_MAX * a.inv_scale);
+        gate += __int_as_float(ITEM_FIELD(c, steer));
 }
 
 /* The exponentials of one half once more, after its maxima. No products may be in flight. */
@@ -285,9 +283,9 @@ __device__ __forceinline__ void plain_page(struct consumer<D, GATE> &c, const CU
         release_k(c);
         if (all_of(!keep))
             return;
-        steer_kept(c, a, c.gate);
-        raise_tops<GATE>(st[0], pm0);
-        raise_tops<GATE>(st[1], pm1);
+        steer_kept(c, c.gate);
+        raise_tops(c, st[0], pm0);
+        raise_tops(c, st[1], pm1);
         half_exp<D, DT>(p0, s0, st[0], o0, a);
     } else {
         exp_under_qk<D, DT>(p0, s0, s1, st[0], o0, a);
@@ -313,8 +311,8 @@ __device__ __forceinline__ void split_page(struct consumer<D, GATE> &c, const CU
     wgmma_pin(s1);
     if (all_of(keep0)) {
         request_v(c, map);
-        raise_tops<GATE>(st[0], pm);
-        steer_kept(c, a, c.gate);
+        raise_tops(c, st[0], pm);
+        steer_kept(c, c.gate);
     }
     const float gate1 = GATE == SM90_GATE_REL ? c.gate1 : c.gate;
     const bool keep1 = vote(c, half_wants<D, GATE, KIND>(c, a, st[1], s1, pm, 1, at, gate1));
@@ -324,8 +322,8 @@ __device__ __forceinline__ void split_page(struct consumer<D, GATE> &c, const CU
         request_v(c, map);
     release_k(c);
     if (all_of(keep1)) {
-        raise_tops<GATE>(st[1], pm);
-        steer_kept(c, a, c.gate1);
+        raise_tops(c, st[1], pm);
+        steer_kept(c, c.gate1);
     }
     if (all_of(!keep0 && !keep1))
         return;
@@ -364,7 +362,7 @@ diagonal_half(struct consumer<D, GATE> &c, const CUtensorMap *map, const struct 
         mask_diagonal(s, 2 * (lane & 3), thread / 32 * 16 + lane / 4);
     }
     page_max(pm, s);
-    raise_tops<GATE>(st, pm);
+    raise_tops(c, st, pm);
     half_pv<D, DT>(s, st, o, wait_v(c), a);
 }
 

@@ -177,10 +177,13 @@ __device__ __forceinline__ void scale_rows(float (&o)[N], const float (&alpha)[2
 }
 
 /* REL decides by the maxima of all that was kept, exactly; exponents need not refer to them. */
-template <int GATE>
-__device__ __forceinline__ void raise_tops(struct row_state &st, const float (&pm)[2])
+template <int D, int GATE>
+__device__ __forceinline__ void raise_tops(const struct consumer<D, GATE> &c, struct row_state &st,
+                                           const float (&pm)[2])
 {
     if (GATE != SM90_GATE_REL || !all_of(!(pm[0] <= st.top[0]) || !(pm[1] <= st.top[1])))
+        return;
+    if (all_of(ITEM_FIELD(c, is_absolute)))
         return;
     st.top[0] = max_nan(st.top[0], quad_max(pm[0]));
     st.top[1] = max_nan(st.top[1], quad_max(pm[1]));

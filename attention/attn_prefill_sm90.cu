@@ -34,8 +34,8 @@
 
 /* ---- a tile ---- */
 
-/* What each decision takes off REL's gate (attn_steer.h). The densities come from global memory
- * here, once an item: the loading warps have no registers left for it. */
+/* What each decision takes off REL's gate (attn_steer.h), and a threshold in its place. They come
+ * from global memory here, once an item: the loading warps have no registers left for it. */
 template <int D, int GATE>
 __device__ __forceinline__ void take_steering(struct consumer<D, GATE> &c,
                                               const struct sm90_args &a)
@@ -46,12 +46,18 @@ __device__ __forceinline__ void take_steering(struct consumer<D, GATE> &c,
     if (!all_of(steer > 0.0f))
         return;
     const struct sm90_seq *s = a.seqs + TILE_FIELD(c, seq);
-    const float *t = s->t + ITEM_FIELD(c, head);
-    const float density = (1.0f - s->blend) * t[0] + s->blend * t[a.t_level_stride];
-    const int before = 2 * ITEM_FIELD(c, block), n_off = ITEM_FIELD(c, n_off);
-    const int n_diag = ITEM_FIELD(c, n_diag);
-    c.fall1 = steer * attn_steer_due(density, before, n_diag, n_off);
-    c.fall = steer * attn_steer_due(density, before, ITEM_FIELD(c, rows64) ? 1 : n_diag, n_off);
+    const int head = ITEM_FIELD(c, head), block = ITEM_FIELD(c, block);
+    const int n_off = ITEM_FIELD(c, n_off), n_diag = ITEM_FIELD(c, n_diag);
+    const float *keep = s->keep + head;
+    if (all_of(ITEM_FIELD(c, is_absolute))) {
+        const float *t = s->t + head * a.t_head_stride + min(block + 1, a.t_blocks) - 1;
+        c.gate = c.gate1 = *t * a.inv_scale;
+        c.fall = c.fall1 = steer * attn_steer_share(s->blend * *keep, n_off);
+        return;
+    }
+    const float density = (1.0f - s->blend) * keep[0] + s->blend * keep[a.keep_level_stride];
+    c.fall1 = steer * attn_steer_due(density, 2 * block, n_diag, n_off);
+    c.fall = steer * attn_steer_due(density, 2 * block, ITEM_FIELD(c, rows64) ? 1 : n_diag, n_off);
 }
 
 template <int D, int GATE>
@@ -195,6 +201,8 @@ __device__ __forceinline__ void compute_item(struct consumer<D, GATE> &c, const 
     wgmma_zero(o0);
     wgmma_zero(o1);
     take_item(c, a);
+    if (GATE == SM90_GATE_REL && all_of(ITEM_FIELD(c, is_absolute)))
+        st[0].top[0] = st[0].top[1] = st[1].top[0] = st[1].top[1] = 0.0f; /* and they stay so */
     mbar_wait(c.smem + L::q_full + 8 * c.group, ITEM_FIELD(c, q_parity));
     if (HAS_OPEN(GATE) && all_of(TILE_FIELD(c, open))) {
         struct consumer<D, SM90_GATE_NONE> all = keeping_all(c);

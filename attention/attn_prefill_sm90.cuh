@@ -5,7 +5,6 @@
 
 #include "attention/attn_sm90.h"
 #include "attention/attn_steer.h"
-#include "attention/policy.h"
 #include "attention/tile.cuh"
 
 enum {
@@ -31,9 +30,10 @@ struct item_info {
     int32_t row_begin, row_end; /* rows of the block that belong to the chunk */
     int32_t sink, local;
     int32_t rows64;
-    float gate;       /* on raw scores. ABS: the threshold; REL: ln(lambda) */
-    float steer;      /* REL, likewise: what a kept page adds to it (attn_steer.h); 0: nothing */
-    int32_t q_parity; /* of the barrier of Q */
+    float gate;          /* on raw scores. ABS: the threshold; REL: ln(lambda) */
+    float steer;         /* REL, likewise: what a kept page adds to it (attn_steer.h); 0: nothing */
+    int32_t is_absolute; /* REL: the gate is a threshold */
+    int32_t q_parity;    /* of the barrier of Q */
     /* Its pages in the tile's list: before each segment so many that are not for it, then `n` that
      * are. One segment is the diagonal, the others lie before it. */
     int32_t n_segments, diag_segment;

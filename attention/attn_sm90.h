@@ -11,7 +11,8 @@
 extern "C" {
 #endif
 
-/* ABS_MAX: ABS that writes page maxima as well. */
+/* ABS_MAX: ABS that writes page maxima as well. Of sequences that are steered REL also does what is
+ * ABS. */
 enum { SM90_GATE_NONE, SM90_GATE_ABS, SM90_GATE_REL, SM90_GATE_ABS_MAX };
 enum { SM90_ORDER_DIAG_SINK_R2L, SM90_ORDER_L2R };
 
@@ -27,13 +28,13 @@ struct sm90_seq {
     int32_t row, n_rows, pos; /* as in struct attn_seq */
     int32_t gate_rows;        /* 128 or 64: in what units pages are counted */
     const int32_t *pages;     /* device */
-    /* ABS: [n_heads, n_blocks] of this level and layer; NULL: dense. REL that is steered: densities
-     * [n_heads] of this level and layer, those of the next level t_level_stride further. */
-    const float *t;
-    float ln_lambda; /* REL: -inf is dense */
-    float steer;     /* REL: 0, or see struct attn_choice */
-    float blend;     /* of the next level's densities */
-    int32_t pad;
+    const float *t;           /* ABS: [n_heads, n_blocks] of this level and layer; NULL: dense */
+    /* Steered, [n_heads] of this level and layer. REL: densities, those of the next level
+     * keep_level_stride further; ABS: pages. */
+    const float *keep;
+    float ln_lambda;     /* REL: -inf is dense; ABS that is steered: not that */
+    float steer, blend;  /* see struct attn_choice; the kernels of REL alone steer */
+    int32_t is_absolute; /* in the kernels of REL: the gate is a threshold, as with ABS */
 };
 
 /* Visit of one head: pages [0, sink) and the `local` pages before the diagonal. local < 0: all. */
@@ -65,7 +66,7 @@ struct sm90_args {
     int32_t order;
     int32_t gate_rows; /* 128 or 64: of all sequences that have a gate */
     int32_t t_blocks;
-    int64_t t_head_stride, t_level_stride;
+    int64_t t_head_stride, keep_level_stride;
     float scale;
     float scale_log2, inv_scale;                  /* filled in by the launch */
     struct sm90_counts *seq_counts, *head_counts; /* or NULL */

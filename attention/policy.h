@@ -65,17 +65,18 @@ enum { ATTN_REL_LN_MAX = 30, ATTN_STEER_MAX = 100 };
  * gate_rows 128 (one decision for the query block, the paper) or 64 (one for each half of it).
  * decode_level indexes the thresholds of generated rows.
  *
- * Steered (REL, steer > 0), each row group of each head begins at ln_lambda and moves its own by
- * what it decides, toward the density of its head, which lies between the steps level and level + 1
- * by blend: see attn_steer.h. What it decides still depends on its own rows and their pages alone,
- * never on chunks or the batch. */
+ * Steered (steer > 0), each row group of each head begins at ln_lambda or its threshold and moves
+ * its own by what it decides: see attn_steer.h. REL: toward the density of its head, which lies
+ * between the steps level and level + 1 by blend. ABS: toward blend times the pages that its head
+ * keeps at its level; decisions then depend on the order of pages. In either case on its own rows
+ * and their pages alone, never on chunks or the batch. */
 struct attn_choice {
     uint8_t gate; /* enum attn_gate */
     uint8_t gate_rows;
     int16_t level;
     float ln_lambda;
-    float steer;         /* by how much in ln(lambda) a page kept without being due raises it */
-    float blend;         /* 0 to 1 */
+    float steer;         /* by how much a page kept without being due raises the gate */
+    float blend;         /* REL: 0 to 1; ABS: 0 or more */
     int16_t decode_gate; /* of generated rows: ATTN_GATE_NONE or ATTN_GATE_ABS */
     int16_t decode_level;
     int32_t lost_mass; /* not 0: measure what its prompt rows lose (attn_lost.h) */
@@ -86,6 +87,8 @@ struct attn_policy {
     enum attn_order order;
     const struct attn_head_policy *heads; /* [n_layers, n_heads]; NULL: all heads visit all pages */
     struct attn_thresholds abs;           /* t == NULL: no ABS level can be chosen */
+    struct attn_thresholds abs_pages; /* [n_levels, n_layers, n_heads, 1] pages that heads keep at a
+                                         level; t == NULL: no ABS sequence is steered */
     /* What REL is steered to, by row groups of 128 and of 64 rows: f32 [n_levels, n_layers,
      * n_heads, 1], the shares of their reachable pages that heads keep at steps of lambda, falling
      * from step to step on the mean. t == NULL: no sequence is steered. */

@@ -4,8 +4,8 @@
 # Sixteen niah prompts calibrate, by several rules; a daemon for each threshold file, and one with a sliding window, answer the
 # same prompts in turn (`sluice eval`). Writes OUT/accuracy.json, .jsonl (every answer) and .txt.
 #   CALIBRATE=niah BUDGET_LENGTH=8k TASKS=vt,cwe,fwe,qa LENGTHS=8k,16k,32k SAMPLES=200 LIMIT=470s POLICIES="mean=abs~0.5 ..." SEED=0
-# POLICIES are NAME=POLICY, NAME one of the files below (mean quantile rows64 smooth second rel budget), window, or steerX: rel's
-# file, served with --steer X.
+# POLICIES are NAME=POLICY, NAME one of the files below (mean quantile rows64 smooth second rel budget), one with -X behind it, which
+# is then served with --steer X, or window.
 # The swap: CALIBRATE=vt,cwe,fwe,qa CALIBRATE_SAMPLES=4 TASKS=niah.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -78,8 +78,8 @@ done
 for name in $(tr ' ' '\n' <<<"$names" | sort -u); do
     if [ "$name" = window ]; then
         serve window --window "1:${WINDOW:-66}"
-    elif [ "$name" != "${name#steer}" ]; then
-        serve "$name" --thresholds rel.safetensors --steer "${name#steer}"
+    elif [ "$name" != "${name%-*}" ]; then
+        serve "$name" --thresholds "${name%-*}.safetensors" --steer "${name##*-}"
     else
         serve "$name" --thresholds "$name.safetensors"
     fi

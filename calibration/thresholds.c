@@ -28,9 +28,11 @@ struct thresholds {
     char *name; /* of the file, for messages */
     struct thresholds_meta meta;
     struct attn_thresholds view;
-    float *t;        /* [n_levels, n_layers, n_heads, n_blocks] */
-    int32_t *k;      /* [n_levels] */
-    int32_t *head_k; /* [n_levels, n_layers, n_heads]; NULL: k */
+    float *t;                     /* [n_levels, n_layers, n_heads, n_blocks] */
+    int32_t *k;                   /* [n_levels] */
+    int32_t *head_k;              /* [n_levels, n_layers, n_heads]; NULL: k */
+    struct attn_thresholds pages; /* the same as numbers that heads are steered by */
+    float *pages_t;
     /* of generated rows; decode_t NULL: none */
     struct attn_thresholds decode;
     float *decode_t;
@@ -356,6 +358,18 @@ static int read_head_k(const struct reader *r, struct thresholds *t)
     return 0;
 }
 
+/* What each head keeps at each level. */
+static void fill_pages(struct thresholds *t)
+{
+    const struct thresholds_rel_heads shape = {NULL, t->view.n_levels};
+    const size_t heads = (size_t)t->view.n_layers * (size_t)t->view.n_heads;
+    const size_t n = (size_t)t->view.n_levels * heads;
+    t->pages = thresholds_rel_heads_view(&shape, t->view.n_layers, t->view.n_heads);
+    t->pages.t = t->pages_t = mem_alloc(n * sizeof *t->pages_t);
+    for (size_t i = 0; i < n; i++)
+        t->pages_t[i] = (float)(t->head_k ? t->head_k[i] : t->k[i / heads]);
+}
+
 static int check_values(const struct reader *r, const struct attn_thresholds *v, const char *name)
 {
     size_t n = (size_t)v->n_levels * (size_t)v->level_stride;
@@ -515,6 +529,7 @@ static int read_tensors(const struct reader *r, struct thresholds *out)
     TRY(check_length(r, &out->view, &out->meta));
     TRY(check_auto_k(r, out));
     TRY(read_head_k(r, out));
+    fill_pages(out);
     out->hash = content_hash(out);
     return 0;
 }
@@ -557,6 +572,7 @@ void thresholds_free(struct thresholds *t)
     mem_free(t->t);
     mem_free(t->k);
     mem_free(t->head_k);
+    mem_free(t->pages_t);
     mem_free(t->decode_t);
     mem_free(t->decode_k);
     mem_free(t->rel_t[0]);
@@ -577,6 +593,11 @@ const struct attn_thresholds *thresholds_view(const struct thresholds *t)
 const struct attn_thresholds *thresholds_decode_view(const struct thresholds *t)
 {
     return &t->decode;
+}
+
+const struct attn_thresholds *thresholds_pages_view(const struct thresholds *t)
+{
+    return &t->pages;
 }
 
 const struct attn_thresholds *thresholds_rel_view(const struct thresholds *t, int32_t gate_rows)

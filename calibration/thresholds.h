@@ -112,6 +112,12 @@ const struct thresholds_meta *thresholds_meta(const struct thresholds *t);
 const struct attn_thresholds *thresholds_view(const struct thresholds *t);
 /* Those of generated rows; t == NULL: the file has none. */
 const struct attn_thresholds *thresholds_decode_view(const struct thresholds *t);
+/* Pages that heads keep at the levels, [S, L, H, 1]: what ABS is steered to. */
+const struct attn_thresholds *thresholds_pages_view(const struct thresholds *t);
+/* Steers a sequence of a level by abs->steer to a density of its n_tokens: sets blend, by which the
+ * level's pages come to it, half a page less, since a group keeps a page before it is due. */
+void thresholds_abs_steer(const struct thresholds *t, double density, int64_t n_tokens,
+                          struct batch_policy *abs);
 /* What REL of 128 or 64 rows is steered to; t == NULL: the file has none. */
 const struct attn_thresholds *thresholds_rel_view(const struct thresholds *t, int32_t gate_rows);
 const int32_t *thresholds_k(const struct thresholds *t, int32_t *n_levels);

@@ -13,8 +13,8 @@
 #define THRESHOLDS_PAGE     "64"
 #define THRESHOLDS_IMPORTED "imported"
 
-/* Mean of a step of REL's densities, over the layers that a served prompt's density is of. */
-double thresholds_rel_mean(const struct attn_thresholds *heads, int32_t step);
+/* Mean of a level of REL's densities, over the layers that a served prompt's density is of. */
+double thresholds_rel_mean(const struct attn_thresholds *v, int32_t level);
 
 /* A whole file in memory, released with mem_free. */
 MUST_CHECK int thresholds_read_file(const char *path, void **data, size_t *len,

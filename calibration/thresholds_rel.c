@@ -120,3 +120,14 @@ bool thresholds_rel_steer(const struct attn_thresholds *heads, double density, i
     rel->ln_lambda = (float)attn_steer_start((double)rel->ln_lambda, (double)rel->steer);
     return true;
 }
+
+void thresholds_abs_steer(const struct thresholds *t, double density, int64_t n_tokens,
+                          struct batch_policy *abs)
+{
+    const int32_t rows = thresholds_meta(t)->gate_rows;
+    const double level = thresholds_level_density(t, abs->level, n_tokens);
+    const int32_t wanted = thresholds_k_for_density(density, n_tokens, rows);
+    const int32_t of_level =
+        thresholds_k_for_density(level < 1 ? level : 1, n_tokens, rows); /* its k, on the mean */
+    abs->blend = (float)((wanted - 0.5) / of_level);
+}

@@ -130,11 +130,14 @@ static double level_density(const void *thresholds, int32_t level, int64_t n_tok
     return thresholds_level_density(thresholds, level, n_tokens);
 }
 
-static bool rel_steered(const void *thresholds, double density, int64_t n_tokens,
-                        struct batch_policy *rel)
+static bool steered(const void *thresholds, double density, int64_t n_tokens,
+                    struct batch_policy *policy)
 {
-    return thresholds_rel_steer(thresholds_rel_view(thresholds, rel->gate_rows), density, n_tokens,
-                                rel);
+    if (policy->gate == BATCH_REL)
+        return thresholds_rel_steer(thresholds_rel_view(thresholds, policy->gate_rows), density,
+                                    n_tokens, policy);
+    thresholds_abs_steer(thresholds, density, n_tokens, policy);
+    return true;
 }
 
 static double decode_density(const void *thresholds, int32_t level, int64_t n_tokens)
@@ -163,7 +166,7 @@ static void fill_policy(const struct daemon *d, struct engine_policy *p)
     p->predicted = level_density;
     p->thresholds = t;
     p->ln_lambda = rel_ln_lambda;
-    p->steered = rel_steered;
+    p->steered = steered;
     p->steer = d->opt.steer;
     p->rel_128 = thresholds_meta(t)->rel_128.b > 0 ? &thresholds_meta(t)->rel_128 : NULL;
     p->rel_64 = thresholds_meta(t)->rel_64.b > 0 ? &thresholds_meta(t)->rel_64 : NULL;

@@ -129,11 +129,12 @@ static int load_window(struct daemon_policy *p, const struct daemon_options *o,
     return 0;
 }
 
-/* What a REL density is steered to, where the file has it. */
-static void load_rel(struct daemon_policy *p)
+/* What densities are steered to, where the file has it. */
+static void load_steering(struct daemon_policy *p)
 {
     if (!p->thresholds)
         return;
+    p->attn.abs_pages = *thresholds_pages_view(p->thresholds);
     p->attn.rel_128 = *thresholds_rel_view(p->thresholds, 128);
     p->attn.rel_64 = *thresholds_rel_view(p->thresholds, 64);
 }
@@ -166,7 +167,7 @@ int daemon_policy_load(struct daemon_policy *p, const struct daemon_options *o,
     if (err == 0 && o->thresholds)
         err = load_thresholds(p, o, info, why);
     if (err == 0) {
-        load_rel(p);
+        load_steering(p);
         err = load_decode(p, o, why);
     }
     if (err < 0)

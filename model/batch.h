@@ -21,7 +21,7 @@ struct batch_policy {
     uint8_t gate_rows;  /* 128 or 64 */
     int16_t level;      /* ABS: index into the threshold file's k list; REL, steered: its step */
     float ln_lambda;    /* REL */
-    float steer, blend; /* REL: see struct attn_choice; steer 0: lambda stays */
+    float steer, blend; /* see struct attn_choice; steer 0: gates stay where they are */
     /* Of generated rows: BATCH_DENSE or BATCH_ABS, and then an index into the file's decode_k. */
     int16_t decode_gate, decode_level;
     bool lost_mass; /* measure what prompt rows lose by the gate (attention/attn_lost.h) */

@@ -261,6 +261,7 @@ int model_set_policy(struct model *m, const struct attn_policy *policy, struct e
     mine.heads = m->head_policy;
     m->plan.limits.n_levels = slice_thresholds(m, &mine.abs);
     m->plan.limits.n_decode_levels = slice_thresholds(m, &mine.decode);
+    m->plan.limits.n_page_levels = slice_thresholds(m, &mine.abs_pages);
     m->plan.limits.n_rel_steps[0] = slice_thresholds(m, &mine.rel_128);
     m->plan.limits.n_rel_steps[1] = slice_thresholds(m, &mine.rel_64);
     return llama_set_policy(m->llama, &mine, why);

@@ -66,12 +66,22 @@ static int check_rel(const struct plan_limits *l, const struct batch_seq *s, str
     const int32_t n_steps = l->n_rel_steps[p->gate_rows == 64];
     if (!(p->ln_lambda <= (float)ATTN_REL_LN_MAX))
         return wrong(s, "ln_lambda is above 30 or NaN", 0, why);
-    if (!(p->steer >= 0.0f && p->steer <= (float)ATTN_STEER_MAX))
-        return wrong(s, "steer is not from 0 to 100", 0, why);
     if (p->steer > 0.0f && (p->level < 0 || p->level >= n_steps - 1))
         return wrong(s, "no steps to steer between at this level", p->level, why);
     if (p->steer > 0.0f && !(p->blend >= 0.0f && p->blend <= 1.0f))
         return wrong(s, "blend is not from 0 to 1", 0, why);
+    return 0;
+}
+
+static int check_abs(const struct plan_limits *l, const struct batch_seq *s, struct err_msg *why)
+{
+    const struct batch_policy *p = &s->policy;
+    if (p->level < 0 || p->level >= l->n_levels)
+        return wrong(s, "no thresholds of this level", p->level, why);
+    if (p->steer > 0.0f && p->level >= l->n_page_levels)
+        return wrong(s, "no pages to steer to at this level", p->level, why);
+    if (p->steer > 0.0f && !(p->blend >= 0.0f && isfinite(p->blend)))
+        return wrong(s, "blend is not 0 or more", 0, why);
     return 0;
 }
 
@@ -91,10 +101,9 @@ static int check_policy(const struct plan_limits *l, const struct batch_seq *s, 
         return 0;
     if (p->gate_rows != 128 && p->gate_rows != 64)
         return wrong(s, "gate_rows is not 128 or 64", p->gate_rows, why);
-    if (p->gate == BATCH_ABS && (p->level < 0 || p->level >= l->n_levels))
-        return wrong(s, "no thresholds of this level", p->level, why);
-    if (p->gate == BATCH_REL)
-        TRY(check_rel(l, s, why));
+    if (!(p->steer >= 0.0f && p->steer <= (float)ATTN_STEER_MAX))
+        return wrong(s, "steer is not from 0 to 100", 0, why);
+    TRY(p->gate == BATCH_ABS ? check_abs(l, s, why) : check_rel(l, s, why));
     if (s->start < s->prompt_len && s->start % KV_BLOCK_TOKENS != 0)
         return wrong(s, "a gated chunk starts inside a block", s->start, why);
     if (end < s->prompt_len && end % KV_BLOCK_TOKENS != 0)

@@ -21,6 +21,7 @@ struct plan_limits {
     int32_t n_pages;
     int32_t n_levels;        /* of thresholds */
     int32_t n_decode_levels; /* of thresholds of generated rows */
+    int32_t n_page_levels;   /* of thresholds whose pages are known: those can be steered */
     int32_t n_rel_steps[2];  /* between which REL is steered: of 128 rows, of 64 */
 };
 

@@ -38,11 +38,11 @@ struct engine_policy {
     const void *thresholds; /* borrowed */
     double (*ln_lambda)(const void *rel, double density, int64_t n_tokens);
     const void *rel_128, *rel_64; /* borrowed; NULL: not calibrated */
-    /* A REL density is steered to by this much (struct attn_choice), above 0, where the thresholds
-     * know the densities of heads: that tells step, blend and ln(lambda) to begin with. */
+    /* A density is steered to by this much (struct attn_choice), above 0, where the thresholds know
+     * what heads are due: that fills in a policy of either gate. */
     double steer;
     bool (*steered)(const void *thresholds, double density, int64_t n_tokens,
-                    struct batch_policy *rel);
+                    struct batch_policy *policy);
     /* Gates of generated tokens: the predicted density of a level, growing with it. */
     const int32_t *decode_k; /* of n_decode_levels levels, increasing; borrowed */
     int32_t n_decode_levels;

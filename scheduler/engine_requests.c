@@ -55,6 +55,15 @@ static int32_t level_for(const struct engine_policy *p, double density, int32_t 
     return i;
 }
 
+/* Holds a policy to a density, where that can be. */
+static void steer(const struct engine_policy *p, double density, int32_t n_tokens,
+                  struct batch_policy *out)
+{
+    out->steer = (float)p->steer;
+    if (p->steer > 0 && !p->steered(p->thresholds, density, n_tokens, out))
+        out->steer = 0;
+}
+
 static int choose_abs(const struct engine_policy *p, const struct ipc_sparse *s, int32_t n_tokens,
                       struct batch_policy *out, struct err_msg *why)
 {
@@ -77,6 +86,8 @@ static int choose_abs(const struct engine_policy *p, const struct ipc_sparse *s,
                        p->gate_rows, s->gate_rows);
     *out = (struct batch_policy){
         .gate = BATCH_ABS, .gate_rows = (uint8_t)p->gate_rows, .level = (int16_t)level};
+    if (s->density > 0)
+        steer(p, s->density, n_tokens, out);
     return 0;
 }
 
@@ -95,9 +106,7 @@ static int choose_rel(const struct engine_policy *p, const struct ipc_sparse *s,
                        "(sluice-calibrate --rel)",
                        rows);
     out->ln_lambda = (float)p->ln_lambda(rel, s->density, n_tokens);
-    out->steer = (float)p->steer;
-    if (p->steer > 0 && !p->steered(p->thresholds, s->density, n_tokens, out))
-        out->steer = 0;
+    steer(p, s->density, n_tokens, out);
     return 0;
 }
 

@@ -112,6 +112,7 @@ void case_close(struct attn_case *t)
     mem_free(t->heads);
     mem_free(t->thresholds);
     mem_free(t->decode);
+    mem_free(t->pages);
     mem_free(t->densities[0]);
     mem_free(t->densities[1]);
     dev_close(t->dev);
@@ -195,6 +196,9 @@ void case_densities(struct attn_case *t, int32_t n_levels)
         for (int64_t j = 0; j < n_levels * to[i]->level_stride; j++)
             t->densities[i][j] = fminf(fmaxf(t->densities[i][j], 0), 1);
     }
+    t->policy.abs_pages = random_thresholds(t, &t->pages, n_levels, 1, 0.5, 6);
+    for (int64_t j = 0; j < n_levels * t->policy.abs_pages.level_stride; j++)
+        t->pages[j] = fminf(fmaxf(t->pages[j], 0), 100);
 }
 
 void case_visits(struct attn_case *t)

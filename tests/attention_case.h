@@ -44,6 +44,7 @@ struct attn_case {
     float *thresholds;              /* storage for policy.abs.t */
     float *decode;                  /* likewise for policy.decode.t */
     float *densities[2];            /* and for policy.rel_128.t and rel_64.t */
+    float *pages;                   /* and for policy.abs_pages.t */
     int32_t layer;
     float scale;
     struct dev *dev;
@@ -70,7 +71,7 @@ void case_thresholds(struct attn_case *t, int32_t n_levels, int32_t n_blocks, do
 /* The same of generated rows. */
 void case_decode_thresholds(struct attn_case *t, int32_t n_levels, int32_t n_blocks, double lo,
                             double hi);
-/* Random densities [n_levels, layers, heads] for REL to be steered to. */
+/* Random densities and pages [n_levels, layers, heads] for REL and ABS to be steered to. */
 void case_densities(struct attn_case *t, int32_t n_levels);
 /* Every head SINK_LOCAL or ALL at random. */
 void case_visits(struct attn_case *t);

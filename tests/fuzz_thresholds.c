@@ -83,6 +83,11 @@ static void check(const struct thresholds *t)
     }
     check_values(v);
     check_decode(t);
+    struct batch_policy abs = {.gate = BATCH_ABS, .blend = -1};
+    thresholds_abs_steer(t, 0.3, 4000, &abs);
+    demand(abs.blend > 0 && isfinite(abs.blend));
+    for (int32_t i = 0; i < n * v->n_layers * v->n_heads; i++)
+        demand(thresholds_pages_view(t)->t[i] >= 1);
     check_rel(t, 128);
     check_rel(t, 64);
 }

@@ -13,11 +13,11 @@ struct unit {
     int head;
     int pos, end; /* absolute positions [pos, end) */
     bool prompt;
-    double ln_lambda; /* of REL, as it stands */
-    double due;       /* share of the pages before the diagonal that it is steered to */
-    bool *kept;       /* [pages] */
-    double *k, *v;    /* [tokens, head_dim] */
-    double *scores;   /* [end - pos, end] */
+    double gate;    /* ln(lambda) of REL or the threshold of ABS, as it stands */
+    double due;     /* share of the pages before the diagonal that it is steered to */
+    bool *kept;     /* [pages] */
+    double *k, *v;  /* [tokens, head_dim] */
+    double *scores; /* [end - pos, end] */
     float *scores_f32;
 };
 
@@ -141,6 +141,13 @@ static int first_own_page(const struct unit *u)
     return u->pos / KV_BLOCK_TOKENS * 2;
 }
 
+/* After a decision. */
+static bool steer(struct unit *u, bool keep)
+{
+    u->gate += (double)u->s->choice.steer * ((keep ? 1 : 0) - u->due);
+    return keep;
+}
+
 /* The gate of one page before those, given every row's maximum of it. */
 static bool keeps(struct oracle *o, struct unit *u, const double *row_max, const double *running)
 {
@@ -154,22 +161,17 @@ static bool keeps(struct oracle *o, struct unit *u, const double *row_max, const
     if (c->gate == ATTN_GATE_NONE || !u->prompt)
         return true;
     if (c->gate == ATTN_GATE_ABS) {
-        double threshold = threshold_of(u, &u->policy->abs, c->level);
         double top = -INFINITY;
         for (int r = 0; r < rows; r++)
             top = max_nan(row_max[r], top);
-        note_margin(o, top, threshold);
-        return !(top < threshold);
+        note_margin(o, top, u->gate);
+        return steer(u, !(top < u->gate));
     }
     double excess = -INFINITY; /* of the row that comes closest to keeping the page, or keeps it */
     for (int r = 0; r < rows; r++)
         excess = max_nan(row_max[r] - running[r], excess);
-    note_margin(o, excess, u->ln_lambda);
-    const bool keep = !(excess < u->ln_lambda);
-    u->ln_lambda += (double)c->steer * ((keep ? 1 : 0) - u->due);
-    if (u->ln_lambda > ATTN_REL_LN_MAX)
-        u->ln_lambda = ATTN_REL_LN_MAX;
-    return keep;
+    note_margin(o, excess, u->gate);
+    return steer(u, !(excess < u->gate));
 }
 
 static double density_of(const struct unit *u, const struct attn_thresholds *t, int level)
@@ -178,22 +180,28 @@ static double density_of(const struct unit *u, const struct attn_thresholds *t, 
         t->t[level * t->level_stride + u->p->layer * t->layer_stride + u->head * t->head_stride];
 }
 
-/* Where REL begins, and what it is steered to: of the pages that it may spend, the diagonal takes
- * its own first. */
-static void begin_rel(struct unit *u)
+/* Where a gate begins, and what it is steered to: of the pages that REL may spend, the diagonal
+ * takes its own first. */
+static void begin(struct unit *u)
 {
     const struct attn_choice *c = &u->s->choice;
     const struct attn_thresholds *t = c->gate_rows == 64 ? &u->policy->rel_64 : &u->policy->rel_128;
     const int diag = u->pos / KV_BLOCK_TOKENS * 2, reach = (u->end - 1) / KV_PAGE_TOKENS + 1;
     int candidates = 0;
-    u->ln_lambda = (double)c->ln_lambda;
+    const bool absolute = c->gate == ATTN_GATE_ABS;
+    u->gate = absolute ? threshold_of(u, &u->policy->abs, c->level) : (double)c->ln_lambda;
     u->due = 0;
-    if (c->gate != ATTN_GATE_REL || !(c->steer > 0))
+    if (c->gate == ATTN_GATE_NONE || !(c->steer > 0))
         return;
     for (int j = 0; j < diag; j++)
         candidates += visited(u, j);
-    const double from = density_of(u, t, c->level), to = density_of(u, t, c->level + 1);
-    const double spend = (from + (double)c->blend * (to - from)) * reach - (reach - diag);
+    double spend;
+    if (absolute) {
+        spend = (double)c->blend * density_of(u, &u->policy->abs_pages, c->level);
+    } else {
+        const double from = density_of(u, t, c->level), to = density_of(u, t, c->level + 1);
+        spend = (from + (double)c->blend * (to - from)) * reach - (reach - diag);
+    }
     u->due = spend <= 0 || candidates == 0 ? 0 : spend / candidates;
     u->due = u->due > 1 ? 1 : u->due;
 }
@@ -235,7 +243,7 @@ static void decide(struct oracle *o, struct unit *u, int seq)
     int n = page_order(u, list);
     for (int r = 0; r < rows; r++)
         running[r] = -INFINITY;
-    begin_rel(u);
+    begin(u);
     for (int i = 0; i < n; i++) {
         int page = list[i];
         bool visit = visited(u, page);

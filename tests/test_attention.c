@@ -13,7 +13,7 @@ static struct attn_choice random_choice(struct rng *r, int32_t n_levels, bool ga
                             .gate_rows = rng_range(r, 0, 1) ? 128 : 64,
                             .level = (int16_t)rng_range(r, 0, n_levels - 1),
                             .ln_lambda = (float)(1 - 3 * rng_unit(r))};
-    if (c.gate == ATTN_GATE_REL && rng_range(r, 0, 1)) {
+    if (c.gate != ATTN_GATE_NONE && rng_range(r, 0, 1)) {
         c.level = (int16_t)rng_range(r, 0, n_levels - 2);
         c.steer = (float)(3 * rng_unit(r));
         c.blend = (float)rng_unit(r);
@@ -534,17 +534,21 @@ static void bad_problems_are_named(void **state)
 static void bad_steering_is_named(void **state)
 {
     static const struct {
+        uint8_t gate;
         float steer, blend;
         int16_t level;
         const char *field;
-    } cases[] = {{-1, 0, 0, "steer"},
-                 {NAN, 0, 0, "steer"},
-                 {100.5f, 0, 0, "steer"},
-                 {1, 0, 1, "level 1 of 2 steps"},
-                 {1, 0, -1, "level -1 of 2 steps"},
-                 {1, 1.5f, 0, "blend"},
-                 {1, NAN, 0, "blend"},
-                 {1, 0, 0, "level 0 of 0 steps"}};
+    } cases[] = {{ATTN_GATE_REL, -1, 0, 0, "steer"},
+                 {ATTN_GATE_ABS, NAN, 0, 0, "steer"},
+                 {ATTN_GATE_REL, 100.5f, 0, 0, "steer"},
+                 {ATTN_GATE_REL, 1, 0, 1, "level 1 of 2 steps"},
+                 {ATTN_GATE_REL, 1, 0, -1, "level -1 of 2 steps"},
+                 {ATTN_GATE_REL, 1, 1.5f, 0, "blend"},
+                 {ATTN_GATE_REL, 1, NAN, 0, "blend"},
+                 {ATTN_GATE_ABS, 1, -0.5f, 0, "blend"},
+                 {ATTN_GATE_ABS, 1, INFINITY, 0, "blend"},
+                 {ATTN_GATE_ABS, 1, 0, 2, "level 2 of 2 whose pages"},
+                 {ATTN_GATE_REL, 1, 0, 0, "level 0 of 0 steps"}}; /* without densities */
     enum { N = sizeof cases / sizeof *cases };
     struct rng r = test_rng("bad steering", 18);
     struct attn_case t;
@@ -552,17 +556,18 @@ static void bad_steering_is_named(void **state)
     (void)state;
     case_open_one(&t, &r, 150, 150, 64, 2);
     case_densities(&t, 2);
+    case_thresholds(&t, 3, 1, 0, 1);
     for (size_t i = 0; i < N; i++) {
         if (i == N - 1)
             t.policy.rel_64.t = t.policy.rel_128.t = NULL;
-        t.seqs[0].choice = (struct attn_choice){.gate = ATTN_GATE_REL,
-                                                .gate_rows = i % 2 ? 64 : 128,
-                                                .ln_lambda = -1,
-                                                .steer = cases[i].steer,
-                                                .blend = cases[i].blend,
-                                                .level = cases[i].level};
+        const struct attn_choice choice = {.gate = cases[i].gate,
+                                           .gate_rows = i % 2 ? 64 : 128,
+                                           .ln_lambda = -1,
+                                           .steer = cases[i].steer,
+                                           .blend = cases[i].blend,
+                                           .level = cases[i].level};
         const struct attn_seq s = {
-            .n_rows = 150, .prompt_end = 150, .pages = t.seqs[0].pages, .choice = t.seqs[0].choice};
+            .n_rows = 150, .prompt_end = 150, .pages = t.seqs[0].pages, .choice = choice};
         const struct attn_problem p = {.n_heads = 4,
                                        .scale = 1,
                                        .q = &q,
@@ -615,6 +620,39 @@ static void rel_counts_are_the_gates_decisions(void **state)
         inner += bins[0][0][i] + bins[1][0][i];
     assert_true(inner > 0); /* some are decided by which lambda it is */
     case_drop(&dense);
+    case_close(&t);
+}
+
+/* ABS too: thresholds that are far off, and pages that are met. */
+static void steering_reaches_the_pages(void **state)
+{
+    enum { TOKENS = 4096, HEADS = 2, BLOCKS = TOKENS / 128 };
+    struct rng r = test_rng("steering ABS", 24);
+    struct attn_case t;
+    (void)state;
+    case_open_one(&t, &r, TOKENS, TOKENS, 32, 1);
+    case_densities(&t, 1);
+    fill_thresholds(&t, 2);
+    for (int i = 0; i < 4; i++) {
+        const int groups = i % 2 ? 1 : 2;
+        double want[HEADS] = {0};
+        for (int h = 0; h < HEADS; h++) {
+            const float pages = 4 + 8 * (float)h;
+            t.pages[t.layer * t.policy.abs_pages.layer_stride + h] = 2 * pages;
+            for (int b = 0; b < BLOCKS; b++)
+                want[h] += groups * fmin(pages, 2 * b) + (groups == 1 ? 2 : 3);
+        }
+        t.seqs[0].choice = (struct attn_choice){
+            .gate = ATTN_GATE_ABS, .gate_rows = groups == 1 ? 128 : 64, .steer = 2, .blend = 0.5f};
+        fill_thresholds(&t, i < 2 ? 1 : 4);
+        case_run_whole(&t);
+        for (int h = 0; h < HEADS; h++) {
+            const double blocks = BLOCKS * groups;
+            printf("# head %d kept %.2f pages more a group\n", h,
+                   ((double)t.head_counts[h].kept - want[h]) / blocks);
+            assert_close((double)t.head_counts[h].kept, want[h], 2 * blocks, 0);
+        }
+    }
     case_close(&t);
 }
 
@@ -677,6 +715,7 @@ int main(void)
         cmocka_unit_test(the_gate_compares_what_tile_max_reports),
         cmocka_unit_test(rel_counts_are_the_gates_decisions),
         cmocka_unit_test(steering_reaches_the_density),
+        cmocka_unit_test(steering_reaches_the_pages),
         cmocka_unit_test(nan_stays_where_it_may_be_seen),
         cmocka_unit_test(nan_keeps_a_page),
         cmocka_unit_test(bad_problems_are_named),

@@ -84,7 +84,7 @@ static void open_share(struct share *s, const struct inputs *in, int rank, int n
     policy.decode.t = in->decode[rank * s->n_heads];
     policy.rel_128 = (struct attn_thresholds){
         &in->densities[0][rank * s->n_heads], 2, 1, s->n_heads, 1, HEADS, HEADS, 1};
-    policy.rel_64 = policy.rel_128;
+    policy.rel_64 = policy.abs_pages = policy.rel_128;
     assert_ok(attn_cuda_set_policy(s->attn, &policy, &why));
 }
 
@@ -204,6 +204,8 @@ static void test_heads(void **state)
         {.gate = ATTN_GATE_REL, .gate_rows = 64, .ln_lambda = -0.7f},
         {.gate = ATTN_GATE_REL, .gate_rows = 128, .ln_lambda = -0.4f, .steer = 1, .blend = 0.5f},
         {.gate = ATTN_GATE_REL, .gate_rows = 64, .ln_lambda = -0.7f, .steer = 1},
+        {.gate = ATTN_GATE_ABS, .gate_rows = 128, .steer = 1, .blend = 20},
+        {.gate = ATTN_GATE_ABS, .gate_rows = 64, .steer = 1, .blend = 20},
         {.gate = ATTN_GATE_NONE, .gate_rows = 128, .decode_gate = ATTN_GATE_ABS},
     };
     struct rng rng = {7};

@@ -445,7 +445,7 @@ enum { REL_N = 1500, REL_HEADS = 4, REL_BLOCKS = (REL_N + 127) / 128, REL_PAGES 
 struct rel_case {
     float *q, *k, *score; /* score: maxima [128 rows, REL_PAGES] of one query block */
     int table[REL_PAGES];
-    int d, rows64;
+    int d, rows64, absolute; /* absolute: ln_lambda is a threshold, density pages */
     float scale, ln_lambda, steer;
     float density[2][REL_HEADS]; /* of two levels, between which it is steered */
 };
@@ -494,6 +494,8 @@ enum { REL_BLEND_QUARTERS = 1 };
 static float rel_due(const struct rel_case *c, int head, int block, int n_diag)
 {
     const float blend = REL_BLEND_QUARTERS / 4.0f;
+    if (c->absolute)
+        return block == 0 ? 0 : fminf(blend * c->density[0][head] / (float)(2 * block), 1);
     const float density = c->density[0][head] * (1 - blend) + c->density[1][head] * blend;
     const float spend = density * (float)(2 * block + n_diag) - (float)n_diag;
     return block == 0 || spend <= 0 ? 0 : fminf(spend / (float)(2 * block), 1);
@@ -513,11 +515,12 @@ static uint64_t rel_block(struct rel_case *c, int head, int block, uint8_t *keep
         int page = i == 0 ? 0 : 2 * block - i;
         int yes[2] = {0, 0};
         for (int r = 0; r < rows; r++)
-            yes[r / 64] |= !(c->score[r * REL_PAGES + page] < m[r] + ln[c->rows64 && r >= 64]);
+            yes[r / 64] |= !(c->score[r * REL_PAGES + page] <
+                             (c->absolute ? 0 : m[r]) + ln[c->rows64 && r >= 64]);
         if (!c->rows64)
             yes[0] = yes[1] = yes[0] | yes[1];
         for (int g = 0; g < 2; g++)
-            ln[g] = fminf(ln[g] + c->steer * ((float)yes[g] - due[g]), 30);
+            ln[g] += c->steer * ((float)yes[g] - due[g]);
         for (int r = 0; r < rows; r++)
             if (yes[r / 64])
                 m[r] = fmaxf(m[r], c->score[r * REL_PAGES + page]);
@@ -529,11 +532,13 @@ static uint64_t rel_block(struct rel_case *c, int head, int block, uint8_t *keep
     return kept;
 }
 
-/* REL against a sequential simulation on the host; steered where steer is above 0. */
-static void test_rel(int d, int dtype, int rows64, float ln_lambda, float steer)
+/* REL against a sequential simulation on the host; steered where steer is above 0, and then ABS
+ * where that is asked for. */
+static void test_steered(int d, int dtype, int rows64, float ln_lambda, float steer, int absolute)
 {
-    const float density[2][REL_HEADS] = {{0.9f, 0.5f, 0.3f, 0.2f}, {0.7f, 0.3f, 0.05f, 0}};
-    float *densities;
+    const float density[3][REL_HEADS] = {
+        {0.9f, 0.5f, 0.3f, 0.2f}, {0.7f, 0.3f, 0.05f, 0}, {1, 8, 20, 100}};
+    float *densities, *t, thresholds[REL_HEADS][2];
     struct world w;
     const int one[1][2] = {{0, REL_N}};
     world_make(&w, REL_HEADS, 2, d, dtype, 1, one, 41);
@@ -541,17 +546,30 @@ static void test_rel(int d, int dtype, int rows64, float ln_lambda, float steer)
     w.seqs[0].gate_rows = rows64 ? 64 : 128;
     CK(cudaMalloc((void **)&densities, sizeof density));
     CK(cudaMemcpy(densities, density, sizeof density, cudaMemcpyHostToDevice));
-    w.seqs[0].t = densities;
+    for (int h = 0; h < REL_HEADS; h++) /* of the first block, and of all others */
+        thresholds[h][0] = 9, thresholds[h][1] = ln_lambda;
+    CK(cudaMalloc((void **)&t, sizeof thresholds));
+    CK(cudaMemcpy(t, thresholds, sizeof thresholds, cudaMemcpyHostToDevice));
+    w.seqs[0].keep = densities + (absolute ? 2 * REL_HEADS : 0);
+    w.seqs[0].t = t;
+    w.args.t_blocks = w.args.t_head_stride = 2;
+    w.seqs[0].is_absolute = absolute;
     w.seqs[0].steer = steer;
     w.seqs[0].blend = REL_BLEND_QUARTERS / 4.0f;
-    w.args.t_level_stride = REL_HEADS;
+    w.args.keep_level_stride = REL_HEADS;
     w.args.head_counts = w.counts;
     world_plan(&w);
     CK(cudaMemset(w.counts, 0, REL_HEADS * sizeof *w.counts));
     run(&w, SM90_GATE_REL, "rel");
-    struct rel_case c = {
-        .d = d, .rows64 = rows64, .scale = w.args.scale, .ln_lambda = ln_lambda, .steer = steer};
-    memcpy(c.density, density, sizeof density);
+    struct rel_case c = {.d = d,
+                         .rows64 = rows64,
+                         .absolute = absolute,
+                         .scale = w.args.scale,
+                         .ln_lambda = ln_lambda,
+                         .steer = steer};
+    memcpy(c.density, density, sizeof c.density);
+    if (absolute)
+        memcpy(c.density[0], density[2], sizeof c.density[0]);
     c.q = to_floats(w.q, (size_t)REL_N * (size_t)(REL_HEADS * d), dtype);
     c.k = to_floats(w.k, (size_t)w.pool_pages * (size_t)(2 * 64 * d), dtype);
     c.score = malloc(sizeof(float) * 128 * REL_PAGES);
@@ -569,14 +587,20 @@ static void test_rel(int d, int dtype, int rows64, float ln_lambda, float steer)
     counts_of(&w, &got);
     char text[160];
     snprintf(text, sizeof text,
-             "REL d%d t%d rows %d ln %.1f steer %.1f: reachable %llu kept %llu want %llu", d, dtype,
-             rows64 ? 64 : 128, (double)ln_lambda, (double)steer, got.reachable, got.kept,
-             (unsigned long long)kept);
+             "%s d%d t%d rows %d at %.1f steer %.1f: reachable %llu kept %llu want %llu",
+             absolute ? "ABS" : "REL", d, dtype, rows64 ? 64 : 128, (double)ln_lambda,
+             (double)steer, got.reachable, got.kept, (unsigned long long)kept);
     compare(&w, &keep, text, 1);
     check(got.kept == kept, "    counter", "");
     free(c.q), free(c.k), free(c.score), keeps_free(&keep);
     CK(cudaFree(densities));
+    CK(cudaFree(t));
     world_free(&w);
+}
+
+static void test_rel(int d, int dtype, int rows64, float ln_lambda, float steer)
+{
+    test_steered(d, dtype, rows64, ln_lambda, steer, 0);
 }
 
 static void test_visit(int d, int dtype, int pos, int n_rows)
@@ -746,6 +770,8 @@ static void test_all(int d, int dtype)
         test_rel(d, dtype, rows64, 0.7f, 0); /* pages are skipped that would raise the maximum */
         test_rel(d, dtype, rows64, -0.9f, 0.8f);
         test_rel(d, dtype, rows64, -INFINITY, 0.8f); /* stays open */
+        test_steered(d, dtype, rows64, 2.5f, 0.4f, 1);
+        test_steered(d, dtype, rows64, -0.5f, 0.8f, 1);
     }
 }
 
@@ -766,6 +792,7 @@ int main(int argc, char **argv)
         test_signs(128, 0);
         test_rel(128, 0, 0, -4.0f, 0);
         test_rel(128, 0, 1, -0.9f, 0.8f);
+        test_steered(128, 0, 0, 2.5f, 0.4f, 1);
     } else if (argc > 1 && !strcmp(argv[1], "least")) {
         test_least();
     } else if (argc > 1 && !strcmp(argv[1], "turns")) { /* for racecheck too */

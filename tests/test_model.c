@@ -109,6 +109,12 @@ static void steer_nan(struct batch_seq *s)
     s->policy.steer = NAN;
 }
 
+static void pages_unknown(struct batch_seq *s)
+{
+    s->policy.gate = BATCH_ABS;
+    s->policy.steer = 1;
+}
+
 static void steer_unknown(struct batch_seq *s)
 {
     s->policy.gate = BATCH_REL;
@@ -167,6 +173,7 @@ static void test_bad_batches(void **state)
         {"steer", steer_negative},
         {"steer", steer_nan},
         {"no steps to steer", steer_unknown},
+        {"no thresholds", pages_unknown},
         {"inside a block", unaligned_start},
         {"inside a block", unaligned_end},
         {"gate_rows", rows_unknown},

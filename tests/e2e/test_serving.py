@@ -66,21 +66,18 @@ class Answers(unittest.TestCase):
 
     @unittest.skipIf(SANITIZED, "long prompts, too slow there; other tests run the same gates")
     def test_density(self):
-        """A request names a density: abs takes the smallest level that reaches it (the file's first two are predicted to keep 0.49
-        and 0.79 here); rel is steered to it, and keeps it."""
+        """A request names a density and keeps it."""
         prompt, want = prompts(4000)[2]
         c = self.client()
         kept = {}
-        for mode in ({0: ABS, 4: 0.99}, {0: ABS, 4: 0.6}, {0: ABS, 4: 0.01}, {0: REL, 3: 64, 4: 0.9}, {0: REL, 3: 128, 4: 0.5},
+        for mode in ({0: ABS, 4: 0.99}, {0: ABS, 4: 0.6}, {0: ABS, 4: 0.3}, {0: REL, 3: 64, 4: 0.9}, {0: REL, 3: 128, 4: 0.5},
                      {0: REL, 4: 0.2}):
             out, done = c.generate("d%s" % mode, prompt, sparse=mode, max_tokens=len(want))
             self.assertEqual(out[:len(want) - 1], want[:-1])
             self.assertEqual(done.get(4, 0), 0)  # no policy finds another's pages
             kept[mode[0], mode[4]] = done[13] / done[11]
-        self.assertLess(kept[ABS, 0.01], kept[ABS, 0.6])
-        self.assertLess(kept[ABS, 0.6], kept[ABS, 0.99])
-        for density in (0.9, 0.5, 0.2):
-            self.assertAlmostEqual(kept[REL, density], density, delta=0.03)
+        for (gate, density), got in kept.items():
+            self.assertAlmostEqual(got, density, delta=0.05 if gate == ABS else 0.03)
 
     @unittest.skipIf(SANITIZED, "long prompts, too slow there; other tests run the same gates")
     def test_auto(self):
