@@ -113,7 +113,7 @@ class Answers(unittest.TestCase):
         with tempfile.TemporaryDirectory() as d:
             with open(os.path.join(d, "t"), "wb") as f:
                 f.write(struct.pack("<Q", len(text)) + text + data)
-            with Daemon("--thresholds", os.path.join(d, "t"), "--max-model-len", "8192") as daemon:
+            with Daemon("--thresholds", os.path.join(d, "t"), "--max-model-len", "8192", "--steer", "0") as daemon:
                 c = Client(daemon.path)
                 for sparse in ({0: ABS, 4: 0.99}, {0: ABS, 1: 16}):
                     _, done = c.generate("h%d" % len(kept), prompt, sparse=sparse, max_tokens=len(want), cache_salt=b"%d" % len(kept))
