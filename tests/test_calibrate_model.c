@@ -212,8 +212,43 @@ static void file_fits_model(void **state)
     close_model(&f);
 }
 
+/* Steered to a mean density, a prompt keeps it, wherever lambda begins, and its heads are where the
+ * steps have them; within a page of the ten that its blocks reach. */
+static void steered_runs_keep_their_density(const struct fixture *f, const struct calib_rel *rel)
+{
+    const struct model_info *info = model_info(f->model);
+    const size_t n = (size_t)info->n_layers * (size_t)info->n_heads;
+    struct attn_counts before[64];
+    float *steps = mem_alloc(CALIB_REL_STEPS * n * sizeof *steps);
+    const struct thresholds_rel_heads heads = {steps, calib_rel_steps(rel, 128, steps)};
+    struct attn_policy policy = {.order = ATTN_ORDER_DIAG_SINK_R2L};
+    policy.rel_128 = thresholds_rel_heads_view(&heads, info->n_layers, info->n_heads);
+    assert_true(n <= sizeof before / sizeof *before && heads.n_steps > 4);
+    assert_ok(model_set_policy(f->model, &policy, NULL));
+    for (int i = 0; i < 2; i++) {
+        struct batch_policy steered = {
+            .gate = BATCH_REL, .gate_rows = 128, .ln_lambda = i ? 0 : -2, .steer = 3};
+        struct batch_counts counts;
+        assert_true(thresholds_rel_steer(&policy.rel_128, 0.6, N_TOKENS, &steered));
+        const size_t level = (size_t)steered.level;
+        memcpy(before, model_head_counts(f->model), n * sizeof *before);
+        assert_ok(calib_run_prompt(f->run, f->tokens, N_TOKENS, steered, &counts));
+        printf("# from %g: kept %.3f\n", (double)steered.ln_lambda,
+               (double)counts.kept / (double)counts.reachable);
+        assert_close((double)counts.kept / (double)counts.reachable, 0.6, 0.08, 0);
+        for (size_t h = 0; h + (size_t)info->n_heads < n; h++) {
+            const struct attn_counts *now = &model_head_counts(f->model)[h];
+            const double kept = (double)(now->kept - before[h].kept);
+            const double want = (1 - (double)steered.blend) * (double)steps[level * n + h] +
+                                (double)steered.blend * (double)steps[(level + 1) * n + h];
+            assert_close(kept / (double)(now->reachable - before[h].reachable), want, 0.15, 0);
+        }
+    }
+    mem_free(steps);
+}
+
 /* What a dense run counts for the REL gate is what the gate does in the first layer. */
-static void rel_counts_in_layer_0(void **state)
+static void rel_counts_in_layer_0_and_steps(void **state)
 {
     (void)state;
     struct fixture f;
@@ -240,50 +275,8 @@ static void rel_counts_in_layer_0(void **state)
         }
     }
     assert_true(skipped > 0);
+    steered_runs_keep_their_density(&f, rel);
     calib_rel_destroy(rel);
-    close_model(&f);
-}
-
-/* Steered to a mean density, a prompt keeps it, wherever lambda begins, and its heads are where the
- * steps have them; within a page of the ten that its blocks reach. */
-static void a_steered_run_keeps_its_density(void **state)
-{
-    (void)state;
-    struct fixture f;
-    struct calib_rel *rel = NULL;
-    struct attn_counts before[64];
-    open_model(&f, 256);
-    const struct model_info *info = model_info(f.model);
-    const size_t n = (size_t)info->n_layers * (size_t)info->n_heads;
-    float *steps = mem_alloc(CALIB_REL_STEPS * n * sizeof *steps);
-    calib_rel_create(&rel, info->n_layers, info->n_heads);
-    assert_ok(calib_run_rel(f.run, rel, f.tokens, N_TOKENS, NULL));
-    const struct thresholds_rel_heads heads = {steps, calib_rel_steps(rel, 128, steps)};
-    struct attn_policy policy = {.order = ATTN_ORDER_DIAG_SINK_R2L};
-    policy.rel_128 = thresholds_rel_heads_view(&heads, info->n_layers, info->n_heads);
-    assert_true(n <= sizeof before / sizeof *before && heads.n_steps > 4);
-    assert_ok(model_set_policy(f.model, &policy, NULL));
-    for (int i = 0; i < 2; i++) {
-        struct batch_policy steered = {
-            .gate = BATCH_REL, .gate_rows = 128, .ln_lambda = i ? 0 : -2, .steer = 3};
-        struct batch_counts counts;
-        assert_true(thresholds_rel_steer(&policy.rel_128, 0.6, N_TOKENS, &steered));
-        const size_t level = (size_t)steered.level;
-        memcpy(before, model_head_counts(f.model), n * sizeof *before);
-        assert_ok(calib_run_prompt(f.run, f.tokens, N_TOKENS, steered, &counts));
-        printf("# from %g: kept %.3f\n", (double)steered.ln_lambda,
-               (double)counts.kept / (double)counts.reachable);
-        assert_close((double)counts.kept / (double)counts.reachable, 0.6, 0.08, 0);
-        for (size_t h = 0; h + (size_t)info->n_heads < n; h++) {
-            const struct attn_counts *now = &model_head_counts(f.model)[h];
-            const double kept = (double)(now->kept - before[h].kept);
-            const double want = (1 - (double)steered.blend) * (double)steps[level * n + h] +
-                                (double)steered.blend * (double)steps[(level + 1) * n + h];
-            assert_close(kept / (double)(now->reachable - before[h].reachable), want, 0.15, 0);
-        }
-    }
-    calib_rel_destroy(rel);
-    mem_free(steps);
     close_model(&f);
 }
 
@@ -351,8 +344,7 @@ int main(void)
         cmocka_unit_test(a_row_keeps_k_in_layer_0),
         cmocka_unit_test(same_bits_in_any_chunk),
         cmocka_unit_test(file_fits_model),
-        cmocka_unit_test(rel_counts_in_layer_0),
-        cmocka_unit_test(a_steered_run_keeps_its_density),
+        cmocka_unit_test(rel_counts_in_layer_0_and_steps),
         cmocka_unit_test(each_head_keeps_its_own_k),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
