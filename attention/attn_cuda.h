@@ -82,8 +82,8 @@ void attn_cuda_set_probe(struct attn_cuda *a, const struct attn_cuda_probe *prob
  * more; results have their bits. For prompts without a gate. NULL: nothing is counted. */
 enum { ATTN_CUDA_REL_EDGES = 31 }; /* at most */
 void attn_cuda_set_rel_counts(struct attn_cuda *a, const struct attn_rel_counts *counts);
-/* Enqueues one layer of the planned step. ERR_UNSUPPORTED: a probe under the REL gate; counting
- * what that would do while a prompt has a gate. */
+/* Enqueues one layer of the planned step. ERR_UNSUPPORTED: a probe under the REL gate or a steered
+ * one; counting what that would do while a prompt has a gate. */
 MUST_CHECK int attn_cuda_run(struct attn_cuda *a, int layer);
 /* The same in two halves, 0 and then 1, where the step was planned with a cut: rows before it,
  * which see no keys of the others, and the rest. False where only the whole can be run: the decode

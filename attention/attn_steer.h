@@ -9,8 +9,8 @@
  * d is the share due of the pages before the diagonal. REL: of the head's density times the
  * reachable pages, what the diagonal pages leave, which are kept in any case. ABS: the pages of the
  * head at its level, times blend. While kept / decided is d the steps cancel; a group that is n
- * pages ahead of that stands n steer above where it started. The kernels share these functions;
- * their gates differ by rounding alone. */
+ * pages ahead of that stands n steer above where it started. The CPU kernel decides by these
+ * functions; Hopper's takes d from them and adds in its own places, so gates differ by rounding. */
 #ifndef ATTENTION_ATTN_STEER_H
 #define ATTENTION_ATTN_STEER_H
 
@@ -44,8 +44,8 @@ static inline double attn_steer_start(double ln_lambda, double steer)
     return start < ATTN_REL_LN_MAX ? start : ATTN_REL_LN_MAX;
 }
 
-/* The gate after a decision, in whatever units steer is. */
-ATTN_STEER_FN float attn_steer_next(float gate, float steer, float due, int kept)
+/* The gate after a decision. */
+static inline float attn_steer_next(float gate, float steer, float due, int kept)
 {
     return gate + steer * ((kept ? 1.0f : 0.0f) - due);
 }

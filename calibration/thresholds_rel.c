@@ -1,5 +1,5 @@
-/* What a threshold file knows of the REL gate: lambda for a density, and what heads are steered to.
- */
+/* A density asked of a threshold file: REL's lambda for it, and what heads are steered to under
+ * either gate. */
 #include "attention/attn_steer.h"
 #include "calibration/thresholds_file.h"
 #include "kvcache/kv_view.h"
@@ -39,10 +39,15 @@ double thresholds_rel_ln_lambda(const struct thresholds_rel *r, double density, 
     return ln > -60 ? ln : -60;
 }
 
-/* Mean over the layers that a served prompt's density is of. */
+/* Layers that a served prompt's density is of: the last computes one block (model/llama.h). */
+static int32_t counted_layers(const struct attn_thresholds *v)
+{
+    return v->n_layers > 1 ? v->n_layers - 1 : 1;
+}
+
 double thresholds_rel_mean(const struct attn_thresholds *v, int32_t level)
 {
-    const int32_t n_layers = v->n_layers > 1 ? v->n_layers - 1 : 1;
+    const int32_t n_layers = counted_layers(v);
     const float *t = v->t + level * v->level_stride;
     double sum = 0;
     for (int32_t l = 0; l < n_layers; l++) {
@@ -78,7 +83,7 @@ static double kept_pages(double density, double n, double reach, double diag)
 static double reached_density(const struct attn_thresholds *v, int32_t gate_rows, int32_t level,
                               double blend, int64_t n_tokens)
 {
-    const int32_t n_layers = v->n_layers > 1 ? v->n_layers - 1 : 1;
+    const int32_t n_layers = counted_layers(v);
     const double n = ceil((double)n_tokens / KV_BLOCK_TOKENS);
     const bool halves = gate_rows < KV_BLOCK_TOKENS;
     const double all = n * (n - 1) + 2 * n + (halves ? n * (n - 1) + n : 0);
@@ -125,9 +130,11 @@ void thresholds_abs_steer(const struct thresholds *t, double density, int64_t n_
                           struct batch_policy *abs)
 {
     const int32_t rows = thresholds_meta(t)->gate_rows;
-    const double level = thresholds_level_density(t, abs->level, n_tokens);
+    int32_t n_levels, of_level = thresholds_k(t, &n_levels)[abs->level];
+    if (thresholds_meta(t)->head_k) { /* the level's k is a name: what heads keep on the mean */
+        const double level = thresholds_level_density(t, abs->level, n_tokens);
+        of_level = thresholds_k_for_density(level < 1 ? level : 1, n_tokens, rows);
+    }
     const int32_t wanted = thresholds_k_for_density(density, n_tokens, rows);
-    const int32_t of_level =
-        thresholds_k_for_density(level < 1 ? level : 1, n_tokens, rows); /* its k, on the mean */
     abs->blend = (float)((wanted - 0.5) / of_level);
 }

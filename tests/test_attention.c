@@ -458,6 +458,21 @@ static void expect_invalid(struct attn_problem p, struct attn_seq s, const struc
     case_expect_invalid(t, &p, field);
 }
 
+/* One sequence of a case of 2 KV heads, 4 query heads and head_dim 64. */
+static struct attn_problem small_problem(const struct attn_case *t, const float *q, float *out,
+                                         const struct attn_seq *s)
+{
+    return (struct attn_problem){.n_heads = 4,
+                                 .scale = 1,
+                                 .q = q,
+                                 .out = out,
+                                 .q_stride = 256,
+                                 .out_stride = 256,
+                                 .seqs = s,
+                                 .n_seqs = 1,
+                                 .workspace = t->workspace};
+}
+
 static void bad_problems_are_named(void **state)
 {
     struct rng r = test_rng("bad", 17);
@@ -467,16 +482,7 @@ static void bad_problems_are_named(void **state)
     (void)state;
     case_open_one(&t, &r, 150, 150, 64, 2);
     struct attn_seq s = {.n_rows = 128, .prompt_end = 150, .pages = t.seqs[0].pages};
-    struct attn_problem p = {.layer = 0,
-                             .n_heads = 4,
-                             .scale = 1,
-                             .q = &q,
-                             .out = &out,
-                             .q_stride = 256,
-                             .out_stride = 256,
-                             .seqs = &s,
-                             .n_seqs = 1,
-                             .workspace = t.workspace};
+    struct attn_problem p = small_problem(&t, &q, &out, &s);
     assert_ok(attn_validate(&p, &t.kv, &t.policy, NULL));
 #define BAD_P(member, value, field)                                                                \
     do {                                                                                           \
@@ -568,15 +574,7 @@ static void bad_steering_is_named(void **state)
                                            .level = cases[i].level};
         const struct attn_seq s = {
             .n_rows = 150, .prompt_end = 150, .pages = t.seqs[0].pages, .choice = choice};
-        const struct attn_problem p = {.n_heads = 4,
-                                       .scale = 1,
-                                       .q = &q,
-                                       .out = &out,
-                                       .q_stride = 256,
-                                       .out_stride = 256,
-                                       .seqs = &s,
-                                       .n_seqs = 1,
-                                       .workspace = t.workspace};
+        const struct attn_problem p = small_problem(&t, &q, &out, &s);
         expect_invalid(p, s, &t, cases[i].field);
     }
     case_close(&t);
