@@ -90,7 +90,7 @@ __device__ __forceinline__ void load_table(float (&out)[W], const float *p)
 }
 
 /* Sixteen-byte accesses are possible; NULL is. */
-static inline bool aligned16(const void *p)
+__host__ __device__ __forceinline__ bool aligned16(const void *p)
 {
     return ((uintptr_t)p & 15) == 0;
 }

@@ -10,6 +10,7 @@
 #include "core/early.cuh"
 #include "core/pack.cuh"
 #include "kvcache/kv_store_cuda.h"
+#include "kvcache/kv_tails.cuh"
 
 #include <cuda_runtime.h>
 
@@ -78,19 +79,6 @@ __device__ __forceinline__ void append_pairs(const struct kv_append &a, struct p
     store_pack<W>(out + half, hi);
 }
 
-/* Zeroes the `tail` rows after the row's own, of every head. */
-template <typename T, int W>
-__device__ void clear_tail(const struct kv_append &a, struct row_place at, int tail)
-{
-    const int chunks = tail * a.head_dim / W;
-    for (int u = threadIdx.x; u < a.n_kv_heads * chunks; u += blockDim.x) {
-        const int64_t first = (int64_t)(u / chunks) * KV_PAGE_TOKENS + at.in_page + 1;
-        const int64_t to = at.tile + first * a.head_dim + (int64_t)(u % chunks) * W;
-        clear_pack<W>((T *)a.k + to);
-        clear_pack<W>((T *)a.v + to);
-    }
-}
-
 template <typename T, int W>
 __global__ void __launch_bounds__(APPEND_THREADS, 2)
     append_row(const __grid_constant__ struct kv_append a)
@@ -118,8 +106,8 @@ __global__ void __launch_bounds__(APPEND_THREADS, 2)
             x = load_pairs<T, W>(row + head * a.head_dim + i, half);
     }
     const int tail = a.tails[n];
-    if (tail > 0)
-        clear_tail<T, W>(a, at, tail);
+    for (int h = threadIdx.x / 32; tail > 0 && h < a.n_kv_heads; h += blockDim.x / 32)
+        clear_tail<T>(a, slot, tail, h);
 }
 
 template <typename T>

@@ -1,11 +1,11 @@
 /* See gemm_decode.h. Bottleneck: reading w, once, at the memory's rate; all else has to stay out of
  * its way. A cluster of four thread blocks makes units of up to 128 rows of w, in turn; block i
  * takes steps i, i + 4, ... of 64 columns, so that a unit's x is read by four blocks in all and the
- * cluster reads 512 neighbouring bytes of a row at a time. Of a block's six warps one keeps w on
+ * cluster reads 512 neighbouring bytes of a row at a time. Of a block's seven warps one keeps w on
  * its way through a ring of slots from before the kernel ahead has ended, one does so for x from
- * when it may be read, and four, a warpgroup, multiply: m64nNk16 with w as the operand of 64 rows
- * and x, N = 16 or 32 rows, as the other, both in shared memory as bulk tensor copies leave them
- * (128-byte swizzle; what w and x do not have is filled with zeros).
+ * when it may be read, one cleans the tails of an append, and four, a warpgroup, multiply: m64nNk16
+ * with w as the operand of 64 rows and x, N = 16 or 32 rows, as the other, both in shared memory as
+ * bulk tensor copies leave them (128-byte swizzle; what w and x do not have is filled with zeros).
  *
  * A unit's sums are put together in shared memory: rows of warp i of every block go to block i
  * (st.async, which counts bytes at the receiver's barrier), which adds them in the order of the
@@ -28,6 +28,7 @@
 #include "attention/tile.cuh"
 #include "core/early.cuh"
 #include "core/pack.cuh"
+#include "kvcache/kv_tails.cuh"
 #include "model/gemm_decode.cuh"
 #include "model/gemm_decode_args.h"
 #include "model/swiglu.cuh"
@@ -38,19 +39,20 @@ enum {
     S = 4,     /* thread blocks of a cluster */
     WARPS = 4, /* that multiply */
     MULTIPLIERS = 32 * WARPS,
-    THREADS = MULTIPLIERS + 64,
+    THREADS = MULTIPLIERS + 96,
     HALF = 64,                              /* rows of w, at most, in either half of a unit */
     HALF_BYTES = HALF * DECODE_COLUMNS * 2, /* of them in a step */
     MAX_BOXES = 6,
     BAR_ALL = 1 /* named barrier of the multipliers */
 };
+static_assert(WARPS * 8 >= GEMM_DECODE_ROWS, "a warp's groups of x");
 static_assert((int)WARPS == (int)S, "a warp's rows are put together by one thread block");
 
 typedef struct decode_args args;
 
 /* GEMM_DECODE_APPEND: what kv_append says of a row of x. */
 struct append_row {
-    int slot, position, tail;
+    int slot, position;
 };
 
 template <int N>
@@ -364,68 +366,83 @@ __device__ __forceinline__ void append_pair(const struct kv_append &a, const str
         const int64_t h =
             (int64_t)(r.slot / KV_PAGE_TOKENS) * a.n_kv_heads + kv_head - (v ? a.n_kv_heads : 0);
         to = (T *)(v ? a.v : a.k) + (h * KV_PAGE_TOKENS + r.slot % KV_PAGE_TOKENS) * d + col % d;
-#pragma unroll 1
-        for (int i = r.tail; i > 0; i--) {
-            from_f32(to + (size_t)i * d, 0.0f);
-            from_f32(to + (size_t)i * d + d / 2, 0.0f);
-        }
     }
     from_f32(to, x);
     from_f32(to + d / 2, y);
 }
 
-/* All of a thread's angles are on their way before the first is used. */
-template <typename T>
-__device__ __forceinline__ void store_append(const args &s, const struct place_of_sums &p,
-                                             const struct append_row *rows, const float (&lo)[4],
-                                             const float (&hi)[4])
+/* Angles of a thread's four pairs of a unit, and where in a row of qkv their first columns are, or
+ * -1. They are asked for before the unit's products, since they come from device memory: weights
+ * drive them out of the L2 cache from layer to layer. */
+struct turns {
+    float cosine[4], sine[4];
+    int col[4];
+};
+
+__device__ __forceinline__ bool is_turned(const struct kv_append &a, int col)
+{
+    return col >= 0 && col / a.head_dim < a.n_heads + a.n_kv_heads;
+}
+
+__device__ __forceinline__ struct turns turns_of(const args &s, const struct place_of_sums &p,
+                                                 const struct append_row *rows)
 {
     const struct kv_append &a = s.append;
     const int d = a.head_dim;
-    float cosine[4], sine[4];
-    bool turned[4];
-    int col[4];
+    struct turns t;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const int pair = p.column(s, e, s.p.n / 2, s.half);
-        col[e] = pair >= 0 && rows[p.row(e)].slot >= 0 ? column_of(s, pair) : -1;
-        turned[e] = col[e] >= 0 && col[e] / d < a.n_heads + a.n_kv_heads;
-        if (turned[e]) {
-            const float *table = a.cos_sin + (int64_t)rows[p.row(e)].position * d + col[e] % d;
-            cosine[e] = __ldg(table), sine[e] = __ldg(table + d / 2);
+        t.col[e] = pair >= 0 && rows[p.row(e)].slot >= 0 ? column_of(s, pair) : -1;
+        t.cosine[e] = 1.0f, t.sine[e] = 0.0f;
+        if (is_turned(a, t.col[e])) {
+            const float *table = a.cos_sin + (int64_t)rows[p.row(e)].position * d + t.col[e] % d;
+            t.cosine[e] = __ldg(table), t.sine[e] = __ldg(table + d / 2);
         }
     }
+    return t;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_append(const args &s, const struct place_of_sums &p,
+                                             const struct append_row *rows, const struct turns &t,
+                                             const float (&lo)[4], const float (&hi)[4])
+{
+    const struct kv_append &a = s.append;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-        if (col[e] < 0)
+        if (t.col[e] < 0)
             continue;
-        const float x = rounded<T>(lo[e], a.bias, col[e]);
-        const float y = rounded<T>(hi[e], a.bias, col[e] + d / 2);
-        append_pair<T>(a, rows[p.row(e)], p.row(e), col[e],
-                       turned[e] ? x * cosine[e] - y * sine[e] : x,
-                       turned[e] ? y * cosine[e] + x * sine[e] : y);
+        const float x = rounded<T>(lo[e], a.bias, t.col[e]);
+        const float y = rounded<T>(hi[e], a.bias, t.col[e] + a.head_dim / 2);
+        const bool turned = is_turned(a, t.col[e]);
+        append_pair<T>(a, rows[p.row(e)], p.row(e), t.col[e],
+                       turned ? x * t.cosine[e] - y * t.sine[e] : x,
+                       turned ? y * t.cosine[e] + x * t.sine[e] : y);
     }
 }
 
-/* Of the rows that this block puts together, 8 rows of x at a time, each warp its own. */
-template <typename T, int N>
-__device__ __forceinline__ void end_unit(const args &s, int unit, const char *memory)
+/* The rows that this block puts together, 8 rows of x a warp. */
+__device__ __forceinline__ struct place_of_sums my_sums(int unit)
 {
-    const int at = blockIdx.x % S * 16 + threadIdx.x % 32 / 4;
-    for (int group = threadIdx.x / 32; group < N / 8; group += WARPS) {
-        const struct place_of_sums p = {unit, group, at};
-        float lo[4] = {}, hi[4] = {};
-        total<N>(lo, memory, 0, group);
-        total<N>(hi, memory, 1, group);
-        if (s.mode == GEMM_DECODE_PLAIN)
-            store_plain<T>(s, p, lo, hi);
-        else if (s.mode == GEMM_DECODE_F32)
-            store_plain<float>(s, p, lo, hi);
-        else if (s.mode == GEMM_DECODE_SWIGLU)
-            store_swiglu<T>(s, p, lo, hi);
-        else
-            store_append<T>(s, p, (const struct append_row *)(memory + layout<N>::rows), lo, hi);
-    }
+    return {unit, (int)threadIdx.x / 32, (int)blockIdx.x % S * 16 + (int)threadIdx.x % 32 / 4};
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void end_unit(const args &s, const struct place_of_sums &p,
+                                         const struct turns &t, const char *memory)
+{
+    float lo[4] = {}, hi[4] = {};
+    total<N>(lo, memory, 0, p.group);
+    total<N>(hi, memory, 1, p.group);
+    if (s.mode == GEMM_DECODE_PLAIN)
+        store_plain<T>(s, p, lo, hi);
+    else if (s.mode == GEMM_DECODE_F32)
+        store_plain<float>(s, p, lo, hi);
+    else if (s.mode == GEMM_DECODE_SWIGLU)
+        store_swiglu<T>(s, p, lo, hi);
+    else
+        store_append<T>(s, p, (const struct append_row *)(memory + layout<N>::rows), t, lo, hi);
 }
 
 /* Early, so that the end need not wait for them one after another. */
@@ -434,11 +451,20 @@ __device__ __forceinline__ void load_rows(const args &s, struct append_row *rows
     const struct kv_append &a = s.append;
     const int i = threadIdx.x;
     if (s.mode == GEMM_DECODE_APPEND && i < s.p.rows)
-        rows[i] = {a.slots[i], a.positions[i], a.tails[i]};
+        rows[i] = {a.slots[i], a.positions[i]};
     bar_sync(BAR_ALL, MULTIPLIERS);
 }
 
 /* ---- the kernel ---- */
+
+template <typename T>
+__device__ __forceinline__ void clean(const args &s)
+{
+    if (s.mode != GEMM_DECODE_APPEND)
+        return;
+    wait_for_inputs();
+    clear_tails<T>(s.append, blockIdx.x, grid_blocks());
+}
 
 template <typename T, int N>
 __device__ __forceinline__ void work(const args &s, char *memory)
@@ -452,14 +478,19 @@ __device__ __forceinline__ void work(const args &s, char *memory)
     wait_for_inputs();
     load_rows(s, (struct append_row *)(memory + L::rows));
     for (int u = h.first; u < h.units; u += h.stride, parity ^= 1) {
+        const struct place_of_sums p = my_sums(u);
+        struct turns t = {};
         struct sums<N> acc;
+        if (s.mode == GEMM_DECODE_APPEND && p.group < N / 8)
+            t = turns_of(s, p, (const struct append_row *)(memory + L::rows));
         multiply<T, N>(acc, r, h.steps, smem);
         if (threadIdx.x == 0)
             mbar_arrive_expect_tx(smem + L::full_sums, L::sums);
         mbar_wait(smem + L::empty_sums, parity ^ 1);
         send<N>(acc, smem);
         mbar_wait(smem + L::full_sums, parity);
-        end_unit<T, N>(s, u, memory);
+        if (p.group < N / 8)
+            end_unit<T, N>(s, p, t, memory);
         __syncwarp();
         if (u + h.stride < h.units && threadIdx.x % 32 < S) /* else a thread block may be gone */
             mbar_arrive_at(smem + L::empty_sums, threadIdx.x % 32);
@@ -495,8 +526,10 @@ __global__ void __cluster_dims__(S, 1, 1) __launch_bounds__(THREADS, 1)
         work<T, N>(s, memory);
     else if (warp == WARPS && elect_one())
         feed_w<N>(s, smem);
-    else if (warp > WARPS && elect_one())
+    else if (warp == WARPS + 1 && elect_one())
         feed_x<N>(s, smem);
+    else if (warp == WARPS + 2)
+        clean<T>(s);
 #endif
 }
 

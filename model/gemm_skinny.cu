@@ -22,6 +22,7 @@
 #include "attention/ptx.cuh"
 #include "core/early.cuh"
 #include "core/pack.cuh"
+#include "kvcache/kv_tails.cuh"
 #include "model/swiglu.cuh"
 
 #include <cuda_runtime.h>
@@ -29,14 +30,20 @@
 enum {
     WARPS = 8,
     STAGES = 6,
-    PACE = 2, /* stages on their way at once */
-    THREADS = 32 * (WARPS + 1),
+    PACE = 2,    /* stages on their way at once */
     BAR_SUM = 1, /* named barrier of the eight warps */
     DRAWN_ROUNDS = 4
 };
 
 /* What becomes of the products. */
 enum mode { PLAIN, SWIGLU, APPEND };
+
+/* One warp copies; one cleans tails. */
+template <enum mode M>
+__host__ __device__ constexpr int threads_of(void)
+{
+    return 32 * (WARPS + (M == APPEND ? 2 : 1));
+}
 
 struct args {
     struct gemm_skinny p;
@@ -307,14 +314,6 @@ __device__ __forceinline__ void load_w(struct tile_w<MT> *a, const char *stage, 
 
 /* ---- results ---- */
 
-/* Zeroes the `tail` elements after `to`, a page's row apart. */
-template <typename T>
-__device__ __forceinline__ void clear_tail(T *to, int tail, int head_dim)
-{
-    for (int i = 1; i <= tail; i++)
-        from_f32(to + (size_t)i * head_dim, 0.0f);
-}
-
 /* Columns lo and lo + head_dim / 2 of row n of qkv go where kv_append_cuda brings them. */
 template <typename T>
 __device__ __forceinline__ void append_pair(const struct kv_append &a, int n, int lo, float first,
@@ -336,8 +335,6 @@ __device__ __forceinline__ void append_pair(const struct kv_append &a, int n, in
         const int64_t h =
             (int64_t)(slot / KV_PAGE_TOKENS) * a.n_kv_heads + (v_head < 0 ? kv_head : v_head);
         to = (T *)(v_head < 0 ? a.k : a.v) + (h * KV_PAGE_TOKENS + slot % KV_PAGE_TOKENS) * d + i;
-        clear_tail(to, a.tails[n], d);
-        clear_tail(to + half, a.tails[n], d);
     }
     from_f32(to, x);
     from_f32(to + half, y);
@@ -371,6 +368,24 @@ __device__ __forceinline__ void store_unit(const struct args &s, int u,
 
 /* ---- the kernel ---- */
 
+__device__ __forceinline__ void warm(const void *p)
+{
+    asm volatile("{\n.reg .b32 unused;\nld.global.ca.b32 unused, [%0];\n}" ::"l"(p));
+}
+
+/* Brings near what an append reads at its end: one after another they would come from device
+ * memory, since weights drive them out of the L2 cache from layer to layer. */
+__device__ __forceinline__ void warm_append(const struct kv_append &a)
+{
+    enum { LINE = 32 };
+    const int lines = (a.head_dim + LINE - 1) / LINE;
+    for (int i = threadIdx.x; i < a.n_rows * lines; i += 32 * WARPS) {
+        const float *angles = a.cos_sin + (int64_t)__ldg(a.positions + i / lines) * a.head_dim;
+        warm(a.slots + i / lines);
+        warm(angles + i % lines * LINE);
+    }
+}
+
 template <typename T, typename Y, int MT, int NT, enum mode M>
 __device__ __forceinline__ void work(const struct args &s, char *smem)
 {
@@ -383,6 +398,8 @@ __device__ __forceinline__ void work(const struct args &s, char *smem)
     struct tile_x<MT, NT> b;
     wait_for_inputs();
     load_x<T>(&b, s.p, first);
+    if (M == APPEND)
+        warm_append(s.a);
     for (;;) {
         float acc[MT][NT][4] = {};
         mbar_wait(base + L::full + 8 * at.slot, at.parity);
@@ -411,7 +428,7 @@ __device__ __forceinline__ void work(const struct args &s, char *smem)
 }
 
 template <typename T, typename Y, int MT, int NT, enum mode M>
-__global__ void __launch_bounds__(THREADS, 1) skinny(const __grid_constant__ struct args s)
+__global__ void __launch_bounds__(threads_of<M>(), 1) skinny(const __grid_constant__ struct args s)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(128) char smem[];
@@ -426,10 +443,15 @@ __global__ void __launch_bounds__(THREADS, 1) skinny(const __grid_constant__ str
         fence_proxy_async();
     }
     __syncthreads();
-    if (threadIdx.x >= 32 * WARPS)
-        feed<T, MT, NT, M>(s, smem_addr(smem));
-    else
+    const int warp = threadIdx.x / 32;
+    if (warp < WARPS) {
         work<T, Y, MT, NT, M>(s, smem);
+    } else if (warp == WARPS) {
+        feed<T, MT, NT, M>(s, smem_addr(smem));
+    } else {
+        wait_for_inputs();
+        clear_tails<T>(s.a, blockIdx.x, gridDim.x);
+    }
 #endif
 }
 
@@ -447,8 +469,8 @@ static int launch_skinny(const struct args *s, void *stream)
     void (*kernel)(struct args) = skinny<T, Y, MT, NT, M>;
     const int bytes = layout<MT, NT>::bytes, units = units_of<MT, M>(s->p.n);
     const int most = multiprocessors();
-    const struct launch l = {dim3((unsigned)(units < most ? units : most)), THREADS, (size_t)bytes,
-                             true, stream};
+    const struct launch l = {dim3((unsigned)(units < most ? units : most)), threads_of<M>(),
+                             (size_t)bytes, true, stream};
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     return (int)(e == cudaSuccess ? launch_early(kernel, l, *s) : e);
