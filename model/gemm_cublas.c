@@ -5,6 +5,8 @@
 #include "core/mem.h"
 #include "model/gemm_decode.h"
 #include "model/gemm_skinny.h"
+#include "model/gemm_swiglu.h"
+#include "model/nn_cuda.h"
 
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
@@ -62,6 +64,8 @@ struct gemm_cublas {
     void *workspace;
     int queue; /* the last one used */
     struct gemm_decode *decode;
+    gemm_map_fn map;
+    int multiprocessors;
 };
 
 /* How a product is made: by an algorithm of the library, or by a kernel of our own for few rows. */
@@ -69,6 +73,7 @@ struct gemm_choice {
     cublasLtMatmulAlgo_t algo;
     int skinny;  /* 0 or the variant of gemm_skinny.h */
     bool decode; /* gemm_decode.h */
+    bool swiglu; /* gemm_swiglu.h, where SwiGLU follows */
 };
 
 struct gemm_cublas_plan {
@@ -137,6 +142,14 @@ static int load_library(struct library *lib, struct err_msg *why)
     return 0;
 }
 
+static int multiprocessors(void)
+{
+    int device = 0, n = 1;
+    (void)cudaGetDevice(&device);
+    (void)cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
+    return n;
+}
+
 int gemm_cublas_open(struct gemm_cublas **out, struct dev *d, enum dtype dtype, void *stream,
                      struct err_msg *why)
 {
@@ -167,6 +180,8 @@ int gemm_cublas_open(struct gemm_cublas **out, struct dev *d, enum dtype dtype, 
     err = gemm_decode_open(&g->decode, why);
     if (err < 0)
         goto fail;
+    g->map = gemm_map_open();
+    g->multiprocessors = multiprocessors();
     log_debug("cublasLt version=%zu", g->lib.cublasLtGetVersion());
     *out = g;
     return 0;
@@ -351,6 +366,22 @@ bool gemm_cublas_is_ours(const struct gemm_cublas_plan *p, int32_t rows)
     return choice_of(p, rows)->skinny || choice_of(p, rows)->decode;
 }
 
+bool gemm_cublas_has_swiglu(const struct gemm_cublas_plan *p, int32_t rows, bool biased)
+{
+    return gemm_cublas_is_ours(p, rows) || (choice_of(p, rows)->swiglu && !biased);
+}
+
+/* By a kernel that has SwiGLU at its end. */
+static int with_swiglu(const struct gemm_cublas *g, const struct gemm_choice *c,
+                       const struct gemm_skinny *product)
+{
+    const int dtype = g->type == CUDA_R_16F;
+    if (c->decode)
+        return decode(g, product, GEMM_DECODE_SWIGLU, NULL);
+    return launched(c->skinny ? gemm_skinny_swiglu(product, c->skinny, dtype, g->stream)
+                              : gemm_swiglu_run(g->map, product, dtype, g->stream));
+}
+
 int gemm_cublas_swiglu(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
                        const void *x, const void *w, const void *bias, int32_t rows)
 {
@@ -362,11 +393,8 @@ int gemm_cublas_swiglu(struct gemm_cublas *g, const struct gemm_cublas_plan *p, 
                                         .k = p->k,
                                         .bias = bias,
                                         .queue = next_queue(g)};
-    const struct gemm_choice *c = choice_of(p, rows);
-    return report(c->decode ? decode(g, &product, GEMM_DECODE_SWIGLU, NULL)
-                            : launched(gemm_skinny_swiglu(&product, c->skinny,
-                                                          g->type == CUDA_R_16F, g->stream)),
-                  p, rows);
+    ASSERT(gemm_cublas_has_swiglu(p, rows, bias != NULL));
+    return report(with_swiglu(g, choice_of(p, rows), &product), p, rows);
 }
 
 int gemm_cublas_append(struct gemm_cublas *g, const struct gemm_cublas_plan *p, const void *x,
@@ -384,7 +412,7 @@ int gemm_cublas_append(struct gemm_cublas *g, const struct gemm_cublas_plan *p, 
 struct tuner {
     struct gemm_cublas *g;
     const struct gemm_cublas_plan *p;
-    void *y;
+    void *y, *act; /* act: SwiGLU follows on the product */
     const void *x;
     const void *const *w;
     int n_w, next;
@@ -392,18 +420,32 @@ struct tuner {
     cudaEvent_t events[2];
 };
 
+static int enqueue_one(struct tuner *t, const struct gemm_choice *c, struct gemm_skinny *product)
+{
+    const struct gemm_cublas *g = t->g;
+    if (!t->act)
+        return multiply(g, t->p, c, product);
+    if (!c->swiglu) {
+        TRY(multiply(g, t->p, c, product));
+        return launched(nn_cuda_swiglu(t->act, t->y, NULL, t->rows, t->p->n / 2,
+                                       g->type == CUDA_R_16F, g->stream));
+    }
+    product->y = t->act;
+    return with_swiglu(g, c, product);
+}
+
 /* Enqueues n products, each over other weights. */
 static int enqueue(struct tuner *t, const struct gemm_choice *c, int n)
 {
     for (int i = 0; i < n; i++) {
-        const struct gemm_skinny product = {.y = t->y,
-                                            .x = t->x,
-                                            .w = t->w[t->next++ % t->n_w],
-                                            .rows = t->rows,
-                                            .n = t->p->n,
-                                            .k = t->p->k,
-                                            .queue = next_queue(t->g)};
-        TRY(multiply(t->g, t->p, c, &product));
+        struct gemm_skinny product = {.y = t->y,
+                                      .x = t->x,
+                                      .w = t->w[t->next++ % t->n_w],
+                                      .rows = t->rows,
+                                      .n = t->p->n,
+                                      .k = t->p->k,
+                                      .queue = next_queue(t->g)};
+        TRY(enqueue_one(t, c, &product));
     }
     return 0;
 }
@@ -469,18 +511,55 @@ static int tune(struct tuner *t, struct gemm_cublas_plan *p)
     return 0;
 }
 
+static int with_events(struct tuner *t, struct gemm_cublas_plan *p,
+                       int (*fn)(struct tuner *t, struct gemm_cublas_plan *p))
+{
+    int err = ERR_CUDA;
+    if (cudaEventCreate(&t->events[0]) == cudaSuccess &&
+        cudaEventCreate(&t->events[1]) == cudaSuccess)
+        err = fn(t, p);
+    for (int i = 0; i < 2; i++) {
+        if (t->events[i])
+            (void)cudaEventDestroy(t->events[i]);
+    }
+    return err;
+}
+
 int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *y, const void *x,
                      const void *const *w, int n_w, int32_t rows)
 {
     struct tuner t = {
         .g = g, .p = p, .y = y, .x = x, .w = w, .n_w = n_w, .rows = gemm_cublas_bucket(rows)};
-    int err = ERR_CUDA;
-    if (cudaEventCreate(&t.events[0]) == cudaSuccess &&
-        cudaEventCreate(&t.events[1]) == cudaSuccess)
-        err = tune(&t, p);
-    for (int i = 0; i < 2; i++) {
-        if (t.events[i])
-            (void)cudaEventDestroy(t.events[i]);
+    return with_events(&t, p, tune);
+}
+
+static int tune_swiglu(struct tuner *t, struct gemm_cublas_plan *p)
+{
+    const struct gemm_choice fused = {.swiglu = true};
+    const float apart = time_choice(t, choice_of(p, t->rows)), one = time_choice(t, &fused);
+    const bool wins = one >= 0.0f && (apart < 0.0f || one < apart);
+    log_debug("tuned n=%d k=%d rows=%d and SwiGLU us=%.1f apart_us=%.1f", p->n, p->k, t->rows,
+              (double)one * 1e3, (double)apart * 1e3);
+    for (int32_t rows = 1; rows <= t->rows; rows = gemm_cublas_bucket(rows) + 1) {
+        const int32_t bucket = gemm_cublas_bucket(rows);
+        p->choices[bucket_index(bucket)].swiglu =
+            wins && gemm_swiglu_fills(bucket, p->n, t->g->multiprocessors);
     }
-    return err;
+    return 0;
+}
+
+int gemm_cublas_tune_swiglu(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *act, void *y,
+                            const void *x, const void *const *w, int n_w, int32_t rows)
+{
+    struct tuner t = {.g = g,
+                      .p = p,
+                      .y = y,
+                      .act = act,
+                      .x = x,
+                      .w = w,
+                      .n_w = n_w,
+                      .rows = gemm_cublas_bucket(rows)};
+    if (!gemm_swiglu_fills(t.rows, p->n, g->multiprocessors) || gemm_cublas_is_ours(p, t.rows))
+        return 0;
+    return with_events(&t, p, tune_swiglu);
 }

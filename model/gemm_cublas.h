@@ -44,9 +44,17 @@ MUST_CHECK int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_p
  * by a kernel of our own. */
 MUST_CHECK int gemm_cublas_add(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
                                const void *x, const void *w, int32_t rows);
-/* Whether so many rows are made by a kernel of our own: these alone have the two functions below.
- */
+/* Whether so few rows are made by a kernel of our own: these alone have gemm_cublas_append, and
+ * gemm_cublas_swiglu with a bias. */
 bool gemm_cublas_is_ours(const struct gemm_cublas_plan *p, int32_t rows);
+/* Times SwiGLU at the end of the product (gemm_swiglu.h) beside the best product so far and
+ * nn_cuda_swiglu, as gemm_cublas_tune; act [rows, n / 2] is overwritten too. What is found is taken
+ * for fewer rows as well, as long as they fill the device. */
+MUST_CHECK int gemm_cublas_tune_swiglu(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *act,
+                                       void *y, const void *x, const void *const *w, int n_w,
+                                       int32_t rows);
+/* Whether so many rows have gemm_cublas_swiglu. */
+bool gemm_cublas_has_swiglu(const struct gemm_cublas_plan *p, int32_t rows, bool biased);
 /* As gemm_skinny_swiglu: y [rows, n / 2]; bias [n] or NULL. */
 MUST_CHECK int gemm_cublas_swiglu(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
                                   const void *x, const void *w, const void *bias, int32_t rows);

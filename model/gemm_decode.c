@@ -1,32 +1,22 @@
-/* See gemm_decode.h. Tensor maps are encoded by the driver through the runtime's entry-point query,
- * so that nothing links against libcuda. */
 #include "model/gemm_decode.h"
 
 #include "core/mem.h"
+#include "model/gemm_map.h"
 
 #include <cuda_runtime_api.h>
-#include <string.h>
-
-typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 struct gemm_decode {
-    encode_fn encode;
+    gemm_map_fn map;
     int32_t clusters;
 };
 
 int gemm_decode_open(struct gemm_decode **out, struct err_msg *why)
 {
-    enum cudaDriverEntryPointQueryResult found;
-    void *entry = NULL;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
-                                         &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
+    const gemm_map_fn map = gemm_map_open();
+    if (!map)
         return err_set(why, ERR_CUDA, "the driver has no tensor maps");
     struct gemm_decode *g = mem_zalloc(1, sizeof *g);
-    memcpy(&g->encode, &entry, sizeof entry);
+    g->map = map;
     g->clusters = gemm_decode_clusters();
     *out = g;
     return 0;
@@ -35,20 +25,6 @@ int gemm_decode_open(struct gemm_decode **out, struct err_msg *why)
 void gemm_decode_close(struct gemm_decode *g)
 {
     mem_free(g);
-}
-
-/* Of a matrix [rows, k]; what a box has beyond it reads as zero. */
-static int map(const struct gemm_decode *g, CUtensorMap *to, const void *m, int rows, int k,
-               int box_rows, int dtype)
-{
-    const cuuint32_t ones[2] = {1, 1}, box[2] = {DECODE_COLUMNS, (cuuint32_t)box_rows};
-    const cuuint64_t dims[2] = {(cuuint64_t)k, (cuuint64_t)rows}, pitch = (cuuint64_t)k * 2;
-    CUresult r = g->encode(
-        to, dtype ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-        (void *)(uintptr_t)m, /* NOLINT(performance-no-int-to-ptr): it is read only */
-        dims, &pitch, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return (int)(r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue);
 }
 
 /* Rows of a unit's half, so that clusters which go through units in rounds do equal work. A box of
@@ -79,8 +55,8 @@ int gemm_decode_run(const struct gemm_decode *g, const struct gemm_skinny *p,
     if (s.clusters < 1 || (append && append->head_dim % 64))
         return (int)cudaErrorInvalidValue;
     cut(&s);
-    int err = map(g, &s.w, p->w, p->n, p->k, s.w_rows, dtype);
+    int err = gemm_map(g->map, &s.w, p->w, p->n, p->k, s.w_rows, dtype);
     if (err == (int)cudaSuccess)
-        err = map(g, &s.x, p->x, p->rows, p->k, p->rows > 16 ? 32 : 16, dtype);
+        err = gemm_map(g->map, &s.x, p->x, p->rows, p->k, p->rows > 16 ? 32 : 16, dtype);
     return err == (int)cudaSuccess ? gemm_decode_launch(&s, dtype, stream) : err;
 }

@@ -31,6 +31,7 @@
 #include "kvcache/kv_tails.cuh"
 #include "model/gemm_decode.cuh"
 #include "model/gemm_decode_args.h"
+#include "model/gemm_map.h"
 #include "model/swiglu.cuh"
 
 #include <cuda_runtime.h>
@@ -40,8 +41,8 @@ enum {
     WARPS = 4, /* that multiply */
     MULTIPLIERS = 32 * WARPS,
     THREADS = MULTIPLIERS + 96,
-    HALF = 64,                              /* rows of w, at most, in either half of a unit */
-    HALF_BYTES = HALF * DECODE_COLUMNS * 2, /* of them in a step */
+    HALF = 64,                                /* rows of w, at most, in either half of a unit */
+    HALF_BYTES = HALF * GEMM_MAP_COLUMNS * 2, /* of them in a step */
     MAX_BOXES = 6,
     BAR_ALL = 1 /* named barrier of the multipliers */
 };
@@ -57,7 +58,7 @@ struct append_row {
 
 template <int N>
 struct layout {
-    static constexpr int w_slot = 2 * HALF_BYTES, x_slot = N * DECODE_COLUMNS * 2;
+    static constexpr int w_slot = 2 * HALF_BYTES, x_slot = N * GEMM_MAP_COLUMNS * 2;
     static constexpr int x_slots = N == 32 ? 6 : 8;
     static constexpr int sums = N * 2 * HALF * (int)sizeof(float);
     static constexpr int w_slots = (226 * 1024 - x_slots * x_slot - sums) / w_slot;
@@ -96,7 +97,7 @@ struct share {
 
 __device__ __forceinline__ int column_at(const struct share &h, int step)
 {
-    return (step * S + h.part) * DECODE_COLUMNS;
+    return (step * S + h.part) * GEMM_MAP_COLUMNS;
 }
 
 __device__ __forceinline__ struct share share_of(const args &s)
@@ -106,7 +107,7 @@ __device__ __forceinline__ struct share share_of(const args &s)
     h.stride = grid_blocks() / S;
     h.units = (s.p.n + 2 * s.half - 1) / (2 * s.half);
     h.part = blockIdx.x % S;
-    h.steps = ((s.p.k + DECODE_COLUMNS - 1) / DECODE_COLUMNS + S - 1 - h.part) / S;
+    h.steps = ((s.p.k + GEMM_MAP_COLUMNS - 1) / GEMM_MAP_COLUMNS + S - 1 - h.part) / S;
     return h;
 }
 
@@ -143,7 +144,7 @@ __device__ __forceinline__ struct boxes boxes_of(const args &s, int unit)
 #pragma unroll
     for (int i = 0; i < MAX_BOXES; i++) {
         const int hi = i >= of_half, r = (i - hi * of_half) * s.w_rows;
-        b.to[i] = hi * HALF_BYTES + r * DECODE_COLUMNS * 2;
+        b.to[i] = hi * HALF_BYTES + r * GEMM_MAP_COLUMNS * 2;
         b.row[i] = unit * 2 * s.half + hi * s.half + r;
         if (is_paired(s))
             b.row[i] = column_of(s, unit * s.half + r) + hi * apart(s);
@@ -176,7 +177,7 @@ __device__ __forceinline__ void feed_w(const args &s, uint32_t smem)
         for (int k = 0; k < h.steps; k++, at.next()) {
             const uint32_t full = smem + L::full_w + 8 * at.slot;
             mbar_wait(smem + L::empty_w + 8 * at.slot, at.parity);
-            mbar_arrive_expect_tx(full, 2 * s.half * DECODE_COLUMNS * 2);
+            mbar_arrive_expect_tx(full, 2 * s.half * GEMM_MAP_COLUMNS * 2);
             load_boxes(smem + at.slot * L::w_slot, s, b, full, column_at(h, k));
         }
     }
@@ -236,7 +237,7 @@ __device__ __forceinline__ void multiply_step(struct sums<N> &acc, const struct 
     mbar_wait(smem + L::full_x + 8 * r.x.slot, r.x.parity);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < DECODE_COLUMNS / 16; k++) { /* 32 bytes of a row, in units of 16 */
+    for (int k = 0; k < GEMM_MAP_COLUMNS / 16; k++) { /* 32 bytes of a row, in units of 16 */
         wgmma_rows(acc.v[0], w + 2 * k, x + 2 * k, T());
         wgmma_rows(acc.v[1], w + HALF_BYTES / 16 + 2 * k, x + 2 * k, T());
     }

@@ -10,10 +10,7 @@
 extern "C" {
 #endif
 
-enum {
-    GEMM_DECODE_ROWS = 32,
-    DECODE_COLUMNS = 64 /* in a box of the tensor maps: 128 bytes, swizzled */
-};
+enum { GEMM_DECODE_ROWS = 32 };
 
 enum gemm_decode_mode {
     GEMM_DECODE_PLAIN,  /* y of the dtype */
@@ -23,7 +20,7 @@ enum gemm_decode_mode {
 };
 
 struct decode_args {
-    CUtensorMap w, x; /* boxes of w_rows and of 16 or 32 rows */
+    CUtensorMap w, x; /* boxes (gemm_map.h) of w_rows and of 16 or 32 rows */
     struct gemm_skinny p;
     struct kv_append append; /* GEMM_DECODE_APPEND */
     enum gemm_decode_mode mode;

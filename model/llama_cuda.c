@@ -146,6 +146,8 @@ static int tune_rows(struct llama_cuda_state *m, int32_t rows, const void **w)
     TRY(gemm_cublas_tune(m->gemm, m->o_plan, a->delta, a->attn, w, n, rows));
     collect(m, w, offsetof(struct llama_layer, gate_up));
     TRY(gemm_cublas_tune(m->gemm, m->gate_up_plan, a->gate_up, a->hidden, w, n, rows));
+    TRY(gemm_cublas_tune_swiglu(m->gemm, m->gate_up_plan, a->act, a->gate_up, a->hidden, w, n,
+                                rows));
     collect(m, w, offsetof(struct llama_layer, down));
     TRY(gemm_cublas_tune(m->gemm, m->down_plan, a->delta, a->act, w, n, rows));
     if (rows > m->out_rows)

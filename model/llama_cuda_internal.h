@@ -125,6 +125,10 @@ MUST_CHECK int llama_cuda_send(struct llama_cuda_state *m);
 /* y = x w^T of so many rows, timed as a product. */
 MUST_CHECK int llama_cuda_product(struct llama_cuda_state *m, const struct gemm_cublas_plan *plan,
                                   void *y, const void *x, const void *w, int32_t rows);
+/* act [n, n_inter] = silu(gate(hidden)) * up(hidden), by way of gate_up [n, 2 n_inter] where that
+ * is faster. */
+MUST_CHECK int llama_cuda_activate(struct llama_cuda_state *m, const struct llama_layer *w,
+                                   void *act, void *gate_up, const void *hidden, int32_t n);
 /* Enqueues all kernels of the packed step up to the logits. */
 MUST_CHECK int llama_cuda_layers(struct llama_cuda_state *m);
 /* Waits for all that is enqueued; a peer that dies does not leave us waiting. */

@@ -179,20 +179,16 @@ static int o(struct llama_cuda_state *m, const struct llama_layer *w, const stru
 
 static int gate_up(struct llama_cuda_state *m, const struct llama_layer *w, struct half *h)
 {
+    const int32_t n_inter = m->shard->n_inter;
     TRY(arrive(m, h));
-    return llama_cuda_product(m, m->gate_up_plan,
-                              at(m, m->a.gate_up, h->first, 2 * m->shard->n_inter), h->hidden,
-                              w->gate_up, h->n);
+    return llama_cuda_activate(m, w, at(m, m->a.act, h->first, n_inter),
+                               at(m, m->a.gate_up, h->first, 2 * n_inter), h->hidden, h->n);
 }
 
 static int down(struct llama_cuda_state *m, const struct llama_layer *w, const struct half *h)
 {
-    const int32_t n_inter = m->shard->n_inter;
-    void *act = at(m, m->a.act, h->first, n_inter);
-    CUDA_TRY(nn_cuda_swiglu(act, at(m, m->a.gate_up, h->first, 2 * n_inter), w->gate_up_bias, h->n,
-                            n_inter, dev_cuda_dtype(m->dtype), m->stream));
-    TRY(llama_cuda_product(m, m->down_plan, at(m, m->a.delta, h->delta, m->c->hidden_size), act,
-                           w->down, h->n));
+    TRY(llama_cuda_product(m, m->down_plan, at(m, m->a.delta, h->delta, m->c->hidden_size),
+                           at(m, m->a.act, h->first, m->shard->n_inter), w->down, h->n));
     return scatter(m, h);
 }
 

@@ -199,19 +199,17 @@ static int project(struct llama_cuda_state *m, int layer)
     return append(m, layer, 0, m->step.n);
 }
 
-/* act = silu(gate(hidden)) * up(hidden) */
-static int activate(struct llama_cuda_state *m, const struct llama_layer *w)
+int llama_cuda_activate(struct llama_cuda_state *m, const struct llama_layer *w, void *act,
+                        void *gate_up, const void *hidden, int32_t n)
 {
-    const struct cuda_activations *a = &m->a;
-    const int32_t n = m->live.n;
-    if (gemm_cublas_is_ours(m->gate_up_plan, n)) {
+    if (gemm_cublas_has_swiglu(m->gate_up_plan, n, w->gate_up_bias != NULL)) {
         TRY(llama_cuda_mark(m, PART_GEMM));
-        TRY(gemm_cublas_swiglu(m->gemm, m->gate_up_plan, a->act, a->hidden, w->gate_up,
-                               w->gate_up_bias, n));
+        TRY(gemm_cublas_swiglu(m->gemm, m->gate_up_plan, act, hidden, w->gate_up, w->gate_up_bias,
+                               n));
         return llama_cuda_mark(m, PART_OTHER);
     }
-    TRY(llama_cuda_product(m, m->gate_up_plan, a->gate_up, a->hidden, w->gate_up, n));
-    CUDA_TRY(nn_cuda_swiglu(a->act, a->gate_up, w->gate_up_bias, n, m->shard->n_inter,
+    TRY(llama_cuda_product(m, m->gate_up_plan, gate_up, hidden, w->gate_up, n));
+    CUDA_TRY(nn_cuda_swiglu(act, gate_up, w->gate_up_bias, n, m->shard->n_inter,
                             dev_cuda_dtype(m->dtype), m->stream));
     return 0;
 }
@@ -286,7 +284,7 @@ static int mlp_block(struct llama_cuda_state *m, int layer)
     if (m->live.n == 0)
         return 0;
     TRY(add_norm(m, w->o_bias, w->mlp_norm));
-    TRY(activate(m, w));
+    TRY(llama_cuda_activate(m, w, a->act, a->gate_up, a->hidden, m->live.n));
     return block_product(m, m->down_plan, a->act, w->down, w->down_bias);
 }
 

@@ -6,6 +6,7 @@
 #include "model/gemm_cublas.h"
 #include "model/gemm_decode.h"
 #include "model/gemm_skinny.h"
+#include "model/gemm_swiglu.h"
 #include "model/nn_cuda.h"
 #include "tests/cuda_case.h"
 
@@ -249,6 +250,51 @@ static void test_swiglu(void **state)
             check_swiglu(&ways[w], rng_range(&rng, 1, ways[w].rows), shapes[i / 4][0],
                          shapes[i / 4][1], i % 2 == 1, &rng);
     }
+}
+
+/* Many rows: the host's sums, rounded, under nn_cuda_swiglu. */
+static void check_many(int32_t rows, int32_t n, int32_t k, int dtype, struct rng *rng)
+{
+    const size_t bytes = ((size_t)rows + 1) * (size_t)n / 2 * 2, all = (size_t)rows * (size_t)n;
+    void *stream = dev_cuda_stream(dev);
+    struct product p = {rows, n, k, dtype, .f32 = false, .exact = true};
+    make(&p, rng);
+    uint16_t *both = host_alloc(all * sizeof *both);
+    unsigned char *got = host_alloc(bytes), *want = host_alloc(bytes);
+    for (size_t i = 0; i < all; i++)
+        both[i] = to16((float)p.want[i], dtype);
+    void *d_both = device_copy(both, all * sizeof *both), *d_want = device_copy(NULL, bytes);
+    assert_int_equal(nn_cuda_swiglu(d_want, d_both, NULL, rows, n / 2, dtype, stream), 0);
+    device_take(want, d_want, bytes);
+    for (int i = 0; i < 3; i++) {
+        void *y = device_copy(NULL, bytes);
+        const struct gemm_skinny s = {.y = y, .x = p.d_x, .w = p.d_w, .rows = rows, .n = n, .k = k};
+        for (int j = 0; j <= i; j++)
+            assert_int_equal(gemm_swiglu_run(gemm_map_open(), &s, dtype, stream), 0);
+        device_take(got, y, bytes);
+        assert_memory_equal(got, want, bytes); /* what is behind the last row, too */
+    }
+    dev_release(dev, d_both, 0);
+    free(both);
+    free(got);
+    free(want);
+    drop(&p);
+}
+
+/* Less than a tile of anything, no whole tiles, more tiles than clusters, a band that is not full.
+ */
+static void test_swiglu_many(void **state)
+{
+    static const int32_t shapes[][3] = {{1, 16, 8},       {300, 272, 64},   {129, 528, 200},
+                                        {1000, 4368, 72}, {2500, 2608, 40}, {256, 512, 1032}};
+    const struct gemm_skinny odd = {.rows = 300, .n = 24, .k = 8},
+                             deep = {.rows = 300, .n = 16, .k = 9};
+    struct rng rng = test_rng("gemm_swiglu", 27);
+    (void)state;
+    for (size_t i = 0; i < 2 * sizeof shapes / sizeof *shapes; i++)
+        check_many(shapes[i / 2][0], shapes[i / 2][1], shapes[i / 2][2], (int)(i % 2), &rng);
+    assert_int_not_equal(gemm_swiglu_run(gemm_map_open(), &odd, 0, dev_cuda_stream(dev)), 0);
+    assert_int_not_equal(gemm_swiglu_run(gemm_map_open(), &deep, 0, dev_cuda_stream(dev)), 0);
 }
 
 /* Memory of a layer's cache and of the rows that go there, as kv_append_cuda has it. */
@@ -573,9 +619,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_plain),   cmocka_unit_test(test_swiglu),
-        cmocka_unit_test(test_append),  cmocka_unit_test(test_chain),
-        cmocka_unit_test(test_library), cmocka_unit_test(test_buckets),
-        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_append),  cmocka_unit_test(test_swiglu_many),
+        cmocka_unit_test(test_chain),   cmocka_unit_test(test_library),
+        cmocka_unit_test(test_buckets), cmocka_unit_test(test_refused),
     };
     if (!have_device())
         return 77;
