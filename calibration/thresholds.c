@@ -634,11 +634,6 @@ int thresholds_check(const struct thresholds *t, const struct thresholds_expect 
                      struct err_msg *why)
 {
     const struct thresholds_meta *m = &t->meta;
-    if (m->model != e->model) {
-        return err_set(why, ERR_MISMATCH,
-                       "%s: model is %016" PRIx64 ", the loaded one is %016" PRIx64, t->name,
-                       m->model, e->model);
-    }
     if (t->view.n_layers != e->n_layers) {
         return err_set(why, ERR_MISMATCH, "%s: made for %d layers, the model has %d", t->name,
                        t->view.n_layers, e->n_layers);
@@ -654,6 +649,11 @@ int thresholds_check(const struct thresholds *t, const struct thresholds_expect 
     if (strcmp(m->rope, e->rope) != 0) {
         return err_set(why, ERR_MISMATCH, "%s: rope is '%s', the model's is '%s'", t->name, m->rope,
                        e->rope);
+    }
+    if (m->model != e->model) {
+        return err_set(why, ERR_MISMATCH,
+                       "%s: model is %016" PRIx64 ", the loaded one is %016" PRIx64, t->name,
+                       m->model, e->model);
     }
     return 0;
 }

@@ -127,7 +127,8 @@ MUST_CHECK int thresholds_level(const struct thresholds *t, int32_t k, struct er
  * that seeds the prefix cache. The same for the same content, whatever wrote the file. */
 uint64_t thresholds_hash(const struct thresholds *t);
 
-/* What a model must agree on; ERR_MISMATCH names the first field that differs. */
+/* What a model must agree on; ERR_MISMATCH names the first field that differs, the
+ * model's fingerprint last: what else differs says more. */
 struct thresholds_expect {
     uint64_t model;
     int32_t n_layers, n_heads;

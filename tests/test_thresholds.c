@@ -627,12 +627,13 @@ static void identity(void **state)
         struct thresholds_expect e;
         const char *says;
     } cases[] = {
-        {{1, L, H, 0.088388347f, "x"}, "model is 0123456789abcdef, the loaded one is 00000000000"},
-        {{0x0123456789abcdef, 9, H, 0.088388347f, "x"}, "made for 2 layers, the model has 9"},
-        {{0x0123456789abcdef, L, 9, 0.088388347f, "x"}, "made for 4 heads, the model has 9"},
-        {{0x0123456789abcdef, L, H, 0.125f, "x"},
-         "softmax_scale is 0.0883883461, the model's is 0.125"},
-        {{0x0123456789abcdef, L, H, 0.088388347f, "default theta=10000"}, "rope is 'llama3"},
+        /* another model: what tells it apart is said, its fingerprint where nothing else does */
+        {{1, L, H, 0.088388347f, "llama3 theta=500000 factor=8"},
+         "model is 0123456789abcdef, the loaded one is 00000000000"},
+        {{1, 9, H, 0.088388347f, "x"}, "made for 2 layers, the model has 9"},
+        {{1, L, 9, 0.088388347f, "x"}, "made for 4 heads, the model has 9"},
+        {{1, L, H, 0.125f, "x"}, "softmax_scale is 0.0883883461, the model's is 0.125"},
+        {{1, L, H, 0.088388347f, "default theta=10000"}, "rope is 'llama3"},
     };
     struct thresholds *t = NULL;
     float v[N_T];
