@@ -10,8 +10,8 @@ template <int D>
 struct dec_warp {
     uint32_t smem;
     int warp, lane;
-    dec_ring<dec_layout<D>::slots> k, v, v_next; /* to consume; to load */
-    int coming[dec_layout<D>::slots];            /* tiles of the K ring, oldest first */
+    ring_place<dec_layout<D>::slots> k, v, v_next; /* to consume; to load */
+    int coming[dec_layout<D>::slots];              /* tiles of the K ring, oldest first */
     struct dec_feed feed;
     bool has_v;    /* V of the next page is on its way already */
     uint32_t step; /* pages of a warp so far in the block: position in the ring of maxima */

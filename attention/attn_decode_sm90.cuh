@@ -5,6 +5,7 @@
 
 #include "attention/attn_decode_sm90.h"
 #include "attention/ptx.cuh"
+#include "core/ring.cuh"
 
 #define DEC_LOG2E 1.4426950408889634f
 #define DEC_LN2   0.6931471805599453f
@@ -52,17 +53,6 @@ static_assert(dec_layout<64>::o_stride * 4 * DEC_ROWS <= dec_layout<64>::tile_by
 static_assert(DEC_BLOCKS * (dec_layout<128>::bytes + 1024) <= 228 * 1024, "");
 static_assert(DEC_BLOCKS * (dec_layout<64>::bytes + 1024) <= 228 * 1024, "");
 static_assert(sizeof(struct dec_piece) == 64, "");
-
-/* Position in a ring of N slots and the parity of its present round. */
-template <int N>
-struct dec_ring {
-    uint32_t slot, parity;
-    __device__ __forceinline__ void next(void)
-    {
-        slot = slot + 1 == N ? 0 : slot + 1;
-        parity ^= slot == 0;
-    }
-};
 
 /* ---- pages ---- */
 

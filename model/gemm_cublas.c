@@ -64,8 +64,7 @@ struct gemm_cublas {
     void *workspace;
     int queue; /* the last one used */
     struct gemm_decode *decode;
-    gemm_map_fn map;
-    int multiprocessors;
+    struct gemm_swiglu swiglu;
 };
 
 /* How a product is made: by an algorithm of the library, or by a kernel of our own for few rows. */
@@ -142,14 +141,6 @@ static int load_library(struct library *lib, struct err_msg *why)
     return 0;
 }
 
-static int multiprocessors(void)
-{
-    int device = 0, n = 1;
-    (void)cudaGetDevice(&device);
-    (void)cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
-    return n;
-}
-
 int gemm_cublas_open(struct gemm_cublas **out, struct dev *d, enum dtype dtype, void *stream,
                      struct err_msg *why)
 {
@@ -180,8 +171,7 @@ int gemm_cublas_open(struct gemm_cublas **out, struct dev *d, enum dtype dtype, 
     err = gemm_decode_open(&g->decode, why);
     if (err < 0)
         goto fail;
-    g->map = gemm_map_open();
-    g->multiprocessors = multiprocessors();
+    g->swiglu = gemm_swiglu_open();
     log_debug("cublasLt version=%zu", g->lib.cublasLtGetVersion());
     *out = g;
     return 0;
@@ -379,7 +369,7 @@ static int with_swiglu(const struct gemm_cublas *g, const struct gemm_choice *c,
     if (c->decode)
         return decode(g, product, GEMM_DECODE_SWIGLU, NULL);
     return launched(c->skinny ? gemm_skinny_swiglu(product, c->skinny, dtype, g->stream)
-                              : gemm_swiglu_run(g->map, product, dtype, g->stream));
+                              : gemm_swiglu_run(&g->swiglu, product, dtype, g->stream));
 }
 
 int gemm_cublas_swiglu(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
@@ -543,7 +533,7 @@ static int tune_swiglu(struct tuner *t, struct gemm_cublas_plan *p)
     for (int32_t rows = 1; rows <= t->rows; rows = gemm_cublas_bucket(rows) + 1) {
         const int32_t bucket = gemm_cublas_bucket(rows);
         p->choices[bucket_index(bucket)].swiglu =
-            wins && gemm_swiglu_fills(bucket, p->n, t->g->multiprocessors);
+            wins && gemm_swiglu_fills(&t->g->swiglu, bucket, p->n);
     }
     return 0;
 }
@@ -559,7 +549,7 @@ int gemm_cublas_tune_swiglu(struct gemm_cublas *g, struct gemm_cublas_plan *p, v
                       .w = w,
                       .n_w = n_w,
                       .rows = gemm_cublas_bucket(rows)};
-    if (!gemm_swiglu_fills(t.rows, p->n, g->multiprocessors) || gemm_cublas_is_ours(p, t.rows))
+    if (!gemm_swiglu_fills(&g->swiglu, t.rows, p->n) || gemm_cublas_is_ours(p, t.rows))
         return 0;
     return with_events(&t, p, tune_swiglu);
 }

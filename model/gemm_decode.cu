@@ -28,6 +28,7 @@
 #include "attention/tile.cuh"
 #include "core/early.cuh"
 #include "core/pack.cuh"
+#include "core/ring.cuh"
 #include "kvcache/kv_tails.cuh"
 #include "model/gemm_decode.cuh"
 #include "model/gemm_decode_args.h"
@@ -74,18 +75,6 @@ struct layout {
     static constexpr int bytes = rows + N * (int)sizeof(struct append_row);
 };
 static_assert(layout<16>::bytes <= 227 * 1024 && layout<32>::bytes <= 227 * 1024, "");
-
-/* A place in a ring and the parity of its present round. */
-template <int SLOTS>
-struct place {
-    int slot;
-    uint32_t parity;
-    __device__ __forceinline__ void next(void)
-    {
-        slot = slot + 1 == SLOTS ? 0 : slot + 1;
-        parity ^= slot == 0;
-    }
-};
 
 /* ---- who computes what ---- */
 
@@ -168,7 +157,7 @@ __device__ __forceinline__ void feed_w(const args &s, uint32_t smem)
 {
     using L = layout<N>;
     const struct share h = share_of(s);
-    struct place<L::w_slots> at = {
+    struct ring_place<L::w_slots> at = {
         0, 1
     };
     for (int u = h.first; u < h.units; u += h.stride) {
@@ -188,7 +177,7 @@ __device__ __forceinline__ void feed_x(const args &s, uint32_t smem)
 {
     using L = layout<N>;
     const struct share h = share_of(s);
-    struct place<L::x_slots> at = {
+    struct ring_place<L::x_slots> at = {
         0, 1
     };
     wait_for_inputs();
@@ -213,8 +202,8 @@ struct sums {
 
 template <int N>
 struct rings {
-    struct place<layout<N>::w_slots> w;
-    struct place<layout<N>::x_slots> x;
+    struct ring_place<layout<N>::w_slots> w;
+    struct ring_place<layout<N>::x_slots> x;
 };
 
 template <int N>

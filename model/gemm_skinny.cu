@@ -22,6 +22,7 @@
 #include "attention/ptx.cuh"
 #include "core/early.cuh"
 #include "core/pack.cuh"
+#include "core/ring.cuh"
 #include "kvcache/kv_tails.cuh"
 #include "model/swiglu.cuh"
 
@@ -173,16 +174,7 @@ struct layout {
 };
 static_assert(layout<1, 2>::bytes <= 227 * 1024 && layout<2, 2>::bytes <= 227 * 1024, "");
 
-/* A place in the ring of stages and the parity of its present round. */
-struct place {
-    int slot;
-    uint32_t parity;
-    __device__ __forceinline__ void next(void)
-    {
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
-        parity ^= slot == 0;
-    }
-};
+typedef struct ring_place<STAGES> place;
 
 /* Columns of w's product, or pairs of them, that a unit makes. */
 template <int MT, enum mode M>
@@ -258,7 +250,7 @@ __device__ __forceinline__ void feed(const struct args &s, uint32_t smem)
 {
     using L = layout<MT, NT>;
     const int lane = threadIdx.x & 31, units = units_of<MT, M>(s.p.n);
-    struct place at = {0, 1}, landed = {0, 0};
+    place at = {0, 1}, landed = {0, 0};
     int issued = 0;
     const int dealt = dealt_rounds(units) * (int)gridDim.x;
     for (int u = blockIdx.x, next = 0; u < units; u = __shfl_sync(0xffffffffu, next, 0)) {
@@ -394,7 +386,7 @@ __device__ __forceinline__ void work(const struct args &s, char *smem)
     const int warp = threadIdx.x >> 5;
     const uint32_t base = smem_addr(smem);
     const int first = warp * cut<MT>::chunk;
-    struct place at = {0, 0};
+    place at = {0, 0};
     struct tile_x<MT, NT> b;
     wait_for_inputs();
     load_x<T>(&b, s.p, first);

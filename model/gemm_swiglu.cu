@@ -12,6 +12,7 @@
  * (128-byte swizzle), two barriers a stage. A stage is free when the eight multiplying warps of
  * both thread blocks have read it. Registers: 128 sums a thread. */
 #include "attention/tile.cuh"
+#include "core/ring.cuh"
 #include "model/gemm_map.h"
 #include "model/gemm_swiglu.cuh"
 #include "model/gemm_swiglu_args.h"
@@ -21,7 +22,7 @@
 #include <type_traits>
 
 enum {
-    S = 2, /* thread blocks of a cluster */
+    S = SWIGLU_BLOCKS,
     STAGES = 4,
     GROUPS = 2, /* warpgroups that multiply */
     WARPS = 4 * GROUPS,
@@ -41,15 +42,7 @@ static_assert((int)BYTES <= 227 * 1024, "");
 
 typedef struct swiglu_args args;
 
-struct place {
-    int slot;
-    uint32_t parity;
-    __device__ __forceinline__ void next(void)
-    {
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
-        parity ^= slot == 0;
-    }
-};
+typedef struct ring_place<STAGES> place;
 
 /* ---- tiles ---- */
 
@@ -80,7 +73,7 @@ __device__ __forceinline__ struct tile tile_at(const struct tiles &t, int i, int
 
 /* ---- copies ---- */
 
-__device__ __forceinline__ void load_stage(const args &s, uint32_t smem, const struct place &at,
+__device__ __forceinline__ void load_stage(const args &s, uint32_t smem, const place &at,
                                            const struct tile &tile, int k, int rank)
 {
     const uint32_t stage = smem + at.slot * STAGE_BYTES, full = smem + FULL + 8 * at.slot;
@@ -96,7 +89,7 @@ __device__ __forceinline__ void load_stage(const args &s, uint32_t smem, const s
 __device__ __forceinline__ void feed(const args &s, uint32_t smem, int rank)
 {
     const struct tiles t = tiles_of(s);
-    struct place at = {0, 1};
+    place at = {0, 1};
     for (int i = blockIdx.x / S; i < t.n; i += (int)gridDim.x / S) {
         const struct tile tile = tile_at(t, i, rank);
 #pragma unroll 1
@@ -108,7 +101,7 @@ __device__ __forceinline__ void feed(const args &s, uint32_t smem, int rank)
 /* ---- products ---- */
 
 /* To both thread blocks: what either loads goes to both. */
-__device__ __forceinline__ void give_back(const struct place &at, uint32_t smem)
+__device__ __forceinline__ void give_back(const place &at, uint32_t smem)
 {
     const int lane = threadIdx.x % 32;
     if (lane < S)
@@ -117,10 +110,10 @@ __device__ __forceinline__ void give_back(const struct place &at, uint32_t smem)
 
 /* A stage is given back a step later, when the products of the next are on their way. */
 template <typename T>
-__device__ __forceinline__ void multiply(float (&acc)[128], struct place &at, int k, uint32_t smem,
+__device__ __forceinline__ void multiply(float (&acc)[128], place &at, int k, uint32_t smem,
                                          int group)
 {
-    struct place last = at;
+    place last = at;
     wgmma_zero(acc);
 #pragma unroll 1
     for (int i = 0; i < k; i += GEMM_MAP_COLUMNS) {
@@ -200,7 +193,7 @@ __device__ __forceinline__ void work(const args &s, char *memory, int rank, int 
 {
     const struct tiles t = tiles_of(s);
     const uint32_t smem = smem_addr(memory);
-    struct place at = {0, 0};
+    place at = {0, 0};
     for (int i = blockIdx.x / S; i < t.n; i += (int)gridDim.x / S) {
         float acc[128];
         multiply<T>(acc, at, s.k, smem, group);
@@ -242,27 +235,19 @@ __global__ void __cluster_dims__(S, 1, 1) __launch_bounds__(THREADS, 1)
 }
 
 template <typename T>
-static int launch(const args *s, void *stream)
+static int launch(const args *s, int32_t clusters, void *stream)
 {
     void (*kernel)(args) = swiglu<T>;
-    int device = 0, most = 1;
-    cudaError_t e = cudaGetDevice(&device);
-    if (e == cudaSuccess)
-        e = cudaDeviceGetAttribute(&most, cudaDevAttrMultiProcessorCount, device);
-    if (e == cudaSuccess)
-        e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
-    const int64_t pairs = ((int64_t)s->rows + S * SWIGLU_ROWS - 1) / (S * SWIGLU_ROWS);
-    const int64_t n = pairs * ((s->width + SWIGLU_COLS - 1) / SWIGLU_COLS);
-    const unsigned clusters = (unsigned)(n < most / S ? n : most / S);
+    cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (e != cudaSuccess)
         return (int)e;
-    kernel<<<clusters * S, THREADS, BYTES, (cudaStream_t)stream>>>(*s);
+    kernel<<<(unsigned)clusters * S, THREADS, BYTES, (cudaStream_t)stream>>>(*s);
     return (int)cudaGetLastError();
 }
 
-extern "C" int gemm_swiglu_launch(const struct swiglu_args *s, int dtype, void *stream)
+extern "C" int gemm_swiglu_launch(const args *s, int32_t clusters, int dtype, void *stream)
 {
-    if (s->rows < 1 || s->width < 8 || s->width % 8 || s->k < 8 || s->k % 8)
-        return (int)cudaErrorInvalidValue;
-    return dtype == 0 ? launch<__nv_bfloat16>(s, stream) : launch<__half>(s, stream);
+    return dtype == 0 ? launch<__nv_bfloat16>(s, clusters, stream)
+                      : launch<__half>(s, clusters, stream);
 }

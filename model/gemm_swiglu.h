@@ -14,10 +14,18 @@
 
 #include <stdbool.h>
 
+struct gemm_swiglu {
+    gemm_map_fn map;
+    int32_t multiprocessors;
+};
+
+/* For the current device. */
+struct gemm_swiglu gemm_swiglu_open(void);
 /* Whether so many rows fill the device's multiprocessors for several rounds of tiles, as it needs
  * to be the faster way. */
-bool gemm_swiglu_fills(int32_t rows, int32_t n, int32_t multiprocessors);
+bool gemm_swiglu_fills(const struct gemm_swiglu *g, int32_t rows, int32_t n);
 /* dtype: 0 bf16, 1 f16. Enqueued on stream (a cudaStream_t); returns a cudaError_t. */
-int gemm_swiglu_run(gemm_map_fn map, const struct gemm_skinny *p, int dtype, void *stream);
+int gemm_swiglu_run(const struct gemm_swiglu *g, const struct gemm_skinny *p, int dtype,
+                    void *stream);
 
 #endif

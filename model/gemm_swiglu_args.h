@@ -11,7 +11,8 @@ extern "C" {
 
 enum {
     SWIGLU_ROWS = 128, /* of x in a tile */
-    SWIGLU_COLS = 128  /* of y in a tile */
+    SWIGLU_COLS = 128, /* of y in a tile */
+    SWIGLU_BLOCKS = 2  /* thread blocks of a cluster: tiles above each other */
 };
 
 struct swiglu_args {
@@ -19,7 +20,7 @@ struct swiglu_args {
     int32_t rows, width, k;
 };
 
-int gemm_swiglu_launch(const struct swiglu_args *s, int dtype, void *stream);
+int gemm_swiglu_launch(const struct swiglu_args *s, int32_t clusters, int dtype, void *stream);
 
 #ifdef __cplusplus
 }

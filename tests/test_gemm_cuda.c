@@ -26,6 +26,7 @@ static const struct way {
 };
 enum { N_WAYS = sizeof ways / sizeof *ways };
 static struct gemm_decode *decode;
+static struct gemm_swiglu swiglu;
 
 /* With a queue of four that products use in turn: a product and the next may be at work together.
  */
@@ -270,7 +271,7 @@ static void check_many(int32_t rows, int32_t n, int32_t k, int dtype, struct rng
         void *y = device_copy(NULL, bytes);
         const struct gemm_skinny s = {.y = y, .x = p.d_x, .w = p.d_w, .rows = rows, .n = n, .k = k};
         for (int j = 0; j <= i; j++)
-            assert_int_equal(gemm_swiglu_run(gemm_map_open(), &s, dtype, stream), 0);
+            assert_int_equal(gemm_swiglu_run(&swiglu, &s, dtype, stream), 0);
         device_take(got, y, bytes);
         assert_memory_equal(got, want, bytes); /* what is behind the last row, too */
     }
@@ -293,8 +294,8 @@ static void test_swiglu_many(void **state)
     (void)state;
     for (size_t i = 0; i < 2 * sizeof shapes / sizeof *shapes; i++)
         check_many(shapes[i / 2][0], shapes[i / 2][1], shapes[i / 2][2], (int)(i % 2), &rng);
-    assert_int_not_equal(gemm_swiglu_run(gemm_map_open(), &odd, 0, dev_cuda_stream(dev)), 0);
-    assert_int_not_equal(gemm_swiglu_run(gemm_map_open(), &deep, 0, dev_cuda_stream(dev)), 0);
+    assert_int_not_equal(gemm_swiglu_run(&swiglu, &odd, 0, dev_cuda_stream(dev)), 0);
+    assert_int_not_equal(gemm_swiglu_run(&swiglu, &deep, 0, dev_cuda_stream(dev)), 0);
 }
 
 /* Memory of a layer's cache and of the rows that go there, as kv_append_cuda has it. */
@@ -626,6 +627,7 @@ int main(void)
     if (!have_device())
         return 77;
     assert_ok(gemm_decode_open(&decode, NULL));
+    swiglu = gemm_swiglu_open();
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     gemm_decode_close(decode);
     dev_close(dev);

@@ -627,7 +627,6 @@ static void identity(void **state)
         struct thresholds_expect e;
         const char *says;
     } cases[] = {
-        /* another model: what tells it apart is said, its fingerprint where nothing else does */
         {{1, L, H, 0.088388347f, "llama3 theta=500000 factor=8"},
          "model is 0123456789abcdef, the loaded one is 00000000000"},
         {{1, 9, H, 0.088388347f, "x"}, "made for 2 layers, the model has 9"},
