@@ -149,8 +149,9 @@ static void prefill(struct bench *b)
     print_row("prefill", 1, b->n_prompt, us, cpu_us() - cpu, 0);
 }
 
-/* Sequences of one table share its pages: the work is that of a batch. A GPU that has just computed
- * a prompt at its limit of power runs its first steps slower: 3% for 0.1 s. */
+/* Sequences of one table share its pages, and the first cleans what others write: the work is that
+ * of a batch, the values are not. A GPU that has just computed a prompt at its limit of power runs
+ * its first steps 3 to 5% slower, for 0.1 s. */
 static void decode(struct bench *b, int32_t n_seqs)
 {
     double us[N_TIMES][DECODE_STEPS], median[N_TIMES], now[N_TIMES];

@@ -18,7 +18,7 @@ extern "C" {
  * Attention multiplies probability 0 by the V of rows that a page has beyond its sequence, so those
  * must be finite although an earlier owner may have left NaN there. The rule: a page is clean from
  * the step on that first enters it. In that step the last row that the sequence writes into the
- * page has tails[row] = 63 - token in page, and its thread block sets the tails[row] rows after its
+ * page has tails[row] = 63 - token in page, and the append sets the tails[row] rows after its
  * own to zero, in K and V; nobody else writes those rows in this step. Every other row has tail 0:
  * full pages have no tail, and a page entered by an earlier step was cleaned then. kv_append_rows
  * does this. (After copying a page whose end is not the new owner's, clean it too: any last row

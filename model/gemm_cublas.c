@@ -67,7 +67,7 @@ struct gemm_cublas {
     struct gemm_swiglu swiglu;
 };
 
-/* How a product is made: by an algorithm of the library, or by a kernel of our own for few rows. */
+/* How a product is made: by an algorithm of the library, or by a kernel of our own. */
 struct gemm_choice {
     cublasLtMatmulAlgo_t algo;
     int skinny;  /* 0 or the variant of gemm_skinny.h */
@@ -402,25 +402,23 @@ int gemm_cublas_append(struct gemm_cublas *g, const struct gemm_cublas_plan *p, 
 struct tuner {
     struct gemm_cublas *g;
     const struct gemm_cublas_plan *p;
-    void *y, *act; /* act: SwiGLU follows on the product */
-    const void *x;
-    const void *const *w;
-    int n_w, next;
-    int32_t rows;
+    struct gemm_trial on;
+    bool activates; /* SwiGLU follows on the product */
+    int next;       /* of on.w */
     cudaEvent_t events[2];
 };
 
 static int enqueue_one(struct tuner *t, const struct gemm_choice *c, struct gemm_skinny *product)
 {
     const struct gemm_cublas *g = t->g;
-    if (!t->act)
+    if (!t->activates)
         return multiply(g, t->p, c, product);
     if (!c->swiglu) {
         TRY(multiply(g, t->p, c, product));
-        return launched(nn_cuda_swiglu(t->act, t->y, NULL, t->rows, t->p->n / 2,
+        return launched(nn_cuda_swiglu(t->on.act, t->on.y, NULL, t->on.rows, t->p->n / 2,
                                        g->type == CUDA_R_16F, g->stream));
     }
-    product->y = t->act;
+    product->y = t->on.act;
     return with_swiglu(g, c, product);
 }
 
@@ -428,10 +426,10 @@ static int enqueue_one(struct tuner *t, const struct gemm_choice *c, struct gemm
 static int enqueue(struct tuner *t, const struct gemm_choice *c, int n)
 {
     for (int i = 0; i < n; i++) {
-        struct gemm_skinny product = {.y = t->y,
-                                      .x = t->x,
-                                      .w = t->w[t->next++ % t->n_w],
-                                      .rows = t->rows,
+        struct gemm_skinny product = {.y = t->on.y,
+                                      .x = t->on.x,
+                                      .w = t->on.w[t->next++ % t->on.n_w],
+                                      .rows = t->on.rows,
                                       .n = t->p->n,
                                       .k = t->p->k,
                                       .queue = next_queue(t->g)};
@@ -443,7 +441,7 @@ static int enqueue(struct tuner *t, const struct gemm_choice *c, int n)
 /* Milliseconds of one product, the least of a few; negative: the algorithm does not run. */
 static float time_choice(struct tuner *t, const struct gemm_choice *c)
 {
-    const int chain = t->rows <= TUNE_CHAIN_ROWS ? TUNE_CHAIN : 1;
+    const int chain = t->on.rows <= TUNE_CHAIN_ROWS ? TUNE_CHAIN : 1;
     float best = -1.0f;
     for (int i = 0; i < TUNE_RUNS; i++) {
         float ms = 0.0f;
@@ -468,7 +466,7 @@ static float try_choice(struct tuner *t, struct gemm_cublas_plan *p, const struc
     float ms = time_choice(t, c);
     if (ms < 0.0f || (best >= 0.0f && ms >= best * share))
         return best;
-    p->choices[bucket_index(t->rows)] = *c;
+    p->choices[bucket_index(t->on.rows)] = *c;
     return ms;
 }
 
@@ -477,79 +475,60 @@ static int tune(struct tuner *t, struct gemm_cublas_plan *p)
     cublasLtMatmulHeuristicResult_t found[N_CANDIDATES];
     float best = -1.0f, library;
     int n = 0;
-    TRY(find_algos(t->g, p, t->rows, found, N_CANDIDATES, &n));
+    TRY(find_algos(t->g, p, t->on.rows, found, N_CANDIDATES, &n));
     for (int i = 0; i < n; i++) {
         const struct gemm_choice c = {.algo = found[i].algo};
         best = try_choice(t, p, &c, best, TUNE_GAIN);
     }
     library = best;
-    for (int v = 1; t->rows <= GEMM_SKINNY_ROWS && v <= GEMM_SKINNY_VARIANTS; v++) {
+    for (int v = 1; t->on.rows <= GEMM_SKINNY_ROWS && v <= GEMM_SKINNY_VARIANTS; v++) {
         const struct gemm_choice c = {.skinny = v};
         best = try_choice(t, p, &c, best, v == 1 ? TUNE_OURS : TUNE_GAIN);
     }
-    if (t->rows >= DECODE_FROM && t->rows <= GEMM_DECODE_ROWS)
+    if (t->on.rows >= DECODE_FROM && t->on.rows <= GEMM_DECODE_ROWS)
         best = try_choice(t, p, &(struct gemm_choice){.decode = true}, best,
                           p->y_type == CUDA_R_32F ? TUNE_GAIN : TUNE_DECODE);
     if (best < 0.0f)
         return ERR_CUBLAS;
     log_debug("tuned n=%d k=%d rows=%d skinny=%d decode=%d us=%.1f library_us=%.1f GB/s=%.0f "
               "TFLOP/s=%.1f",
-              p->n, p->k, t->rows, p->choices[bucket_index(t->rows)].skinny,
-              p->choices[bucket_index(t->rows)].decode, (double)best * 1e3, (double)library * 1e3,
-              2.0 * p->n * p->k / ((double)best * 1e6),
-              2.0 * p->n * p->k * t->rows / ((double)best * 1e9));
+              p->n, p->k, t->on.rows, p->choices[bucket_index(t->on.rows)].skinny,
+              p->choices[bucket_index(t->on.rows)].decode, (double)best * 1e3,
+              (double)library * 1e3, 2.0 * p->n * p->k / ((double)best * 1e6),
+              2.0 * p->n * p->k * t->on.rows / ((double)best * 1e9));
     return 0;
 }
 
-static int with_events(struct tuner *t, struct gemm_cublas_plan *p,
-                       int (*fn)(struct tuner *t, struct gemm_cublas_plan *p))
-{
-    int err = ERR_CUDA;
-    if (cudaEventCreate(&t->events[0]) == cudaSuccess &&
-        cudaEventCreate(&t->events[1]) == cudaSuccess)
-        err = fn(t, p);
-    for (int i = 0; i < 2; i++) {
-        if (t->events[i])
-            (void)cudaEventDestroy(t->events[i]);
-    }
-    return err;
-}
-
-int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *y, const void *x,
-                     const void *const *w, int n_w, int32_t rows)
-{
-    struct tuner t = {
-        .g = g, .p = p, .y = y, .x = x, .w = w, .n_w = n_w, .rows = gemm_cublas_bucket(rows)};
-    return with_events(&t, p, tune);
-}
-
-static int tune_swiglu(struct tuner *t, struct gemm_cublas_plan *p)
+/* Whether SwiGLU is computed at the end of the product, for these rows and fewer. */
+static void tune_swiglu(struct tuner *t, struct gemm_cublas_plan *p)
 {
     const struct gemm_choice fused = {.swiglu = true};
-    const float apart = time_choice(t, choice_of(p, t->rows)), one = time_choice(t, &fused);
+    t->activates = true;
+    const float apart = time_choice(t, choice_of(p, t->on.rows)), one = time_choice(t, &fused);
     const bool wins = one >= 0.0f && (apart < 0.0f || one < apart);
-    log_debug("tuned n=%d k=%d rows=%d and SwiGLU us=%.1f apart_us=%.1f", p->n, p->k, t->rows,
+    log_debug("tuned n=%d k=%d rows=%d and SwiGLU us=%.1f apart_us=%.1f", p->n, p->k, t->on.rows,
               (double)one * 1e3, (double)apart * 1e3);
-    for (int32_t rows = 1; rows <= t->rows; rows = gemm_cublas_bucket(rows) + 1) {
+    for (int32_t rows = 1; rows <= t->on.rows; rows = gemm_cublas_bucket(rows) + 1) {
         const int32_t bucket = gemm_cublas_bucket(rows);
         p->choices[bucket_index(bucket)].swiglu =
             wins && gemm_swiglu_fills(&t->g->swiglu, bucket, p->n);
     }
-    return 0;
 }
 
-int gemm_cublas_tune_swiglu(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *act, void *y,
-                            const void *x, const void *const *w, int n_w, int32_t rows)
+int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *p, const struct gemm_trial *on)
 {
-    struct tuner t = {.g = g,
-                      .p = p,
-                      .y = y,
-                      .act = act,
-                      .x = x,
-                      .w = w,
-                      .n_w = n_w,
-                      .rows = gemm_cublas_bucket(rows)};
-    if (!gemm_swiglu_fills(&g->swiglu, t.rows, p->n) || gemm_cublas_is_ours(p, t.rows))
-        return 0;
-    return with_events(&t, p, tune_swiglu);
+    struct tuner t = {.g = g, .p = p, .on = *on};
+    int err = ERR_CUDA;
+    t.on.rows = gemm_cublas_bucket(on->rows);
+    if (cudaEventCreate(&t.events[0]) == cudaSuccess &&
+        cudaEventCreate(&t.events[1]) == cudaSuccess)
+        err = tune(&t, p);
+    if (err == 0 && on->act && !gemm_cublas_is_ours(p, t.on.rows) &&
+        gemm_swiglu_fills(&g->swiglu, t.on.rows, p->n))
+        tune_swiglu(&t, p);
+    for (int i = 0; i < 2; i++) {
+        if (t.events[i])
+            (void)cudaEventDestroy(t.events[i]);
+    }
+    return err;
 }

@@ -1,7 +1,7 @@
-/* y = x w^T on tensor cores through cuBLASLt, or for few rows by gemm_skinny.h or gemm_decode.h
- * where that is faster: 16-bit x and w, f32 accumulation, y in 16 bits or f32. The library is
- * loaded when a CUDA device is opened, not when the program starts: a machine without it still runs
- * on the CPU.
+/* y = x w^T on tensor cores through cuBLASLt, or where that is faster for few rows by gemm_skinny.h
+ * or gemm_decode.h, for many with SwiGLU behind it by gemm_swiglu.h: 16-bit x and w, f32
+ * accumulation, y in 16 bits or f32. The library is loaded when a CUDA device is opened, not when
+ * the program starts: a machine without it still runs on the CPU.
  *
  * The algorithm is chosen once, at start, for every shape of w and every bucket of row counts; a
  * step only looks it up. A row's last bits may therefore depend on the bucket that the step fell
@@ -32,11 +32,21 @@ MUST_CHECK int gemm_cublas_plan(struct gemm_cublas *g, struct gemm_cublas_plan *
                                 int32_t k, int32_t max_rows, enum dtype y_dtype,
                                 struct err_msg *why);
 void gemm_cublas_plan_free(struct gemm_cublas_plan *p); /* accepts NULL */
-/* Times the best few algorithms for the bucket of `rows` on real memory and keeps the fastest. x
- * and y hold that many rows; y is overwritten. w: n_w matrices used in turn, so that no cache holds
- * them. */
-MUST_CHECK int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *y,
-                                const void *x, const void *const *w, int n_w, int32_t rows);
+/* Device memory to time products on. */
+struct gemm_trial {
+    void *y;              /* [rows, n], overwritten */
+    void *act;            /* [rows, n / 2], overwritten: SwiGLU follows on the product; or NULL */
+    const void *x;        /* [rows, k] */
+    const void *const *w; /* n_w matrices used in turn, so that no cache holds them */
+    int n_w;
+    int32_t rows; /* counts for all of its bucket, and the memory is as large */
+};
+
+/* Times the best few algorithms for the bucket of t->rows and keeps the fastest. With act, also
+ * SwiGLU at the end of the product (gemm_swiglu.h) beside that and nn_cuda_swiglu; what is found is
+ * taken for fewer rows as well, as long as they fill the device. */
+MUST_CHECK int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *p,
+                                const struct gemm_trial *t);
 /* y [rows, n] = x [rows, k] w [n, k]^T, dense row-major. Enqueued on the stream. */
 MUST_CHECK int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
                                const void *x, const void *w, int32_t rows);
@@ -47,12 +57,6 @@ MUST_CHECK int gemm_cublas_add(struct gemm_cublas *g, const struct gemm_cublas_p
 /* Whether so few rows are made by a kernel of our own: these alone have gemm_cublas_append, and
  * gemm_cublas_swiglu with a bias. */
 bool gemm_cublas_is_ours(const struct gemm_cublas_plan *p, int32_t rows);
-/* Times SwiGLU at the end of the product (gemm_swiglu.h) beside the best product so far and
- * nn_cuda_swiglu, as gemm_cublas_tune; act [rows, n / 2] is overwritten too. What is found is taken
- * for fewer rows as well, as long as they fill the device. */
-MUST_CHECK int gemm_cublas_tune_swiglu(struct gemm_cublas *g, struct gemm_cublas_plan *p, void *act,
-                                       void *y, const void *x, const void *const *w, int n_w,
-                                       int32_t rows);
 /* Whether so many rows have gemm_cublas_swiglu. */
 bool gemm_cublas_has_swiglu(const struct gemm_cublas_plan *p, int32_t rows, bool biased);
 /* As gemm_skinny_swiglu: y [rows, n / 2]; bias [n] or NULL. */

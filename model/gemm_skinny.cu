@@ -1,10 +1,10 @@
-/* See gemm_skinny.h. One thread block a multiprocessor goes through units of 16 MT rows of w. Its
- * last warp keeps STAGES stages of 32 KiB on their way by bulk copies, a row's piece each; eight
- * warps multiply. It never waits for other kernels: when a product begins, 192 KiB of its weights a
+/* See gemm_skinny.h. One thread block a multiprocessor goes through units of 16 MT rows of w. Eight
+ * warps multiply. The ninth keeps STAGES stages of 32 KiB on their way by bulk copies, a row's
+ * piece each, and never waits for other kernels: when a product begins, 192 KiB of its weights a
  * multiprocessor are there or on their way, which covers the end of the kernel before it and a norm
- * in between. The last rounds of units are drawn from a queue: multiprocessors do not get equal
- * parts of the memory's rate (bench/results/engine_h100.md: thread blocks that were dealt all their
- * units ended between 39 and 57 us).
+ * in between. With an append a tenth cleans tails. The last rounds of units are drawn from a queue:
+ * multiprocessors do not get equal parts of the memory's rate (bench/results/engine_h100.md: thread
+ * blocks that were dealt all their units ended between 39 and 57 us).
  *
  * w is the A operand of the tensor core (m16n8k16: 16 rows of w, 8 rows of x): a lane reads 16
  * bytes, 8 neighbours along k, of rows g and g + 8, where the instruction wants pairs that lie 8
@@ -360,24 +360,6 @@ __device__ __forceinline__ void store_unit(const struct args &s, int u,
 
 /* ---- the kernel ---- */
 
-__device__ __forceinline__ void warm(const void *p)
-{
-    asm volatile("{\n.reg .b32 unused;\nld.global.ca.b32 unused, [%0];\n}" ::"l"(p));
-}
-
-/* Brings near what an append reads at its end: one after another they would come from device
- * memory, since weights drive them out of the L2 cache from layer to layer. */
-__device__ __forceinline__ void warm_append(const struct kv_append &a)
-{
-    enum { LINE = 32 };
-    const int lines = (a.head_dim + LINE - 1) / LINE;
-    for (int i = threadIdx.x; i < a.n_rows * lines; i += 32 * WARPS) {
-        const float *angles = a.cos_sin + (int64_t)__ldg(a.positions + i / lines) * a.head_dim;
-        warm(a.slots + i / lines);
-        warm(angles + i % lines * LINE);
-    }
-}
-
 template <typename T, typename Y, int MT, int NT, enum mode M>
 __device__ __forceinline__ void work(const struct args &s, char *smem)
 {
@@ -390,8 +372,6 @@ __device__ __forceinline__ void work(const struct args &s, char *smem)
     struct tile_x<MT, NT> b;
     wait_for_inputs();
     load_x<T>(&b, s.p, first);
-    if (M == APPEND)
-        warm_append(s.a);
     for (;;) {
         float acc[MT][NT][4] = {};
         mbar_wait(base + L::full + 8 * at.slot, at.parity);

@@ -140,20 +140,25 @@ static int tune_rows(struct llama_cuda_state *m, int32_t rows, const void **w)
 {
     const struct cuda_activations *a = &m->a;
     const int n = m->c->n_layers;
+    const struct gemm_trial qkv = {.y = a->qkv, .x = a->hidden, .w = w, .n_w = n, .rows = rows};
+    const struct gemm_trial o = {.y = a->delta, .x = a->attn, .w = w, .n_w = n, .rows = rows};
+    const struct gemm_trial down = {.y = a->delta, .x = a->act, .w = w, .n_w = n, .rows = rows};
+    const struct gemm_trial gate_up = {
+        .y = a->gate_up, .act = a->act, .x = a->hidden, .w = w, .n_w = n, .rows = rows};
+    const struct gemm_trial head = {.y = a->slice,
+                                    .x = a->last,
+                                    .w = (const void *const *)&m->w->lm_head,
+                                    .n_w = 1,
+                                    .rows = rows};
     collect(m, w, offsetof(struct llama_layer, qkv));
-    TRY(gemm_cublas_tune(m->gemm, m->qkv_plan, a->qkv, a->hidden, w, n, rows));
+    TRY(gemm_cublas_tune(m->gemm, m->qkv_plan, &qkv));
     collect(m, w, offsetof(struct llama_layer, o));
-    TRY(gemm_cublas_tune(m->gemm, m->o_plan, a->delta, a->attn, w, n, rows));
+    TRY(gemm_cublas_tune(m->gemm, m->o_plan, &o));
     collect(m, w, offsetof(struct llama_layer, gate_up));
-    TRY(gemm_cublas_tune(m->gemm, m->gate_up_plan, a->gate_up, a->hidden, w, n, rows));
-    TRY(gemm_cublas_tune_swiglu(m->gemm, m->gate_up_plan, a->act, a->gate_up, a->hidden, w, n,
-                                rows));
+    TRY(gemm_cublas_tune(m->gemm, m->gate_up_plan, &gate_up));
     collect(m, w, offsetof(struct llama_layer, down));
-    TRY(gemm_cublas_tune(m->gemm, m->down_plan, a->delta, a->act, w, n, rows));
-    if (rows > m->out_rows)
-        return 0;
-    return gemm_cublas_tune(m->gemm, m->head_plan, a->slice, a->last,
-                            (const void *const *)&m->w->lm_head, 1, rows);
+    TRY(gemm_cublas_tune(m->gemm, m->down_plan, &down));
+    return rows > m->out_rows ? 0 : gemm_cublas_tune(m->gemm, m->head_plan, &head);
 }
 
 /* Where time is weights read (decode batches), and for whole chunks. */

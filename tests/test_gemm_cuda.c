@@ -585,7 +585,8 @@ static void check_library(int dtype, bool f32, struct rng *rng)
         if (gemm_cublas_bucket(p.rows) == p.rows) { /* memory for the whole bucket */
             const void *w = p.d_w;
             y = poisoned(&p);
-            assert_ok(gemm_cublas_tune(g, plan, y, p.d_x, &w, 1, p.rows));
+            const struct gemm_trial trial = {.y = y, .x = p.d_x, .w = &w, .n_w = 1, .rows = p.rows};
+            assert_ok(gemm_cublas_tune(g, plan, &trial));
             assert_ok(gemm_cublas_run(g, plan, y, p.d_x, p.d_w, p.rows));
             check(&p, y, "tuned");
         }
