@@ -151,7 +151,7 @@ static void prefill(struct bench *b)
 
 /* Sequences of one table share its pages, and the first cleans what others write: the work is that
  * of a batch, the values are not. A GPU that has just computed a prompt at its limit of power runs
- * its first steps 3 to 5% slower, for 0.1 s. */
+ * its first steps slower. */
 static void decode(struct bench *b, int32_t n_seqs)
 {
     double us[N_TIMES][DECODE_STEPS], median[N_TIMES], now[N_TIMES];

@@ -42,11 +42,11 @@ struct gemm_trial {
     int32_t rows; /* counts for all of its bucket, and the memory is as large */
 };
 
-/* Times the best few algorithms for the bucket of t->rows and keeps the fastest. With act, also
+/* Times the best few algorithms for the bucket of on->rows and keeps the fastest. With act, also
  * SwiGLU at the end of the product (gemm_swiglu.h) beside that and nn_cuda_swiglu; what is found is
  * taken for fewer rows as well, as long as they fill the device. */
 MUST_CHECK int gemm_cublas_tune(struct gemm_cublas *g, struct gemm_cublas_plan *p,
-                                const struct gemm_trial *t);
+                                const struct gemm_trial *on);
 /* y [rows, n] = x [rows, k] w [n, k]^T, dense row-major. Enqueued on the stream. */
 MUST_CHECK int gemm_cublas_run(struct gemm_cublas *g, const struct gemm_cublas_plan *p, void *y,
                                const void *x, const void *w, int32_t rows);

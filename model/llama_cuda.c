@@ -139,25 +139,32 @@ static void collect(const struct llama_cuda_state *m, const void **w, size_t off
 static int tune_rows(struct llama_cuda_state *m, int32_t rows, const void **w)
 {
     const struct cuda_activations *a = &m->a;
-    const int n = m->c->n_layers;
-    const struct gemm_trial qkv = {.y = a->qkv, .x = a->hidden, .w = w, .n_w = n, .rows = rows};
-    const struct gemm_trial o = {.y = a->delta, .x = a->attn, .w = w, .n_w = n, .rows = rows};
-    const struct gemm_trial down = {.y = a->delta, .x = a->act, .w = w, .n_w = n, .rows = rows};
-    const struct gemm_trial gate_up = {
-        .y = a->gate_up, .act = a->act, .x = a->hidden, .w = w, .n_w = n, .rows = rows};
+    const struct {
+        struct gemm_cublas_plan *plan;
+        size_t weights;
+        void *y, *act;
+        const void *x;
+    } products[] = {
+        {m->qkv_plan, offsetof(struct llama_layer, qkv), a->qkv, NULL, a->hidden},
+        {m->o_plan, offsetof(struct llama_layer, o), a->delta, NULL, a->attn},
+        {m->gate_up_plan, offsetof(struct llama_layer, gate_up), a->gate_up, a->act, a->hidden},
+        {m->down_plan, offsetof(struct llama_layer, down), a->delta, NULL, a->act},
+    };
     const struct gemm_trial head = {.y = a->slice,
                                     .x = a->last,
                                     .w = (const void *const *)&m->w->lm_head,
                                     .n_w = 1,
                                     .rows = rows};
-    collect(m, w, offsetof(struct llama_layer, qkv));
-    TRY(gemm_cublas_tune(m->gemm, m->qkv_plan, &qkv));
-    collect(m, w, offsetof(struct llama_layer, o));
-    TRY(gemm_cublas_tune(m->gemm, m->o_plan, &o));
-    collect(m, w, offsetof(struct llama_layer, gate_up));
-    TRY(gemm_cublas_tune(m->gemm, m->gate_up_plan, &gate_up));
-    collect(m, w, offsetof(struct llama_layer, down));
-    TRY(gemm_cublas_tune(m->gemm, m->down_plan, &down));
+    for (size_t i = 0; i < sizeof products / sizeof *products; i++) {
+        const struct gemm_trial trial = {.y = products[i].y,
+                                         .act = products[i].act,
+                                         .x = products[i].x,
+                                         .w = w,
+                                         .n_w = m->c->n_layers,
+                                         .rows = rows};
+        collect(m, w, products[i].weights);
+        TRY(gemm_cublas_tune(m->gemm, products[i].plan, &trial));
+    }
     return rows > m->out_rows ? 0 : gemm_cublas_tune(m->gemm, m->head_plan, &head);
 }
 
