@@ -96,6 +96,8 @@ __device__ __forceinline__ void feed(const args &s, uint32_t smem, int rank)
         for (int k = 0; k < s.k; k += GEMM_MAP_COLUMNS, at.next())
             load_stage(s, smem, at, tile, k, rank);
     }
+    for (int i = 0; i < STAGES; i++, at.next()) /* nothing is on its way here when it ends */
+        mbar_wait(smem + EMPTY + 8 * at.slot, at.parity);
 }
 
 /* ---- products ---- */

@@ -298,6 +298,77 @@ static void test_swiglu_many(void **state)
     assert_int_not_equal(gemm_swiglu_run(&swiglu, &deep, 0, dev_cuda_stream(dev)), 0);
 }
 
+static unsigned char *taken(void *p, size_t bytes)
+{
+    unsigned char *out = host_alloc(bytes);
+    device_take(out, p, bytes);
+    return out;
+}
+
+/* Tuned with SwiGLU behind: what is chosen for so many rows, beside product and SwiGLU apart. */
+static void check_chosen(struct gemm_cublas *g, const struct gemm_cublas_plan *plan,
+                         const struct product *p, const struct gemm_trial *on, int32_t rows)
+{
+    const size_t bytes = ((size_t)rows + 1) * (size_t)p->n / 2 * 2;
+    void *got = device_copy(NULL, bytes), *want = device_copy(NULL, bytes);
+    unsigned char *a, *b;
+    assert_true(gemm_cublas_has_swiglu(plan, rows, false));
+    assert_false(gemm_cublas_has_swiglu(plan, rows, true));
+    assert_ok(gemm_cublas_swiglu(g, plan, got, p->d_x, p->d_w, NULL, rows));
+    assert_ok(gemm_cublas_run(g, plan, on->y, p->d_x, p->d_w, rows));
+    assert_int_equal(
+        nn_cuda_swiglu(want, on->y, NULL, rows, p->n / 2, p->dtype, dev_cuda_stream(dev)), 0);
+    a = taken(got, bytes);
+    b = taken(want, bytes);
+    assert_memory_equal(a, b, bytes); /* sums are exact; what is behind the last row, too */
+    free(a);
+    free(b);
+    dev_release(dev, got, 0);
+    dev_release(dev, want, 0);
+}
+
+/* Few columns of x: there a product and SwiGLU apart move three times as much. */
+static void check_tuned(int dtype, struct rng *rng)
+{
+    enum { ROWS = 2048, N = 25600, K = 128 };
+    const enum dtype t = dtype ? DTYPE_F16 : DTYPE_BF16;
+    struct product p = {.rows = ROWS, .n = N, .k = K, .dtype = dtype};
+    struct gemm_cublas *g;
+    struct gemm_cublas_plan *plan;
+    struct err_msg why = {{0}};
+    p.x = coarse16((size_t)ROWS * K, dtype, rng);
+    p.w = coarse16((size_t)N * K, dtype, rng);
+    p.d_x = device_copy(p.x, (size_t)ROWS * K * 2);
+    p.d_w = device_copy(p.w, (size_t)N * K * 2);
+    const void *w = p.d_w;
+    const struct gemm_trial on = {.y = device_copy(NULL, (size_t)ROWS * N * 2),
+                                  .act = device_copy(NULL, (size_t)ROWS * N),
+                                  .x = p.d_x,
+                                  .w = &w,
+                                  .n_w = 1,
+                                  .rows = ROWS};
+    assert_ok(gemm_cublas_open(&g, dev, t, dev_cuda_stream(dev), &why));
+    assert_ok(gemm_cublas_plan(g, &plan, N, K, ROWS, t, &why));
+    assert_false(gemm_cublas_has_swiglu(plan, ROWS, false)); /* nothing is tuned yet */
+    assert_ok(gemm_cublas_tune(g, plan, &on));
+    check_chosen(g, plan, &p, &on, ROWS);
+    check_chosen(g, plan, &p, &on, ROWS / 2 + 77);          /* a smaller bucket */
+    assert_false(gemm_cublas_has_swiglu(plan, 300, false)); /* too few to fill a device */
+    gemm_cublas_plan_free(plan);
+    gemm_cublas_close(g);
+    dev_release(dev, on.y, 0);
+    dev_release(dev, on.act, 0);
+    drop(&p);
+}
+
+static void test_tuned(void **state)
+{
+    struct rng rng = test_rng("gemm_tuned", 28);
+    (void)state;
+    check_tuned(0, &rng);
+    check_tuned(1, &rng);
+}
+
 /* Memory of a layer's cache and of the rows that go there, as kv_append_cuda has it. */
 struct cache {
     struct kv_append a;
@@ -336,13 +407,6 @@ static void make_cache(struct cache *c, int32_t rows, int32_t heads, int32_t kv_
         .n_kv_heads = kv_heads,
         .head_dim = head_dim};
     free(table);
-}
-
-static unsigned char *taken(void *p, size_t bytes)
-{
-    unsigned char *out = host_alloc(bytes);
-    device_take(out, p, bytes);
-    return out;
 }
 
 /* The same numbers up to one rounding: the compiler may fuse a rotation's products otherwise. What
@@ -623,7 +687,8 @@ int main(void)
         cmocka_unit_test(test_plain),   cmocka_unit_test(test_swiglu),
         cmocka_unit_test(test_append),  cmocka_unit_test(test_swiglu_many),
         cmocka_unit_test(test_chain),   cmocka_unit_test(test_library),
-        cmocka_unit_test(test_buckets), cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_tuned),   cmocka_unit_test(test_buckets),
+        cmocka_unit_test(test_refused),
     };
     if (!have_device())
         return 77;
