@@ -1,6 +1,7 @@
 /* Timings of the Hopper prefill kernel: medians over CUDA events on a card brought to its working
  * temperature, L2 flushed before each run; results are checked before they are timed.
- * bench_attn_sm90 [dense|dense64|gate32|once|gate|gatefull|gate64]; bench/peers.py times the peers.
+ * bench_attn_sm90 [dense|dense64|gate32|once|once64|gate|gatefull|gate64]; bench/peers.py times the
+ * peers.
  */
 #include "tests/attn_sm90_harness.h"
 
@@ -254,9 +255,9 @@ int main(int argc, char **argv)
         bench_dense(64);
     else if (!strcmp(mode, "gate32"))
         bench_gate(128, 32768, 5, 0);
-    else if (!strcmp(mode,
-                     "once")) /* under ncu: a check, no gate, T=-inf; then each density twice */
-        bench_gate(128, 32768, 1, 0);
+    else if (!strcmp(mode, "once") || !strcmp(mode, "once64"))
+        /* under ncu: a check, no gate, T=-inf; then each density twice */
+        bench_gate(mode[4] ? 64 : 128, 32768, 1, 0);
     else if (!strcmp(mode, "gate"))
         bench_gate(128, 131072, 5, 0);
     else if (!strcmp(mode, "gatefull"))
