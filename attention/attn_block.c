@@ -27,25 +27,19 @@ enum {
     PV_ROWS = 24 /* rows that go from softmax to PV while their probabilities are in L1 */
 };
 
-/* Of a row group: its threshold or ln(lambda) as it stands, and its share of pages (attn_steer.h).
- */
-struct steering {
-    float gate, due;
-};
-
 /* Pointers into one worker's scratch. */
 struct scratch {
-    float *q, *o;               /* [ATTN_TASK_ROWS, head_dim], [.., dv] */
-    float *m, *l, *alpha;       /* [ATTN_TASK_ROWS] */
-    float *q_max;               /* [ATTN_TASK_ROWS] largest |q| per head */
-    float *kt, *v;              /* one page */
-    float *s;                   /* [PANEL_ROWS, 64] */
-    float *row_max;             /* [PANEL_ROWS] */
-    float *weight;              /* [PANEL_ROWS] of the page, in units of the row's l */
-    int32_t *limit;             /* [PANEL_ROWS] visible keys of the page */
-    float *lse;                 /* [ATTN_TASK_ROWS] of a measured row, per head */
-    struct steering *steering;  /* [2 * ATTN_TASK_ROWS] per head and row group */
-    struct attn_counts *counts; /* [ATTN_TASK_ROWS] per head */
+    float *q, *o;                   /* [ATTN_TASK_ROWS, head_dim], [.., dv] */
+    float *m, *l, *alpha;           /* [ATTN_TASK_ROWS] */
+    float *q_max;                   /* [ATTN_TASK_ROWS] largest |q| per head */
+    float *kt, *v;                  /* one page */
+    float *s;                       /* [PANEL_ROWS, 64] */
+    float *row_max;                 /* [PANEL_ROWS] */
+    float *weight;                  /* [PANEL_ROWS] of the page, in units of the row's l */
+    int32_t *limit;                 /* [PANEL_ROWS] visible keys of the page */
+    float *lse;                     /* [ATTN_TASK_ROWS] of a measured row, per head */
+    struct attn_steering *steering; /* [2 * ATTN_TASK_ROWS] per head and row group */
+    struct attn_counts *counts;     /* [ATTN_TASK_ROWS] per head */
 };
 
 struct block {
@@ -91,7 +85,7 @@ static void carve(struct scratch *x, char **at, int32_t head_dim)
     x->weight = take(at, PANEL_ROWS * f);
     x->limit = take(at, PANEL_ROWS * sizeof(int32_t));
     x->lse = take(at, rows * f);
-    x->steering = take(at, 2 * rows * sizeof(struct steering));
+    x->steering = take(at, 2 * rows * sizeof(struct attn_steering));
     x->counts = take(at, rows * sizeof(struct attn_counts));
 }
 
@@ -285,10 +279,12 @@ static bool rel_skips(const struct block *b, int32_t h, float ln_lambda, int32_t
 /* The decision of group g of a head on a page before the diagonal; moves the group's gate. */
 static bool skips(struct block *b, int32_t h, int32_t g, int32_t first, int32_t end)
 {
-    struct steering *s = &b->x.steering[2 * h + g];
-    const bool skip = b->gate == ATTN_GATE_ABS ? abs_skips(b, s->gate, first, end)
-                                               : rel_skips(b, h, s->gate, first, end);
-    s->gate = attn_steer_next(s->gate, b->seq->choice.steer, s->due, !skip);
+    struct attn_steering *s = &b->x.steering[2 * h + g];
+    const bool absolute = b->gate == ATTN_GATE_ABS;
+    const bool skip =
+        absolute ? abs_skips(b, s->gate, first, end) : rel_skips(b, h, s->gate, first, end);
+    if (b->seq->choice.steer > 0.0f)
+        attn_steer_next(s, b->seq->choice.steer, absolute, !skip);
     return skip;
 }
 
@@ -301,7 +297,7 @@ static int32_t n_visited(const struct block *b, int32_t h)
     return p->sink_pages + p->local_pages;
 }
 
-/* The share of those that group g is due, if it is steered. */
+/* How many of those group g is due, if it is steered. */
 static float due(const struct block *b, int32_t h, int32_t g)
 {
     const struct attn_choice *c = &b->seq->choice;
@@ -312,11 +308,11 @@ static float due(const struct block *b, int32_t h, int32_t g)
     if (!(c->steer > 0.0f))
         return 0.0f;
     if (b->gate == ATTN_GATE_ABS)
-        return attn_steer_share(c->blend * attn_threshold(&p->abs_pages, c->level, layer, head, 0),
-                                n_visited(b, h));
+        return attn_steer_due(c->blend * attn_threshold(&p->abs_pages, c->level, layer, head, 0),
+                              n_visited(b, h));
     const float density = (1.0f - c->blend) * attn_threshold(t, c->level, layer, head, 0) +
                           c->blend * attn_threshold(t, c->level + 1, layer, head, 0);
-    return attn_steer_due(density, b->diag, last + 1 - b->diag, n_visited(b, h));
+    return attn_steer_due_of(density, b->diag, last + 1 - b->diag, n_visited(b, h));
 }
 
 /* Where the gates of prompt rows begin. */
@@ -328,7 +324,8 @@ static void start_gates(struct block *b)
                                ? threshold(b, &b->job->policy->abs, c->level, h)
                                : c->ln_lambda;
         for (int32_t g = 0; g < n_groups(b); g++)
-            b->x.steering[2 * h + g] = (struct steering){gate, due(b, h, g)};
+            b->x.steering[2 * h + g] =
+                (struct attn_steering){gate, due(b, h, g), 0, n_visited(b, h)};
     }
 }
 

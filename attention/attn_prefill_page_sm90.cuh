@@ -135,10 +135,53 @@ __device__ __forceinline__ bool vote(const struct consumer<D, GATE> &c, bool x)
     return bar_any(BAR_GROUP + c.group, GROUP_WARPS * 32, x);
 }
 
+/* 1 / x, nearly; x is not small. */
+__device__ __forceinline__ float reciprocal(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* What moves REL's gate at the page at hand: a kept one by gain, any by fall times what is due. See
+ * attn_steer_next. */
+struct steering {
+    float gain, fall;
+};
+
+/* And goes on to the next page. */
+template <int D, int GATE>
+__device__ __forceinline__ struct steering steering_now(struct consumer<D, GATE> &c)
+{
+    if (GATE != SM90_GATE_REL)
+        return {0.0f, 0.0f};
+    const float gain = fmaf(c.early, reciprocal(c.n), c.steady), left = c.end - c.n;
+    c.n += 1.0f;
+    return {gain, gain * reciprocal(left)};
+}
+
+template <int D, int GATE>
+__device__ __forceinline__ void steer_any(const struct consumer<D, GATE> &,
+                                          const struct steering &m, float &gate, float rest)
+{
+    if (GATE == SM90_GATE_REL)
+        gate -= m.fall * rest;
+}
+
+template <int D, int GATE>
+__device__ __forceinline__ void steer_kept(const struct consumer<D, GATE> &,
+                                           const struct steering &m, float &gate, float &rest)
+{
+    if (GATE == SM90_GATE_REL) {
+        gate += m.gain;
+        rest = fmaxf(rest - 1.0f, 0.0f);
+    }
+}
+
 /* QK of both halves; returns when the first half's scores are there. An open item asks for V now.
- */
+ * How REL's gate is to move is computed meanwhile. */
 template <int D, int DT, int GATE, int KIND>
-__device__ __forceinline__ void begin_page(const struct consumer<D, GATE> &c,
+__device__ __forceinline__ void begin_page(struct consumer<D, GATE> &c, struct steering &move,
                                            const CUtensorMap *map, float (&s0)[32], float (&s1)[32])
 {
     using L = smem_layout<D, GATE>;
@@ -151,6 +194,7 @@ __device__ __forceinline__ void begin_page(const struct consumer<D, GATE> &c,
     wgmma_fence();
     issue_qk<D, DT>(s0, q, k);
     issue_qk<D, DT>(s1, q + (HALF_M * 128 >> 4), k);
+    move = steering_now(c);
     wgmma_wait<1>();
     wgmma_pin(s0);
 }
@@ -170,15 +214,6 @@ half_wants(const struct consumer<D, GATE> &c, const struct sm90_args &a, const s
         page_max(pm, s);
     write_max(c, a, pm, half, at);
     return wants(c, st, pm, half, gate);
-}
-
-/* REL's gate after a page is kept; what every decision takes off it is taken off elsewhere. See
- * attn_steer_next. */
-template <int D, int GATE>
-__device__ __forceinline__ void steer_kept(const struct consumer<D, GATE> &c, float &gate)
-{
-    if (GATE == SM90_GATE_REL)
-        gate += __int_as_float(ITEM_FIELD(c, steer));
 }
 
 /* The exponentials of one half once more, after its maxima. No products may be in flight. */
@@ -268,7 +303,8 @@ __device__ __forceinline__ void plain_page(struct consumer<D, GATE> &c, const CU
     constexpr bool gated = GATE != SM90_GATE_NONE && (KIND & ~SPLIT) != OPEN;
     float s0[32], s1[32];
     uint32_t p0[16];
-    begin_page<D, DT, GATE, KIND>(c, map, s0, s1);
+    struct steering move;
+    begin_page<D, DT, GATE, KIND>(c, move, map, s0, s1);
     if (gated) {
         float pm0[2], pm1[2];
         const bool first = half_wants<D, GATE, KIND>(c, a, st[0], s0, pm0, 0, at, c.gate);
@@ -276,14 +312,13 @@ __device__ __forceinline__ void plain_page(struct consumer<D, GATE> &c, const CU
         wgmma_pin(s1);
         const bool second = half_wants<D, GATE, KIND>(c, a, st[1], s1, pm1, 1, at, c.gate);
         const bool keep = vote(c, first | second);
-        if (GATE == SM90_GATE_REL)
-            c.gate -= c.fall;
+        steer_any(c, move, c.gate, c.rest);
         if (all_of(keep))
             request_v(c, map);
         release_k(c);
         if (all_of(!keep))
             return;
-        steer_kept(c, c.gate);
+        steer_kept(c, move, c.gate, c.rest);
         raise_tops(c, st[0], pm0);
         raise_tops(c, st[1], pm1);
         half_exp<D, DT>(p0, s0, st[0], o0, a);
@@ -303,27 +338,26 @@ __device__ __forceinline__ void split_page(struct consumer<D, GATE> &c, const CU
                                            float (&o0)[D / 2], float (&o1)[D / 2], int at)
 {
     float s0[32], s1[32], pm[2];
-    begin_page<D, DT, GATE, KIND | SPLIT>(c, map, s0, s1);
+    struct steering move;
+    begin_page<D, DT, GATE, KIND | SPLIT>(c, move, map, s0, s1);
     const bool keep0 = vote(c, half_wants<D, GATE, KIND>(c, a, st[0], s0, pm, 0, at, c.gate));
-    if (GATE == SM90_GATE_REL)
-        c.gate -= c.fall;
+    steer_any(c, move, c.gate, c.rest);
     wgmma_wait<0>();
     wgmma_pin(s1);
     if (all_of(keep0)) {
         request_v(c, map);
         raise_tops(c, st[0], pm);
-        steer_kept(c, c.gate);
+        steer_kept(c, move, c.gate, c.rest);
     }
     const float gate1 = GATE == SM90_GATE_REL ? c.gate1 : c.gate;
     const bool keep1 = vote(c, half_wants<D, GATE, KIND>(c, a, st[1], s1, pm, 1, at, gate1));
-    if (GATE == SM90_GATE_REL)
-        c.gate1 -= c.fall1;
+    steer_any(c, move, c.gate1, c.rest1);
     if (all_of(keep1 && !keep0))
         request_v(c, map);
     release_k(c);
     if (all_of(keep1)) {
         raise_tops(c, st[1], pm);
-        steer_kept(c, c.gate1);
+        steer_kept(c, move, c.gate1, c.rest1);
     }
     if (all_of(!keep0 && !keep1))
         return;

@@ -27,8 +27,11 @@ struct consumer {
     int group;  /* 0 or 1: the item */
     float gate; /* REL moves it, by halves where they decide apart: then gate1 is the second's */
     float gate1;
-    float fall, fall1; /* what a decision takes off them */
-    int kept;          /* (page, row group) units of the item */
+    /* How (attn_steer.h): the gain's parts, 0 if it stays; pages still due of either; the page that
+     * is decided next, from 1, and one more than the last. In registers, for a page: a
+     * shared-memory read of them costs 2% of a prompt. */
+    float steady, early, rest, rest1, n, end;
+    int kept; /* (page, row group) units of the item */
     /* Bit 2 i + r: row r of half i belongs to the chunk; from bit 8 on the thread of the group. */
     int bits;
     struct ring<L::k_slots> k;

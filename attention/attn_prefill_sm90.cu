@@ -34,30 +34,35 @@
 
 /* ---- a tile ---- */
 
-/* What each decision takes off REL's gate (attn_steer.h), and a threshold in its place. They come
+/* How REL's gate is steered and to what (attn_steer.h), and a threshold in its place. They come
  * from global memory here, once an item: the loading warps have no registers left for it. */
 template <int D, int GATE>
 __device__ __forceinline__ void take_steering(struct consumer<D, GATE> &c,
                                               const struct sm90_args &a)
 {
-    c.gate1 = c.gate;
-    c.fall = c.fall1 = 0.0f;
     const float steer = __int_as_float(ITEM_FIELD(c, steer));
+    const int n_off = ITEM_FIELD(c, n_off), absolute = ITEM_FIELD(c, is_absolute);
+    c.gate1 = c.gate;
+    c.steady = attn_steer_steady(steer, absolute);
+    c.early = attn_steer_early(steer, absolute);
+    c.rest = c.rest1 = 0.0f;
+    c.n = 1.0f;
+    c.end = (float)(n_off + 1);
     if (!all_of(steer > 0.0f))
         return;
     const struct sm90_seq *s = a.seqs + TILE_FIELD(c, seq);
     const int head = ITEM_FIELD(c, head), block = ITEM_FIELD(c, block);
-    const int n_off = ITEM_FIELD(c, n_off), n_diag = ITEM_FIELD(c, n_diag);
+    const int n_diag = ITEM_FIELD(c, n_diag);
     const float *keep = s->keep + head;
-    if (all_of(ITEM_FIELD(c, is_absolute))) {
+    if (all_of(absolute)) {
         const float *t = s->t + head * a.t_head_stride + min(block + 1, a.t_blocks) - 1;
         c.gate = c.gate1 = *t * a.inv_scale;
-        c.fall = c.fall1 = steer * attn_steer_share(s->blend * *keep, n_off);
+        c.rest = c.rest1 = attn_steer_due(s->blend * *keep, n_off);
         return;
     }
     const float density = (1.0f - s->blend) * keep[0] + s->blend * keep[a.keep_level_stride];
-    c.fall1 = steer * attn_steer_due(density, 2 * block, n_diag, n_off);
-    c.fall = steer * attn_steer_due(density, 2 * block, ITEM_FIELD(c, rows64) ? 1 : n_diag, n_off);
+    c.rest1 = attn_steer_due_of(density, 2 * block, n_diag, n_off);
+    c.rest = attn_steer_due_of(density, 2 * block, ITEM_FIELD(c, rows64) ? 1 : n_diag, n_off);
 }
 
 template <int D, int GATE>

@@ -3,14 +3,18 @@
  * sequence's gate is, and moves its own after every decision, in the order of its walk, so that at
  * its end it has kept what its head is due:
  *
- *   kept:    gate += steer (1 - d)          the gate is ln(lambda) of REL, the threshold of ABS
- *   skipped: gate -= steer d
+ *   kept:    gate += gain (1 - rest / left)     the gate is ln(lambda) of REL, the threshold of ABS
+ *   skipped: gate -= gain rest / left
  *
- * d is the share due of the pages before the diagonal. REL: of the head's density times the
- * reachable pages, what the diagonal pages leave, which are kept in any case. ABS: the pages of the
- * head at its level, times blend. While kept / decided is d the steps cancel; a group that is n
- * pages ahead of that stands n steer above where it started. The CPU kernel decides by these
- * functions; Hopper's takes d from them and adds in its own places, so gates differ by rounding. */
+ * left are the pages before the diagonal that are still to be decided, this one among them, rest is
+ * what is still due of them. So what was kept too much at the beginning is taken off the pages that
+ * follow. Due before the first: REL, of the head's density times the reachable pages, what the
+ * diagonal pages leave, which are kept in any case; ABS, the pages of the head at its level, times
+ * blend. Lambdas begin near where they end, and the gain is steer. Thresholds begin up to several
+ * units off: after n decisions their gain is steer (1/2 + 4 / (n + 1)).
+ *
+ * The CPU kernel decides by these functions; Hopper's adds the same in its own places, so gates
+ * differ by rounding. */
 #ifndef ATTENTION_ATTN_STEER_H
 #define ATTENTION_ATTN_STEER_H
 
@@ -22,18 +26,28 @@
 #    define ATTN_STEER_FN static inline
 #endif
 
-/* d: `pages` of n_visited before the diagonal. */
-ATTN_STEER_FN float attn_steer_share(float pages, int n_visited)
+/* The gain is steady + early / (n + 1). */
+ATTN_STEER_FN float attn_steer_steady(float steer, int is_absolute)
+{
+    return is_absolute ? 0.5f * steer : steer;
+}
+ATTN_STEER_FN float attn_steer_early(float steer, int is_absolute)
+{
+    return is_absolute ? 4.0f * steer : 0.0f;
+}
+
+/* Pages due, of n_visited before the diagonal. */
+ATTN_STEER_FN float attn_steer_due(float pages, int n_visited)
 {
     if (!(pages > 0.0f))
         return 0.0f;
-    return pages < (float)n_visited ? pages / (float)n_visited : 1.0f;
+    return pages < (float)n_visited ? pages : (float)n_visited;
 }
 
 /* The same of a density of n_before reachable pages and n_diag diagonal ones. */
-ATTN_STEER_FN float attn_steer_due(float density, int n_before, int n_diag, int n_visited)
+ATTN_STEER_FN float attn_steer_due_of(float density, int n_before, int n_diag, int n_visited)
 {
-    return attn_steer_share(density * (float)(n_before + n_diag) - (float)n_diag, n_visited);
+    return attn_steer_due(density * (float)(n_before + n_diag) - (float)n_diag, n_visited);
 }
 
 /* Where steering REL is to begin, by the lambda that is right on the mean: half a page ahead, since
@@ -44,10 +58,21 @@ static inline double attn_steer_start(double ln_lambda, double steer)
     return start < ATTN_REL_LN_MAX ? start : ATTN_REL_LN_MAX;
 }
 
-/* The gate after a decision. */
-static inline float attn_steer_next(float gate, float steer, float due, int kept)
+/* A group of a steered sequence. */
+struct attn_steering {
+    float gate, rest;
+    int n, n_visited; /* decisions so far, and in all */
+};
+
+/* After a decision; is_absolute: of ABS. */
+static inline void attn_steer_next(struct attn_steering *s, float steer, int is_absolute, int kept)
 {
-    return gate + steer * ((kept ? 1.0f : 0.0f) - due);
+    const float early = attn_steer_early(steer, is_absolute) / (float)(s->n + 1);
+    const float gain = attn_steer_steady(steer, is_absolute) + early;
+    s->gate += gain * ((kept ? 1.0f : 0.0f) - s->rest / (float)(s->n_visited - s->n));
+    if (kept)
+        s->rest = s->rest > 1.0f ? s->rest - 1.0f : 0.0f;
+    s->n++;
 }
 
 #endif

@@ -47,27 +47,6 @@ serve() { # serve NAME OPTIONS...
 
 "$bin/sluice" eval --print samples.jsonl --tokens "$model/tokens.json" --set calibrate --tasks "${CALIBRATE:-niah}" --samples "${CALIBRATE_SAMPLES:-2}" \
     --lengths "${CALIBRATE_LENGTH:-32k}"
-case " ${POLICIES:-budget=} " in *" budget="*)
-    # A k a head comes from page masses, which the CPU alone computes: shorter prompts, whose last thresholds serve beyond them.
-    "$bin/sluice" eval --print short.jsonl --tokens "$model/tokens.json" --set calibrate --tasks "${CALIBRATE:-niah}" \
-        --samples "${CALIBRATE_SAMPLES:-2}" --lengths "${BUDGET_LENGTH:-8k}"
-    calibrate_on short.jsonl budget --device cpu --budget "$densities" &
-    budget=$!
-    ;;
-esac
-begin=$SECONDS
-calibrate mean --density "$densities"
-calibrate quantile --density "$densities" --aggregate quantile
-calibrate rows64 --density "$densities" --gate-rows 64
-calibrate smooth --density "$densities" --smooth
-calibrate second --density "$densities" --second-pass
-calibrate rel --density "$densities" --rel 8
-echo "six calibrations on $(wc -l <"samples.jsonl") samples: $((SECONDS - begin)) s"
-if [ -n "${budget:-}" ]; then
-    wait "$budget"
-    echo "with the budget's: $((SECONDS - begin)) s"
-fi
-
 policies=
 names=
 for p in ${POLICIES:-mean=abs~0.5 mean=abs~0.25 quantile=abs~0.15 rows64=abs~0.25 smooth=abs~0.25 second=abs~0.25 budget=abs~0.25 \
@@ -75,7 +54,33 @@ for p in ${POLICIES:-mean=abs~0.5 mean=abs~0.25 quantile=abs~0.15 rows64=abs~0.2
     names+=" ${p%%=*}"
     policies+=${policies:+,}${p#*=}@unix:${p%%=*}.sock
 done
-for name in $(tr ' ' '\n' <<<"$names" | sort -u); do
+names=$(tr ' ' '\n' <<<"${names# }" | sort -u)
+
+begin=$SECONDS
+for name in $(for n in $names; do echo "${n%-*}"; done | sort -u); do
+    case $name in
+    mean) calibrate mean --density "$densities" ;;
+    quantile) calibrate quantile --density "$densities" --aggregate quantile ;;
+    rows64) calibrate rows64 --density "$densities" --gate-rows 64 ;;
+    smooth) calibrate smooth --density "$densities" --smooth ;;
+    second) calibrate second --density "$densities" --second-pass ;;
+    rel) calibrate rel --density "$densities" --rel 8 ;;
+    budget)
+        # A k a head comes from page masses, which the CPU alone computes: shorter prompts, whose last thresholds serve beyond them.
+        "$bin/sluice" eval --print short.jsonl --tokens "$model/tokens.json" --set calibrate --tasks "${CALIBRATE:-niah}" \
+            --samples "${CALIBRATE_SAMPLES:-2}" --lengths "${BUDGET_LENGTH:-8k}"
+        calibrate_on short.jsonl budget --device cpu --budget "$densities"
+        ;;
+    window) ;;
+    *)
+        echo "POLICIES: no such file: $name" >&2
+        exit 2
+        ;;
+    esac
+done
+echo "calibrated on $(wc -l <"samples.jsonl") samples: $((SECONDS - begin)) s"
+
+for name in $names; do
     if [ "$name" = window ]; then
         serve window --window "1:${WINDOW:-66}"
     elif [ "$name" != "${name%-*}" ]; then
@@ -84,12 +89,11 @@ for name in $(tr ' ' '\n' <<<"$names" | sort -u); do
         serve "$name" --thresholds "$name.safetensors"
     fi
 done
-for name in $(tr ' ' '\n' <<<"$names" | sort -u); do
+for name in $names; do
     timeout 60 bash -c "until '$bin/sluice' health --connect 'unix:$name.sock' >/dev/null 2>&1; do sleep .2; done" ||
         { tail -n 5 "$name.log"; exit 1; }
 done
-first=${names# }
-"$bin/sluice" eval --connect "unix:${first%% *}.sock" --tokens "$model/tokens.json" --tasks "${TASKS:-vt,cwe,fwe,qa}" \
+"$bin/sluice" eval --connect "unix:${names%%$'\n'*}.sock" --tokens "$model/tokens.json" --tasks "${TASKS:-vt,cwe,fwe,qa}" \
     --lengths "${LENGTHS:-8k,16k,32k}" --samples "${SAMPLES:-200}" --seed "${SEED:-0}" --round "${ROUND:-40}" --concurrency 32 \
     --limit "${LIMIT:-470s}" --policy "$policies" --json "$out/accuracy.json" --out "$out/accuracy.jsonl" >"$out/accuracy.txt"
 tail -n "${TAIL:-60}" "$out/accuracy.txt"

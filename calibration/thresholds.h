@@ -114,8 +114,8 @@ const struct attn_thresholds *thresholds_view(const struct thresholds *t);
 const struct attn_thresholds *thresholds_decode_view(const struct thresholds *t);
 /* Pages that heads keep at the levels, [S, L, H, 1]: what ABS is steered to. */
 const struct attn_thresholds *thresholds_pages_view(const struct thresholds *t);
-/* Steers a sequence of a level by abs->steer to a density of its n_tokens: sets blend, by which the
- * level's pages come to it, half a page less, since a group keeps a page before it is due. */
+/* Steers a sequence of a level by abs->steer to a density of its n_tokens, or, density 0, to the
+ * level's own pages: sets blend, by which the level's pages come to it. */
 void thresholds_abs_steer(const struct thresholds *t, double density, int64_t n_tokens,
                           struct batch_policy *abs);
 /* What REL of 128 or 64 rows is steered to; t == NULL: the file has none. */

@@ -135,6 +135,10 @@ void thresholds_abs_steer(const struct thresholds *t, double density, int64_t n_
         const double level = thresholds_level_density(t, abs->level, n_tokens);
         of_level = thresholds_k_for_density(level < 1 ? level : 1, n_tokens, rows);
     }
-    const int32_t wanted = thresholds_k_for_density(density, n_tokens, rows);
+    if (!(density > 0)) {
+        abs->blend = 1;
+        return;
+    }
+    const int32_t wanted = thresholds_k_for_density(density, n_tokens, rows); /* or a part less */
     abs->blend = (float)((wanted - 0.5) / of_level);
 }

@@ -38,8 +38,9 @@ struct engine_policy {
     const void *thresholds; /* borrowed */
     double (*ln_lambda)(const void *rel, double density, int64_t n_tokens);
     const void *rel_128, *rel_64; /* borrowed; NULL: not calibrated */
-    /* A density is steered to by this much (struct attn_choice), above 0, where the thresholds know
-     * what heads are due: that fills in a policy of either gate. */
+    /* Gates are steered by this much (struct attn_choice), above 0, where the thresholds know what
+     * heads are due, to a density or, of ABS, without one (0) to the pages of the level: that fills
+     * in a policy of either gate. */
     double steer;
     bool (*steered)(const void *thresholds, double density, int64_t n_tokens,
                     struct batch_policy *policy);

@@ -55,7 +55,7 @@ static int32_t level_for(const struct engine_policy *p, double density, int32_t 
     return i;
 }
 
-/* Holds a policy to a density, where that can be. */
+/* Holds a policy to a density, ABS without one to its level's pages, where that can be. */
 static void steer(const struct engine_policy *p, double density, int32_t n_tokens,
                   struct batch_policy *out)
 {
@@ -86,8 +86,7 @@ static int choose_abs(const struct engine_policy *p, const struct ipc_sparse *s,
                        p->gate_rows, s->gate_rows);
     *out = (struct batch_policy){
         .gate = BATCH_ABS, .gate_rows = (uint8_t)p->gate_rows, .level = (int16_t)level};
-    if (s->density > 0)
-        steer(p, s->density, n_tokens, out);
+    steer(p, s->density, n_tokens, out);
     return 0;
 }
 

@@ -14,7 +14,8 @@ struct unit {
     int pos, end; /* absolute positions [pos, end) */
     bool prompt;
     double gate;    /* ln(lambda) of REL or the threshold of ABS, as it stands */
-    double due;     /* share of the pages before the diagonal that it is steered to */
+    double due;     /* pages before the diagonal that it is steered to, less those it kept */
+    int n_open, n;  /* such pages in all, and those decided */
     bool *kept;     /* [pages] */
     double *k, *v;  /* [tokens, head_dim] */
     double *scores; /* [end - pos, end] */
@@ -144,7 +145,16 @@ static int first_own_page(const struct unit *u)
 /* After a decision. */
 static bool steer(struct unit *u, bool keep)
 {
-    u->gate += (double)u->s->choice.steer * ((keep ? 1 : 0) - u->due);
+    const struct attn_choice *c = &u->s->choice;
+    const double steer = (double)c->steer;
+    if (!(steer > 0))
+        return keep;
+    u->n++;
+    const double gain = c->gate == ATTN_GATE_ABS ? steer * (0.5 + 4.0 / u->n) : steer;
+    const double share = u->due / (u->n_open - u->n + 1);
+    u->gate += keep ? gain * (1 - share) : -gain * share;
+    if (keep)
+        u->due = fmax(u->due - 1, 0);
     return keep;
 }
 
@@ -187,14 +197,14 @@ static void begin(struct unit *u)
     const struct attn_choice *c = &u->s->choice;
     const struct attn_thresholds *t = c->gate_rows == 64 ? &u->policy->rel_64 : &u->policy->rel_128;
     const int diag = u->pos / KV_BLOCK_TOKENS * 2, reach = (u->end - 1) / KV_PAGE_TOKENS + 1;
-    int candidates = 0;
     const bool absolute = c->gate == ATTN_GATE_ABS;
     u->gate = absolute ? threshold_of(u, &u->policy->abs, c->level) : (double)c->ln_lambda;
     u->due = 0;
+    u->n_open = u->n = 0;
     if (c->gate == ATTN_GATE_NONE || !(c->steer > 0))
         return;
     for (int j = 0; j < diag; j++)
-        candidates += visited(u, j);
+        u->n_open += visited(u, j);
     double spend;
     if (absolute) {
         spend = (double)c->blend * density_of(u, &u->policy->abs_pages, c->level);
@@ -202,8 +212,7 @@ static void begin(struct unit *u)
         const double from = density_of(u, t, c->level), to = density_of(u, t, c->level + 1);
         spend = (from + (double)c->blend * (to - from)) * reach - (reach - diag);
     }
-    u->due = spend <= 0 || candidates == 0 ? 0 : spend / candidates;
-    u->due = u->due > 1 ? 1 : u->due;
+    u->due = fmin(fmax(spend, 0), u->n_open);
 }
 
 /* Pages in the policy's order into list; returns how many. */

@@ -1,6 +1,7 @@
 /* Checks of the Hopper prefill kernel against double precision, on the device.
  * test_attn_sm90 [quick|least|turns]: reduced sets for compute-sanitizer; least for racecheck,
  * under which waiting is slow. Exit status 77: no device. */
+#include "attention/attn_steer.h"
 #include "tests/attn_sm90_harness.h"
 
 static int failures;
@@ -488,36 +489,35 @@ static void rel_scores(struct rel_case *c, int head, int block, int rows, float 
     }
 }
 
-/* Share of the pages before the diagonal that a row group is steered to. */
+/* Pages before the diagonal that a row group is steered to. */
 static float rel_due(const struct rel_case *c, int head, int block, int n_diag)
 {
     if (c->absolute)
-        return block == 0 ? 0 : fminf(c->density[0][head] / 4 / (float)(2 * block), 1);
+        return attn_steer_due(c->density[0][head] / 4, 2 * block);
     const float density = c->density[0][head] * 0.75f + c->density[1][head] * 0.25f;
-    const float spend = density * (float)(2 * block + n_diag) - (float)n_diag;
-    return block == 0 || spend <= 0 ? 0 : fminf(spend / (float)(2 * block), 1);
+    return attn_steer_due_of(density, 2 * block, n_diag, 2 * block);
 }
 
 /* The gate over one query block, page by page in the default order; returns (page, group) kept. */
 static uint64_t rel_block(struct rel_case *c, int head, int block, uint8_t *keep)
 {
     const int rows = REL_N - block * 128 < 128 ? REL_N - block * 128 : 128;
-    const int two = c->rows64 && rows > 64;
+    const int two = c->rows64 && rows > 64, n = 2 * block;
     uint64_t kept = two ? 3 : rows > 64 ? 2 : 1;
-    float m[128], ln[2] = {c->ln_lambda, c->ln_lambda};
-    const float due[2] = {rel_due(c, head, block, c->rows64 || rows <= 64 ? 1 : 2),
-                          rel_due(c, head, block, 2)};
+    float m[128];
+    struct attn_steering at[2] = {{c->ln_lambda, rel_due(c, head, block, 2), 0, n}};
+    at[1] = at[0];
+    at[0].rest = rel_due(c, head, block, c->rows64 || rows <= 64 ? 1 : 2);
     rel_scores(c, head, block, rows, m);
-    for (int i = 0; i < 2 * block; i++) {
-        int page = i == 0 ? 0 : 2 * block - i;
+    for (int i = 0, page = 0; i < n; page = n - ++i) {
         int yes[2] = {0, 0};
         for (int r = 0; r < rows; r++)
             yes[r / 64] |= !(c->score[r * REL_PAGES + page] <
-                             (c->absolute ? 0 : m[r]) + ln[c->rows64 && r >= 64]);
+                             (c->absolute ? 0 : m[r]) + at[c->rows64 && r >= 64].gate);
         if (!c->rows64)
             yes[0] = yes[1] = yes[0] | yes[1];
         for (int g = 0; g < 2; g++)
-            ln[g] += c->steer * ((float)yes[g] - due[g]);
+            attn_steer_next(&at[g], c->steer, c->absolute, yes[g]);
         for (int r = 0; r < rows; r++)
             if (yes[r / 64])
                 m[r] = fmaxf(m[r], c->score[r * REL_PAGES + page]);
