@@ -297,7 +297,14 @@ static int32_t n_visited(const struct block *b, int32_t h)
     return p->sink_pages + p->local_pages;
 }
 
-/* How many of those group g is due, if it is steered. */
+/* The pages of a head at the sequence's level, that ABS is steered by. */
+static float level_pages(const struct block *b, int32_t head)
+{
+    return attn_threshold(&b->job->policy->abs_pages, b->seq->choice.level, b->job->p->layer, head,
+                          0);
+}
+
+/* How many of those group g of a steered sequence is due. */
 static float due(const struct block *b, int32_t h, int32_t g)
 {
     const struct attn_choice *c = &b->seq->choice;
@@ -305,27 +312,40 @@ static float due(const struct block *b, int32_t h, int32_t g)
     const struct attn_thresholds *t = c->gate_rows == KV_BLOCK_TOKENS ? &p->rel_128 : &p->rel_64;
     const int32_t head = b->task->head + h, layer = b->job->p->layer;
     const int32_t last = (b->task->pos + group_end(b, g) - 1) / KV_PAGE_TOKENS;
-    if (!(c->steer > 0.0f))
-        return 0.0f;
     if (b->gate == ATTN_GATE_ABS)
-        return attn_steer_due(c->blend * attn_threshold(&p->abs_pages, c->level, layer, head, 0),
-                              n_visited(b, h));
+        return attn_steer_due(c->blend * level_pages(b, head), n_visited(b, h));
     const float density = (1.0f - c->blend) * attn_threshold(t, c->level, layer, head, 0) +
                           c->blend * attn_threshold(t, c->level + 1, layer, head, 0);
     return attn_steer_due_of(density, b->diag, last + 1 - b->diag, n_visited(b, h));
 }
 
-/* Where the gates of prompt rows begin. */
-static void start_gates(struct block *b)
+/* Where a head's gate begins. */
+static float first_gate(const struct block *b, int32_t h)
 {
     const struct attn_choice *c = &b->seq->choice;
+    const struct attn_thresholds *t = &b->job->policy->abs;
+    const int32_t head = b->task->head + h, block = b->task->pos / KV_BLOCK_TOKENS;
+    if (b->gate != ATTN_GATE_ABS)
+        return c->ln_lambda;
+    if (!(c->steer > 0.0f))
+        return threshold(b, t, c->level, h);
+    return attn_threshold(t, c->level, b->job->p->layer, head,
+                          attn_steer_row(block, level_pages(b, head), t->n_blocks));
+}
+
+/* Of prompt rows. */
+static void start_gates(struct block *b)
+{
     for (int32_t h = 0; h < b->task->n_heads; h++) {
-        const float gate = b->gate == ATTN_GATE_ABS
-                               ? threshold(b, &b->job->policy->abs, c->level, h)
-                               : c->ln_lambda;
-        for (int32_t g = 0; g < n_groups(b); g++)
-            b->x.steering[2 * h + g] =
-                (struct attn_steering){gate, due(b, h, g), 0, n_visited(b, h)};
+        for (int32_t g = 0; g < n_groups(b); g++) {
+            struct attn_steering *s = &b->x.steering[2 * h + g];
+            *s = (struct attn_steering){first_gate(b, h), 0, 0, n_visited(b, h)};
+            if (!(b->seq->choice.steer > 0.0f))
+                continue;
+            s->rest = due(b, h, g);
+            if (s->rest >= (float)s->n_visited)
+                s->gate = -INFINITY;
+        }
     }
 }
 

@@ -55,14 +55,16 @@ __device__ __forceinline__ void take_steering(struct consumer<D, GATE> &c,
     const int n_diag = ITEM_FIELD(c, n_diag);
     const float *keep = s->keep + head;
     if (all_of(absolute)) {
-        const float *t = s->t + head * a.t_head_stride + min(block + 1, a.t_blocks) - 1;
-        c.gate = c.gate1 = *t * a.inv_scale;
+        const float *t = s->t + head * a.t_head_stride;
+        c.gate = c.gate1 = t[attn_steer_row(block, *keep, a.t_blocks)] * a.inv_scale;
         c.rest = c.rest1 = attn_steer_due(s->blend * *keep, n_off);
-        return;
+    } else {
+        const float density = (1.0f - s->blend) * keep[0] + s->blend * keep[a.keep_level_stride];
+        c.rest1 = attn_steer_due_of(density, 2 * block, n_diag, n_off);
+        c.rest = attn_steer_due_of(density, 2 * block, ITEM_FIELD(c, rows64) ? 1 : n_diag, n_off);
     }
-    const float density = (1.0f - s->blend) * keep[0] + s->blend * keep[a.keep_level_stride];
-    c.rest1 = attn_steer_due_of(density, 2 * block, n_diag, n_off);
-    c.rest = attn_steer_due_of(density, 2 * block, ITEM_FIELD(c, rows64) ? 1 : n_diag, n_off);
+    c.gate = c.rest < (float)n_off ? c.gate : -INFINITY;
+    c.gate1 = c.rest1 < (float)n_off ? c.gate1 : -INFINITY;
 }
 
 template <int D, int GATE>

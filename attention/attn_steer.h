@@ -10,8 +10,9 @@
  * what is still due of them. So what was kept too much at the beginning is taken off the pages that
  * follow. Due before the first: REL, of the head's density times the reachable pages, what the
  * diagonal pages leave, which are kept in any case; ABS, the pages of the head at its level, times
- * blend. Lambdas begin near where they end, and the gain is steer. Thresholds begin up to several
- * units off: after n decisions their gain is steer (1/2 + 4 / (n + 1)).
+ * blend. A group that is due all its pages keeps them, without a gate. Lambdas begin near where
+ * they end, and the gain is steer. Thresholds begin up to several units off: after n decisions
+ * their gain is steer (1/2 + 4 / (n + 1)).
  *
  * The CPU kernel decides by these functions; Hopper's adds the same in its own places, so gates
  * differ by rounding. */
@@ -48,6 +49,14 @@ ATTN_STEER_FN float attn_steer_due(float pages, int n_visited)
 ATTN_STEER_FN float attn_steer_due_of(float density, int n_before, int n_diag, int n_visited)
 {
     return attn_steer_due(density * (float)(n_before + n_diag) - (float)n_diag, n_visited);
+}
+
+/* The row of thresholds that ABS begins with: of the group's block, but not of one that has no more
+ * than the level's pages, which is not gated (T = -inf), if less is due of it. */
+ATTN_STEER_FN int attn_steer_row(int block, float level_pages, int n_rows)
+{
+    const int first = (int)level_pages / 2 + 1, row = block < first ? first : block;
+    return row < n_rows ? row : n_rows - 1;
 }
 
 /* Where steering REL is to begin, by the lambda that is right on the mean: half a page ahead, since

@@ -124,10 +124,12 @@ static void note_margin(struct oracle *o, double value, double threshold)
         o->margin = d;
 }
 
-/* T of the unit's head and of the block that holds it. */
-static double threshold_of(const struct unit *u, const struct attn_thresholds *t, int level)
+/* T of the unit's head and of the block that holds it, or of a later one. */
+static double threshold_of(const struct unit *u, const struct attn_thresholds *t, int level,
+                           int least)
 {
     int block = u->pos / KV_BLOCK_TOKENS;
+    block = block < least ? least : block;
     int row = block < t->n_blocks ? block : t->n_blocks - 1;
     return (double)t->t[level * t->level_stride + u->p->layer * t->layer_stride +
                         u->head * t->head_stride + row];
@@ -164,7 +166,7 @@ static bool keeps(struct oracle *o, struct unit *u, const double *row_max, const
     const struct attn_choice *c = &u->s->choice;
     int rows = u->end - u->pos;
     if (!u->prompt && c->decode_gate == ATTN_GATE_ABS) {
-        double threshold = threshold_of(u, &u->policy->decode, c->decode_level);
+        double threshold = threshold_of(u, &u->policy->decode, c->decode_level, 0);
         note_margin(o, row_max[0], threshold);
         return !(row_max[0] < threshold);
     }
@@ -198,7 +200,7 @@ static void begin(struct unit *u)
     const struct attn_thresholds *t = c->gate_rows == 64 ? &u->policy->rel_64 : &u->policy->rel_128;
     const int diag = u->pos / KV_BLOCK_TOKENS * 2, reach = (u->end - 1) / KV_PAGE_TOKENS + 1;
     const bool absolute = c->gate == ATTN_GATE_ABS;
-    u->gate = absolute ? threshold_of(u, &u->policy->abs, c->level) : (double)c->ln_lambda;
+    u->gate = absolute ? threshold_of(u, &u->policy->abs, c->level, 0) : (double)c->ln_lambda;
     u->due = 0;
     u->n_open = u->n = 0;
     if (c->gate == ATTN_GATE_NONE || !(c->steer > 0))
@@ -213,6 +215,11 @@ static void begin(struct unit *u)
         spend = (from + (double)c->blend * (to - from)) * reach - (reach - diag);
     }
     u->due = fmin(fmax(spend, 0), u->n_open);
+    if (absolute)
+        u->gate = threshold_of(u, &u->policy->abs, c->level,
+                               (int)density_of(u, &u->policy->abs_pages, c->level) / 2 + 1);
+    if (u->due >= u->n_open)
+        u->gate = -INFINITY;
 }
 
 /* Pages in the policy's order into list; returns how many. */

@@ -621,7 +621,8 @@ static void rel_counts_are_the_gates_decisions(void **state)
     case_close(&t);
 }
 
-/* ABS too: thresholds that are far off, and pages that are met. */
+/* ABS too, at the gain that a daemon has: thresholds that are far off, and pages that are met; of
+ * short blocks, whose rows of the table are not gated, those too. */
 static void steering_reaches_the_pages(void **state)
 {
     enum { TOKENS = 4096, HEADS = 2, BLOCKS = TOKENS / 128 };
@@ -641,14 +642,18 @@ static void steering_reaches_the_pages(void **state)
                 want[h] += groups * fmin(pages, 2 * b) + (groups == 1 ? 2 : 3);
         }
         t.seqs[0].choice = (struct attn_choice){
-            .gate = ATTN_GATE_ABS, .gate_rows = groups == 1 ? 128 : 64, .steer = 2, .blend = 0.5f};
-        fill_thresholds(&t, i < 2 ? 1 : 4);
+            .gate = ATTN_GATE_ABS, .gate_rows = groups == 1 ? 128 : 64, .steer = 1, .blend = 0.5f};
+        case_thresholds(&t, 1, BLOCKS, 0, 0);
+        for (int b = 0; b < CASE_LAYERS * HEADS * BLOCKS; b++) {
+            const int pages = 8 + 16 * (b / BLOCKS % HEADS);
+            t.thresholds[b] = 2 * (b % BLOCKS) <= pages ? -INFINITY : i < 2 ? 1 : 4;
+        }
         case_run_whole(&t);
         for (int h = 0; h < HEADS; h++) {
             const double blocks = BLOCKS * groups;
             printf("# head %d kept %.2f pages more a group\n", h,
                    ((double)t.head_counts[h].kept - want[h]) / blocks);
-            assert_close((double)t.head_counts[h].kept, want[h], 2 * blocks, 0);
+            assert_close((double)t.head_counts[h].kept, want[h], 0.5 * blocks, 0);
         }
     }
     case_close(&t);
@@ -687,7 +692,7 @@ static void steering_reaches_the_density(void **state)
             const double got = (double)c->kept / (double)c->reachable;
             printf("# %d rows from %.1f: head %d kept %.3f\n", wide ? 128 : 64,
                    (double)starts[i / 2], h, got);
-            assert_close(got, 0.06 + 0.2 * h, 0.12, 0);
+            assert_close(got, 0.06 + 0.2 * h, i < 2 ? 0.11 : 0.04, 0);
         }
         case_reset(&t);
         for (int pos = 0; pos < TOKENS; pos += 512)

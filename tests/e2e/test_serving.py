@@ -121,6 +121,21 @@ class Answers(unittest.TestCase):
                 c.close()
         self.assertEqual(kept[0], kept[1])  # the first level: it is said to keep everything
 
+    def test_level_by_name(self):
+        """A level keeps its pages, block for block, whatever prompts calibrated; thresholds alone do not (--steer 0)."""
+        k, prompt = 16, prompts(4000)[2][0]
+        blocks = [(2 * (i // 128), min(2, (len(prompt) - i + 63) // 64)) for i in range(0, len(prompt), 128)]
+        level = sum(min(k, before) + own for before, own in blocks) / sum(before + own for before, own in blocks)
+        off = []
+        for steer in ("1", "0"):
+            with Daemon("--thresholds", os.path.join(NEEDLE, "thresholds.safetensors"), "--max-model-len", "8192", "--steer", steer) as daemon:
+                c = Client(daemon.path)
+                _, done = c.generate("k", prompt, sparse={0: ABS, 1: k}, max_tokens=1)
+                off.append(abs(done[13] / done[11] - level))
+                c.close()
+        self.assertLess(off[0], 0.01)
+        self.assertGreater(off[1], 0.03)
+
     def test_gated_decode(self):
         """Generated tokens have a gate of their own, counted apart; prompts are shared with requests that have none."""
         with open(os.path.join(NEEDLE, "thresholds.safetensors"), "rb") as f:
