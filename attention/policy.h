@@ -68,14 +68,14 @@ enum { ATTN_REL_LN_MAX = 30, ATTN_STEER_MAX = 100 };
  * Steered (steer > 0), each row group of each head begins at ln_lambda or its threshold and moves
  * its own by what it decides: see attn_steer.h. REL: toward the density of its head, which lies
  * between the steps level and level + 1 by blend. ABS: toward blend times the pages that its head
- * keeps at its level; decisions then depend on the order of pages. In either case on its own rows
- * and their pages alone, never on chunks or the batch. */
+ * keeps at its level (1: the level itself); decisions then depend on the order of pages. In either
+ * case on its own rows and their pages alone, never on chunks or the batch. */
 struct attn_choice {
     uint8_t gate; /* enum attn_gate */
     uint8_t gate_rows;
     int16_t level;
     float ln_lambda;
-    float steer;         /* by how much a page kept without being due raises the gate */
+    float steer;         /* how firmly: what a page kept without being due raises REL's gate by */
     float blend;         /* REL: 0 to 1; ABS: 0 or more */
     int16_t decode_gate; /* of generated rows: ATTN_GATE_NONE or ATTN_GATE_ABS */
     int16_t decode_level;

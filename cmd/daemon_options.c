@@ -22,8 +22,9 @@ static const struct conf_opt options[] = {
      "share of its pages that a generated token keeps where a request does not say, by thresholds "
      "of sluice-calibrate --decode-k; 0 and 1 are dense"},
     {"steer", CONF_FLOAT, AT(steer), "1", 0, 100, {0}, "X",
-     "how firmly a gate is held to a density that a request names: what a page kept beyond it adds "
-     "to ln(lambda) or to the threshold; 0 trusts what was calibrated"},
+     "how firmly a gate is held to the density that a request names or its level has: what a page "
+     "kept beyond it adds to ln(lambda), and near the end of a walk twice what it adds to the "
+     "threshold; 0 trusts what was calibrated"},
     {"window", CONF_TEXT, AT(window), NULL, 0, 0, {0}, "SINK:LOCAL",
      "streaming heads visit only the first SINK and the last LOCAL pages of 64 tokens"},
     {"window-heads", CONF_TEXT, AT(window_heads), NULL, 0, 0, {0}, "FILE",
