@@ -31,7 +31,7 @@ struct item_info {
     int32_t sink, local;
     int32_t rows64;
     float gate;          /* on raw scores. ABS: the threshold; REL: ln(lambda) */
-    float steer;         /* REL, likewise: what a kept page adds to it (attn_steer.h); 0: nothing */
+    float steer;         /* REL, likewise: how firmly it is held (attn_steer.h); 0: not at all */
     int32_t is_absolute; /* REL: the gate is a threshold */
     int32_t q_parity;    /* of the barrier of Q */
     /* Its pages in the tile's list: before each segment so many that are not for it, then `n` that

@@ -1,5 +1,5 @@
-/* Steering a gate to a share of pages. A fixed lambda, or fixed thresholds, keep two or three times
- * as many pages of one kind of prompt as of another. A steered row group starts where the
+/* Steering a gate to a number of pages. A fixed lambda, or fixed thresholds, keep two or three
+ * times as many pages of one kind of prompt as of another. A steered row group starts where the
  * sequence's gate is, and moves its own after every decision, in the order of its walk, so that at
  * its end it has kept what its head is due:
  *
@@ -51,8 +51,9 @@ ATTN_STEER_FN float attn_steer_due_of(float density, int n_before, int n_diag, i
     return attn_steer_due(density * (float)(n_before + n_diag) - (float)n_diag, n_visited);
 }
 
-/* The row of thresholds that ABS begins with: of the group's block, but not of one that has no more
- * than the level's pages, which is not gated (T = -inf), if less is due of it. */
+/* The row of thresholds that ABS begins with where less than all is due: of the group's block, or
+ * of the first that has more pages than the level, since rows before it are not gated (T = -inf). A
+ * table that ends before that leaves the sequence dense. */
 ATTN_STEER_FN int attn_steer_row(int block, float level_pages, int n_rows)
 {
     const int first = (int)level_pages / 2 + 1, row = block < first ? first : block;

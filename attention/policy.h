@@ -35,9 +35,9 @@ enum attn_gate {
     ATTN_GATE_REL
 };
 
-/* Order in which a query block walks its pages. ABS does not depend on it; REL does. A function of
- * the absolute block alone, never of chunks. The diagonal pages themselves are walked left to
- * right. */
+/* Order in which a query block walks its pages. ABS that is not steered does not depend on it; all
+ * else does. A function of the absolute block alone, never of chunks. The diagonal pages themselves
+ * are walked left to right. */
 enum attn_order {
     ATTN_ORDER_DIAG_SINK_R2L, /* diagonal, page 0, then right to left: the default */
     ATTN_ORDER_L2R            /* left to right, diagonal last: for comparison */
@@ -91,7 +91,7 @@ struct attn_policy {
                                          level; t == NULL: no ABS sequence is steered */
     /* What REL is steered to, by row groups of 128 and of 64 rows: f32 [n_levels, n_layers,
      * n_heads, 1], the shares of their reachable pages that heads keep at steps of lambda, falling
-     * from step to step on the mean. t == NULL: no sequence is steered. */
+     * from step to step on the mean. t == NULL: no REL sequence is steered. */
     struct attn_thresholds rel_128, rel_64;
     /* of generated rows, looked up as the others are: by the block that holds the position; t ==
      * NULL: they cannot be gated */

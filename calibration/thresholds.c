@@ -297,9 +297,10 @@ static int check_length(const struct reader *r, const struct attn_thresholds *v,
 static int check_k(const struct reader *r, const int32_t *k, int32_t n, const char *name)
 {
     for (int32_t i = 0; i < n; i++) {
-        if (k[i] < 1 || (i > 0 && k[i] <= k[i - 1])) {
-            return err_set(r->why, ERR_FORMAT, "%s: %s[%d] = %d: not positive and increasing",
-                           r->name, name, i, k[i]);
+        if (k[i] < 1 || k[i] > MAX_COUNT || (i > 0 && k[i] <= k[i - 1])) {
+            return err_set(r->why, ERR_FORMAT,
+                           "%s: %s[%d] = %d: not positive and increasing, or above %d", r->name,
+                           name, i, k[i], MAX_COUNT);
         }
     }
     return 0;
@@ -390,6 +391,8 @@ static uint64_t content_hash(const struct thresholds *t)
     const int32_t shape[] = {v->n_levels, v->n_layers, v->n_heads, v->n_blocks, t->meta.gate_rows};
     uint64_t h = hash_bytes(shape, sizeof shape, t->meta.model);
     h = hash_bytes(t->k, (size_t)v->n_levels * sizeof *t->k, h);
+    if (t->meta.head_k) /* what heads keep; else it follows from k */
+        h = hash_bytes(t->pages.t, (size_t)v->n_levels * (size_t)t->pages.level_stride * 4, h);
     h = hash_bytes(t->t, (size_t)v->n_levels * (size_t)v->level_stride * sizeof *t->t, h);
     for (int i = 0; i < 2 && t->rel[i].t; i++) {
         v = &t->rel[i];

@@ -130,14 +130,13 @@ void thresholds_abs_steer(const struct thresholds *t, double density, int64_t n_
                           struct batch_policy *abs)
 {
     const int32_t rows = thresholds_meta(t)->gate_rows;
+    abs->blend = 1;
+    if (!(density > 0))
+        return;
     int32_t n_levels, of_level = thresholds_k(t, &n_levels)[abs->level];
     if (thresholds_meta(t)->head_k) { /* the level's k is a name: what heads keep on the mean */
         const double level = thresholds_level_density(t, abs->level, n_tokens);
         of_level = thresholds_k_for_density(level < 1 ? level : 1, n_tokens, rows);
-    }
-    if (!(density > 0)) {
-        abs->blend = 1;
-        return;
     }
     const int32_t wanted = thresholds_k_for_density(density, n_tokens, rows); /* or a part less */
     abs->blend = (float)((wanted - 0.5) / of_level);

@@ -22,16 +22,16 @@ static const struct conf_opt options[] = {
      "share of its pages that a generated token keeps where a request does not say, by thresholds "
      "of sluice-calibrate --decode-k; 0 and 1 are dense"},
     {"steer", CONF_FLOAT, AT(steer), "1", 0, 100, {0}, "X",
-     "how firmly a gate is held to the density that a request names or its level has: what a page "
-     "kept beyond it adds to ln(lambda), and near the end of a walk twice what it adds to the "
-     "threshold; 0 trusts what was calibrated"},
+     "how firmly a gate is held to the density that a request names or its level has: REL's "
+     "ln(lambda) rises by so much with a page kept beyond it, ABS's threshold by half of it, and at "
+     "first by more; 0 trusts what was calibrated"},
     {"window", CONF_TEXT, AT(window), NULL, 0, 0, {0}, "SINK:LOCAL",
      "streaming heads visit only the first SINK and the last LOCAL pages of 64 tokens"},
     {"window-heads", CONF_TEXT, AT(window_heads), NULL, 0, 0, {0}, "FILE",
      "which heads stream: a line a layer, a number a KV or query head, below 0.5 streams "
      "(default: all)"},
     {"page-order", CONF_ENUM, AT(page_order), "diag-sink-r2l", 0, 0, {"diag-sink-r2l", "l2r"}, NULL,
-     "order in which a query block walks its pages; REL gates depend on it"},
+     "order in which a query block walks its pages; gates depend on it, but ABS with --steer 0"},
     {"random-weights", CONF_BOOL, AT(random_weights), "false", 0, 0, {0}, NULL,
      "read config.json only and draw the weights, for benches"},
     {"device", CONF_TEXT, AT(device), "auto", 0, 0, {0}, "DEVICE",

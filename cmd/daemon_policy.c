@@ -129,7 +129,7 @@ static int load_window(struct daemon_policy *p, const struct daemon_options *o,
     return 0;
 }
 
-/* What densities are steered to, where the file has it. */
+/* What gates are steered to, where the file has it. */
 static void load_steering(struct daemon_policy *p)
 {
     if (!p->thresholds)

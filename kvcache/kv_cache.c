@@ -152,11 +152,16 @@ struct walk {
     int32_t node;
 };
 
-/* Follows the chain over one more page of tokens if it is indexed. */
-static bool walk_page(struct kv_cache *kv, struct walk *w, const int32_t *tokens, bool *collision)
+static const int32_t *block_of(const int32_t *tokens, int32_t page)
 {
-    uint64_t hash = kv->prefix.hash(w->hash, tokens);
-    int32_t node = kv_prefix_find(&kv->prefix, w->node, w->hash, hash, tokens, collision);
+    return tokens + (size_t)(page / BLOCK_PAGES) * KV_BLOCK_TOKENS;
+}
+
+/* Follows the chain over one more page, of this block of tokens, if it is indexed. */
+static bool walk_page(struct kv_cache *kv, struct walk *w, const int32_t *block, bool *collision)
+{
+    uint64_t hash = kv_prefix_hash(&kv->prefix, w->hash, block);
+    int32_t node = kv_prefix_find(&kv->prefix, w->node, w->hash, hash, block, collision);
     if (node == KV_NODE_NONE)
         return false;
     *w = (struct walk){.hash = hash, .node = node};
@@ -179,7 +184,7 @@ int32_t kv_prefix_peek(struct kv_cache *kv, uint64_t seed, const int32_t *tokens
     struct walk w = {.hash = seed, .node = KV_NODE_NONE};
     int32_t most = max_hit_pages(kv, n_tokens), n = 0, n_free = 0, block_free = 0;
     bool collision;
-    while (n < most && walk_page(kv, &w, tokens + (size_t)n * KV_PAGE_TOKENS, &collision)) {
+    while (n < most && walk_page(kv, &w, block_of(tokens, n), &collision)) {
         block_free += kv_blocks_refs(&kv->blocks, kv->prefix.nodes[w.node].page) == 0;
         if (++n % BLOCK_PAGES == 0) { /* only whole blocks count */
             n_free += block_free;
@@ -206,7 +211,7 @@ int32_t kv_seq_attach(struct kv_cache *kv, int32_t slot, uint64_t seed, const in
     int32_t *row = table_row(kv, slot), most = max_hit_pages(kv, n_tokens), n = 0;
     bool collision = false;
     ASSERT(s->n_pages == 0);
-    while (n < most && walk_page(kv, &w, tokens + (size_t)n * KV_PAGE_TOKENS, &collision)) {
+    while (n < most && walk_page(kv, &w, block_of(tokens, n), &collision)) {
         row[n++] = kv->prefix.nodes[w.node].page;
         if (n % BLOCK_PAGES == 0)
             aligned = w;
@@ -256,11 +261,11 @@ static void forget_page(struct kv_cache *kv, int32_t page)
 }
 
 /* Indexes the page under the chain at w; false when its hash belongs to another content. */
-static bool publish_page(struct kv_cache *kv, struct walk *w, const int32_t *tokens, int32_t page)
+static bool publish_page(struct kv_cache *kv, struct walk *w, const int32_t *block, int32_t page)
 {
     struct walk up = *w;
     bool collision = false;
-    if (walk_page(kv, w, tokens, &collision)) {
+    if (walk_page(kv, w, block, &collision)) {
         int32_t first = kv->prefix.nodes[w->node].page;
         kv_prefix_join(&kv->prefix, w->node, page);
         if (kv_blocks_refs(&kv->blocks, first) == 0)
@@ -270,8 +275,8 @@ static bool publish_page(struct kv_cache *kv, struct walk *w, const int32_t *tok
     kv->stats.collisions += collision;
     if (collision)
         return false;
-    w->hash = kv->prefix.hash(up.hash, tokens);
-    w->node = kv_prefix_insert(&kv->prefix, up.node, up.hash, w->hash, tokens, page);
+    w->hash = kv_prefix_hash(&kv->prefix, up.hash, block);
+    w->node = kv_prefix_insert(&kv->prefix, up.node, up.hash, w->hash, block, page);
     return true;
 }
 
@@ -280,14 +285,14 @@ void kv_seq_publish(struct kv_cache *kv, int32_t slot, uint64_t seed, const int3
 {
     struct kv_slot *s = open_slot(kv, slot);
     const int32_t *row = table_row(kv, slot);
-    int32_t full = n_tokens / KV_PAGE_TOKENS;
+    int32_t full = n_tokens / KV_BLOCK_TOKENS * BLOCK_PAGES;
     struct walk w = {.hash = s->n_published ? s->hash : seed, .node = s->node};
     ASSERT(full <= s->n_pages);
     if (!kv->cfg.prefix_cache)
         return;
     while (s->n_published < full && !s->unindexable) {
         int32_t i = s->n_published;
-        if (publish_page(kv, &w, tokens + (size_t)i * KV_PAGE_TOKENS, row[i]))
+        if (publish_page(kv, &w, block_of(tokens, i), row[i]))
             s->n_published++;
         else
             s->unindexable = true;

@@ -64,9 +64,9 @@ int32_t kv_seq_attach(struct kv_cache *kv, int32_t slot, uint64_t seed, const in
 /* Makes the table cover n_tokens tokens. On ERR_NO_BLOCKS nothing has changed; ERR_TOO_LONG past
  * max_pages_per_seq. */
 MUST_CHECK int kv_seq_reserve(struct kv_cache *kv, int32_t slot, int32_t n_tokens);
-/* Tells that K/V of tokens[0, n_tokens) is computed: its full pages become findable. Call after the
- * step that wrote them succeeded; cheap when nothing new is full (it continues where the last call
- * on this slot stopped). */
+/* Tells that K/V of tokens[0, n_tokens) is computed: the pages of its whole query blocks become
+ * findable. Call after the step that wrote them succeeded; cheap when nothing new is full (it
+ * continues where the last call on this slot stopped). */
 void kv_seq_publish(struct kv_cache *kv, int32_t slot, uint64_t seed, const int32_t *tokens,
                     int32_t n_tokens);
 /* Drops all references, tail first, and closes the slot. */

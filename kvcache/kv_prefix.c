@@ -6,11 +6,16 @@
 #include <errno.h>
 #include <string.h>
 
-static const size_t page_token_bytes = KV_PAGE_TOKENS * sizeof(int32_t);
+static const size_t block_bytes = KV_BLOCK_TOKENS * sizeof(int32_t);
 
 static uint64_t hash_default(uint64_t parent, const int32_t *tokens)
 {
-    return hash_bytes(tokens, page_token_bytes, parent);
+    return hash_bytes(tokens, KV_PAGE_TOKENS * sizeof *tokens, parent);
+}
+
+uint64_t kv_prefix_hash(const struct kv_prefix *p, uint64_t parent_hash, const int32_t *block)
+{
+    return p->hash(p->hash(parent_hash, block), block + KV_PAGE_TOKENS);
 }
 
 int kv_prefix_init(struct kv_prefix *p, int32_t n_pages, kv_hash_fn hash)
@@ -21,7 +26,7 @@ int kv_prefix_init(struct kv_prefix *p, int32_t n_pages, kv_hash_fn hash)
         slots *= 2;
     *p = (struct kv_prefix){.hash = hash ? hash : hash_default,
                             .nodes = mem_try_aligned(n, sizeof *p->nodes),
-                            .tokens = mem_try_aligned(n, page_token_bytes),
+                            .tokens = mem_try_aligned(n, block_bytes),
                             .spare = mem_try_aligned(n, sizeof *p->spare),
                             .pages = mem_try_aligned(n, sizeof *p->pages),
                             .table = mem_try_aligned(slots, sizeof *p->table),
@@ -52,7 +57,7 @@ void kv_prefix_deinit(struct kv_prefix *p)
 
 static const int32_t *node_tokens(const struct kv_prefix *p, int32_t node)
 {
-    return p->tokens + (size_t)node * KV_PAGE_TOKENS;
+    return p->tokens + (size_t)node * KV_BLOCK_TOKENS;
 }
 
 /* The table slot of the node with this hash, or the empty slot where it belongs. */
@@ -65,7 +70,7 @@ static uint64_t probe(const struct kv_prefix *p, uint64_t hash)
 }
 
 int32_t kv_prefix_find(const struct kv_prefix *p, int32_t parent, uint64_t parent_hash,
-                       uint64_t hash, const int32_t *tokens, bool *collision)
+                       uint64_t hash, const int32_t *block, bool *collision)
 {
     int32_t node = p->table[probe(p, hash)];
     *collision = false;
@@ -73,14 +78,14 @@ int32_t kv_prefix_find(const struct kv_prefix *p, int32_t parent, uint64_t paren
         return KV_NODE_NONE;
     const struct kv_node *n = &p->nodes[node];
     if (n->parent == parent && n->parent_hash == parent_hash &&
-        memcmp(node_tokens(p, node), tokens, page_token_bytes) == 0)
+        memcmp(node_tokens(p, node), block, block_bytes) == 0)
         return node;
     *collision = true;
     return KV_NODE_NONE;
 }
 
 int32_t kv_prefix_insert(struct kv_prefix *p, int32_t parent, uint64_t parent_hash, uint64_t hash,
-                         const int32_t *tokens, int32_t page)
+                         const int32_t *block, int32_t page)
 {
     uint64_t slot = probe(p, hash);
     ASSERT(p->table[slot] == KV_NODE_NONE && p->pages[page].node == KV_NODE_NONE);
@@ -88,7 +93,7 @@ int32_t kv_prefix_insert(struct kv_prefix *p, int32_t parent, uint64_t parent_ha
     int32_t node = p->spare[p->n_pages - 1 - p->n_nodes++];
     p->nodes[node] =
         (struct kv_node){.hash = hash, .parent_hash = parent_hash, .parent = parent, .page = page};
-    memcpy(p->tokens + (size_t)node * KV_PAGE_TOKENS, tokens, page_token_bytes);
+    memcpy(p->tokens + (size_t)node * KV_BLOCK_TOKENS, block, block_bytes);
     p->table[slot] = node;
     p->pages[page] = (struct kv_page_link){.node = node, .next = page, .prev = page};
     if (parent != KV_NODE_NONE)
@@ -157,7 +162,7 @@ static int check_node(const struct kv_prefix *p, uint64_t slot, int32_t *childre
     const struct kv_node *n = &p->nodes[node];
     if (probe(p, n->hash) != slot)
         return err_set(why, ERR_INTERNAL, "index: node %d is not reachable from its hash", node);
-    if (p->hash(n->parent_hash, node_tokens(p, node)) != n->hash)
+    if (kv_prefix_hash(p, n->parent_hash, node_tokens(p, node)) != n->hash)
         return err_set(why, ERR_INTERNAL, "index: node %d has a wrong hash", node);
     if (n->parent != KV_NODE_NONE) {
         const struct kv_node *up = &p->nodes[n->parent];

@@ -61,8 +61,7 @@ size_t model_page_bytes(const struct model *m);
 MUST_CHECK int model_take_pages(struct model *m, int32_t n_pages, struct err_msg *why);
 /* The policy all sequences share; thresholds cover all heads of the model, the rank takes its
  * slice. Copied shallowly: what it points to must outlive the model. Without a call every head
- * visits all pages and only DENSE and REL can be chosen. Generated rows can be gated on the CPU
- * only: on a GPU a step that asks for it is refused. On a device it takes memory for the
+ * visits all pages and only DENSE and REL can be chosen. On a device it takes memory for the
  * thresholds: call it before the pages are sized. */
 MUST_CHECK int model_set_policy(struct model *m, const struct attn_policy *policy,
                                 struct err_msg *why);

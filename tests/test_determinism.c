@@ -40,6 +40,7 @@ struct world {
     float *thresholds; /* [1, n_layers, n_heads, N_BLOCKS] */
     float *decode;     /* likewise, of generated rows */
     float *densities;  /* [2, n_layers, n_heads] that REL is steered to */
+    float *pages;      /* [1, n_layers, n_heads] that ABS is steered to */
     struct attn_policy policy;
     struct batch_result result;
     struct want wants[N_REQS];
@@ -119,6 +120,12 @@ static void make_thresholds(struct world *w)
                                                 .level_stride = n,
                                                 .layer_stride = info->n_heads,
                                                 .head_stride = 1};
+    w->pages = mem_zalloc((size_t)n, sizeof *w->pages);
+    for (int32_t i = 0; i < n; i++)
+        w->pages[i] = (float)rng_range(&r, 1, 5);
+    w->policy.abs_pages = w->policy.rel_64;
+    w->policy.abs_pages.t = w->pages;
+    w->policy.abs_pages.n_levels = 1;
 }
 
 static void world_open(struct world *w)
@@ -151,6 +158,7 @@ static void world_close(struct world *w)
     mem_free(w->thresholds);
     mem_free(w->decode);
     mem_free(w->densities);
+    mem_free(w->pages);
     dev_close(w->dev);
 }
 
@@ -175,7 +183,7 @@ static void make_wants(struct world *w, struct rng *r, uint8_t gate, float steer
                                           .level = 0,
                                           .ln_lambda = -0.001f,
                                           .steer = steer,
-                                          .blend = 0.25f,
+                                          .blend = gate == BATCH_REL ? 0.25f : 1,
                                           .decode_gate = i % 2 ? BATCH_ABS : BATCH_DENSE};
         q->sampling = (struct batch_sampling){.temperature = rng_unit(r) < 0.5 ? 0.0f : 0.9f,
                                               .top_p = 1,
@@ -306,11 +314,12 @@ static void random_schedules(uint8_t gate, float steer, uint64_t seed)
     struct world *w = mem_zalloc(1, sizeof *w);
     struct rng r = test_rng("determinism", seed);
     uint64_t preempted = 0;
+    const int rounds = steer > 0 || gate == BATCH_ABS ? 1 : ROUNDS;
     struct batch_counts pages = {0}, rows = {0};
     world_open(w);
     make_wants(w, &r, gate, steer);
     reference(w);
-    for (int i = 0; i < (steer > 0 ? 1 : ROUNDS); i++) {
+    for (int i = 0; i < rounds; i++) {
         struct sched_stats st;
         schedule(w, &r, gate == BATCH_DENSE, &st);
         preempted += st.n_preempted;
@@ -320,11 +329,11 @@ static void random_schedules(uint8_t gate, float steer, uint64_t seed)
         rows.kept += st.decode_counts.kept;
     }
     printf("# gate %d: %d schedules, %llu preemptions, density %.3f, of generated rows %.3f\n",
-           gate, ROUNDS, (unsigned long long)preempted,
+           gate, rounds, (unsigned long long)preempted,
            (double)pages.kept / (double)pages.reachable,
            (double)rows.kept / (double)rows.reachable);
     assert_true(rows.kept < rows.reachable);
-    assert_true(preempted > 0 || ROUNDS < 5); /* the first schedule may have none */
+    assert_true(preempted > 0 || rounds < 5); /* the first schedule may have none */
     assert_true(gate == BATCH_DENSE ? pages.kept == pages.reachable : pages.kept < pages.reachable);
     world_close(w);
     mem_free(w);
@@ -352,6 +361,12 @@ static void steered_gate(void **state)
 {
     (void)state;
     random_schedules(BATCH_REL, 1.5f, 14);
+}
+
+static void steered_abs(void **state)
+{
+    (void)state;
+    random_schedules(BATCH_ABS, 1, 15);
 }
 
 /* A second turn (prompt + answer + more) finds the pages of the generated answer and continues with
@@ -423,9 +438,13 @@ static void second_turn_after_a_gate(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(dense),       cmocka_unit_test(abs_gate),
-        cmocka_unit_test(rel_gate),    cmocka_unit_test(steered_gate),
-        cmocka_unit_test(second_turn), cmocka_unit_test(second_turn_after_a_gate),
+        cmocka_unit_test(dense),
+        cmocka_unit_test(abs_gate),
+        cmocka_unit_test(rel_gate),
+        cmocka_unit_test(steered_gate),
+        cmocka_unit_test(steered_abs),
+        cmocka_unit_test(second_turn),
+        cmocka_unit_test(second_turn_after_a_gate),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

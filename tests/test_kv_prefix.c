@@ -28,31 +28,33 @@ static void check(const struct kv_prefix *p)
 
 static void fill(int32_t *tokens, int32_t v)
 {
-    for (int32_t i = 0; i < KV_PAGE_TOKENS; i++)
+    for (int32_t i = 0; i < KV_BLOCK_TOKENS; i++)
         tokens[i] = v;
 }
 
 static int32_t find(const struct kv_prefix *p, int32_t parent, uint64_t parent_hash,
                     const int32_t *tokens, bool *collision)
 {
-    return kv_prefix_find(p, parent, parent_hash, p->hash(parent_hash, tokens), tokens, collision);
+    return kv_prefix_find(p, parent, parent_hash, kv_prefix_hash(p, parent_hash, tokens), tokens,
+                          collision);
 }
 
 static int32_t insert(struct kv_prefix *p, int32_t parent, uint64_t parent_hash,
                       const int32_t *tokens, int32_t page)
 {
-    return kv_prefix_insert(p, parent, parent_hash, p->hash(parent_hash, tokens), tokens, page);
+    return kv_prefix_insert(p, parent, parent_hash, kv_prefix_hash(p, parent_hash, tokens), tokens,
+                            page);
 }
 
 static void chains(void **state)
 {
     (void)state;
     struct kv_prefix p;
-    int32_t a[KV_PAGE_TOKENS], b[KV_PAGE_TOKENS];
+    int32_t a[KV_BLOCK_TOKENS], b[KV_BLOCK_TOKENS];
     bool collision;
     fill(a, 7);
     fill(b, 7);
-    b[63] = 8;
+    b[127] = 8; /* of its second page */
     assert_ok(kv_prefix_init(&p, N, NULL));
     int32_t root = insert(&p, KV_NODE_NONE, 1, a, 0);
     uint64_t h = p.nodes[root].hash;
@@ -75,7 +77,7 @@ static void twins(void **state)
 {
     (void)state;
     struct kv_prefix p;
-    int32_t a[KV_PAGE_TOKENS];
+    int32_t a[KV_BLOCK_TOKENS];
     bool collision;
     fill(a, 1);
     assert_ok(kv_prefix_init(&p, N, NULL));
@@ -102,7 +104,7 @@ static void collisions(void **state)
 {
     (void)state;
     struct kv_prefix p;
-    int32_t a[KV_PAGE_TOKENS], b[KV_PAGE_TOKENS];
+    int32_t a[KV_BLOCK_TOKENS], b[KV_BLOCK_TOKENS];
     bool collision;
     fill(a, 1);
     fill(b, 2);
@@ -132,7 +134,7 @@ static void random_run(kv_hash_fn hash, const char *name, bool collides)
     for (int32_t i = 0; i < N; i++)
         node_of[i] = KV_NODE_NONE;
     for (int step = 0; step < 20000; step++) {
-        int32_t page = rng_range(&r, 0, N - 1), up = rng_range(&r, -1, N - 1), t[KV_PAGE_TOKENS];
+        int32_t page = rng_range(&r, 0, N - 1), up = rng_range(&r, -1, N - 1), t[KV_BLOCK_TOKENS];
         if (node_of[page] != KV_NODE_NONE) {
             if (p.nodes[node_of[page]].n_children == 0) {
                 kv_prefix_leave(&p, page);

@@ -77,7 +77,7 @@ class Answers(unittest.TestCase):
             self.assertEqual(done.get(4, 0), 0)  # no policy finds another's pages
             kept[mode[0], mode[4]] = done[13] / done[11]
         for (gate, density), got in kept.items():
-            self.assertAlmostEqual(got, density, delta=0.08 if gate == ABS else 0.03, msg=kept)
+            self.assertAlmostEqual(got, density, delta=0.03, msg=kept)
 
     @unittest.skipIf(SANITIZED, "long prompts, too slow there; other tests run the same gates")
     def test_auto(self):
