@@ -337,9 +337,10 @@ static float first_gate(const struct block *b, int32_t h)
 static void start_gates(struct block *b)
 {
     for (int32_t h = 0; h < b->task->n_heads; h++) {
+        const struct attn_steering start = {first_gate(b, h), 0, 0, n_visited(b, h)};
         for (int32_t g = 0; g < n_groups(b); g++) {
             struct attn_steering *s = &b->x.steering[2 * h + g];
-            *s = (struct attn_steering){first_gate(b, h), 0, 0, n_visited(b, h)};
+            *s = start;
             if (!(b->seq->choice.steer > 0.0f))
                 continue;
             s->rest = due(b, h, g);

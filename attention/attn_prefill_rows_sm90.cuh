@@ -28,8 +28,8 @@ struct consumer {
     float gate; /* REL moves it, by halves where they decide apart: then gate1 is the second's */
     float gate1;
     /* How (attn_steer.h): the gain's parts, 0 if it stays; pages still due of either; the page that
-     * is decided next, from 1, and one more than the last. In registers: reading
-     * them from shared memory for a page costs 2 to 3% of the kernel's time. */
+     * is decided next, from 1, and one more than the last. In registers: reading them from shared
+     * memory for a page costs 2 to 4% of the kernel's time. */
     float steady, early, rest, rest1, n, end;
     int kept; /* (page, row group) units of the item */
     /* Bit 2 i + r: row r of half i belongs to the chunk; from bit 8 on the thread of the group. */

@@ -392,7 +392,8 @@ static uint64_t content_hash(const struct thresholds *t)
     uint64_t h = hash_bytes(shape, sizeof shape, t->meta.model);
     h = hash_bytes(t->k, (size_t)v->n_levels * sizeof *t->k, h);
     if (t->meta.head_k) /* what heads keep; else it follows from k */
-        h = hash_bytes(t->pages.t, (size_t)v->n_levels * (size_t)t->pages.level_stride * 4, h);
+        h = hash_bytes(t->pages.t,
+                       (size_t)v->n_levels * (size_t)t->pages.level_stride * sizeof *t->pages.t, h);
     h = hash_bytes(t->t, (size_t)v->n_levels * (size_t)v->level_stride * sizeof *t->t, h);
     for (int i = 0; i < 2 && t->rel[i].t; i++) {
         v = &t->rel[i];

@@ -631,7 +631,6 @@ static void steering_reaches_the_pages(void **state)
     (void)state;
     case_open_one(&t, &r, TOKENS, TOKENS, 32, 1);
     case_densities(&t, 1);
-    fill_thresholds(&t, 2);
     for (int i = 0; i < 4; i++) {
         const int groups = i % 2 ? 1 : 2;
         double want[HEADS] = {0};
