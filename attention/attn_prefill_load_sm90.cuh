@@ -59,6 +59,9 @@ __device__ __forceinline__ void describe_item(struct item_info *it, const struct
     if (GATE == SM90_GATE_REL) {
         it->steer = s->steer * a.inv_scale;
         it->is_absolute = s->is_absolute;
+        part_end();
+        if (it->is_absolute && it->steer > 0.0f && s->blend * s->keep[head] >= (float)it->n_off)
+            it->gate = -INFINITY; /* as attn_steer_due says: all are due */
     }
 }
 

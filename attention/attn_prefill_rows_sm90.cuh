@@ -93,12 +93,12 @@ __device__ __forceinline__ bool wants(const struct consumer<D, GATE> &c, const s
     return (v0 & !(pm[0] < b0)) | (v1 & !(pm[1] < b1));
 }
 
-/* REL: whether all rows of the warp have maxima, and want scores, above zero: then the order of
- * integers will do. */
+/* REL: whether all rows of the warp want scores above zero, and no score below decides anything:
+ * then the order of integers will do. Steered ABS has tops of zero. */
 __device__ __forceinline__ bool tops_positive(const struct row_state &st, float gate)
 {
     const float least = fminf(st.top[0], st.top[1]);
-    return __all_sync(0xffffffffu, least > 0.0f && least > -gate);
+    return __all_sync(0xffffffffu, least >= 0.0f && least > -gate);
 }
 
 /* The same for a threshold of the sign that KIND tells. */

@@ -1,5 +1,6 @@
 /* Timings of the Hopper decode kernel: medians over CUDA events, L2 flushed before each run, beside
- * a kernel that only reads the same bytes. bench_attn_decode [dense|dense64|short|gate|gate64] */
+ * a kernel that only reads the same bytes. bench_attn_decode [dense|dense64|short|gate|gate64|once]
+ * where once is either kernel once for each row of dense, for a profiler. */
 #include "tests/attn_decode_harness.h"
 
 enum { HEADS = 32, KV_HEADS = 8, REPS = 21 };
@@ -184,6 +185,16 @@ struct row {
 static const struct row table[] = {{1, 131072}, {8, 32768}, {32, 8192}, {64, 8192}, {64, 32768}};
 static const struct row few[] = {{256, 512}, {256, 2048}, {16, 2048}, {1, 8192}, {0, 0}};
 
+static void run_once(int batch, int context)
+{
+    make(batch, context, 128);
+    dec_read(w.k, w.v, dec_pool_len(&w) * 2, w.n_sms, sum);
+    if (dec_run(&w, SM90_GATE_NONE))
+        exit(1);
+    CK(cudaDeviceSynchronize());
+    dec_free(&w);
+}
+
 int main(int argc, char **argv)
 {
     const char *mode = argc > 1 ? argv[1] : "dense";
@@ -196,6 +207,10 @@ int main(int argc, char **argv)
         return 0;
     }
     for (size_t i = 0; i < sizeof table / sizeof *table && rows[i].batch; i++) {
+        if (!strcmp(mode, "once")) {
+            run_once(rows[i].batch, rows[i].context);
+            continue;
+        }
         bench_dense(rows[i].batch, rows[i].context, d);
         dec_free(&w);
     }

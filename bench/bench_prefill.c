@@ -187,13 +187,15 @@ static struct batch_policy choose_policy(struct bench *b, int prompt, int mode)
     struct batch_policy policy;
     struct err_msg why = {""};
     b->runner.all_rows = m->all_rows;
-    if (m->density > 0 && b->o->quick && prompt > 0) {
+    if (m->density > 0 && b->o->steer > 0) {
+        ref->level = prefill_steered_level(&b->runner, m->density, b->o->prompts[prompt]);
+    } else if (m->density > 0 && b->o->quick && prompt > 0) {
         ref->level = b->refs[0][mode].level;
     } else if (m->density > 0 && !ref->logits) {
         set_title(b, prompt, mode, "looking for the level", 0);
         must(prefill_find_level(&b->runner, &ref->level, m->density, b->o->prompts[prompt]), NULL);
     }
-    must(prefill_policy(&b->runner, &policy, m, ref->level, &why), &why);
+    must(prefill_policy(&b->runner, &policy, m, ref->level, b->o->prompts[prompt], &why), &why);
     return policy;
 }
 
@@ -236,6 +238,7 @@ static void run_tp(struct bench *b, int index, int argc, char **argv)
                                         .tokens = b->tokens,
                                         .pages = b->pages,
                                         .chunk = prefill_chunk(b->o, b->tp),
+                                        .steer = b->o->steer,
                                         .terminal = isatty(STDERR_FILENO) == 1};
     b->vocab = model_info(b->runner.model)->vocab_size;
     for (int32_t i = 0; i < b->o->longest; i++)

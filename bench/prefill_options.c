@@ -27,6 +27,8 @@ static const struct conf_opt opts[] = {
     {"k", CONF_TEXT, AT(k), NULL, 0, 0, {0}, "LIST", "levels of the file to run beside dense"},
     {"density", CONF_TEXT, AT(density), NULL, 0, 0, {0}, "LIST",
      "likewise, levels found by the share of pages they keep, for every prompt"},
+    {"steer", CONF_FLOAT, AT(steer), "0", 0, 100, {0}, "X",
+     "how firmly these are held to their pages, as by sluiced --steer, whose default is 1; 0: thresholds alone"},
     {"lambda", CONF_TEXT, AT(lambda), NULL, 0, 0, {0}, "LIST", "REL gates to run beside dense"},
     {"lost-mass", CONF_BOOL, AT(lost_mass), "false", 0, 0, {0}, NULL,
      "every gate once more with its lost softmax mass measured"},

@@ -26,6 +26,7 @@ struct prefill_options {
     char *model, *device, *thresholds, *tp, *prompt, *k, *density, *lambda, *sums, *shm;
     bool random_weights, force_thresholds, lost_mass, all_rows, quick, json, verbose;
     int64_t chunk, reps, threads, rank; /* chunk: prefill_chunk */
+    double steer;                       /* attn_steer.h; 0: thresholds alone */
 
     /* what the texts say */
     int32_t tps[PREFILL_MAX_TPS], prompts[PREFILL_MAX_PROMPTS];

@@ -16,13 +16,17 @@ static struct batch_policy abs_policy(const struct prefill_runner *r, int level)
 }
 
 int prefill_policy(const struct prefill_runner *r, struct batch_policy *out,
-                   const struct prefill_mode *mode, int level, struct err_msg *why)
+                   const struct prefill_mode *mode, int level, int32_t n_prompt,
+                   struct err_msg *why)
 {
     if (mode->gate == BATCH_ABS) {
         if (mode->density == 0)
             level = thresholds_level(r->thresholds, mode->k, why);
         TRY(level);
         *out = abs_policy(r, level);
+        out->steer = (float)r->steer;
+        if (r->steer > 0)
+            thresholds_abs_steer(r->thresholds, mode->density, n_prompt, out);
     } else {
         *out = (struct batch_policy){
             .gate = (uint8_t)mode->gate, .gate_rows = 128, .ln_lambda = mode->ln_lambda};
@@ -88,6 +92,15 @@ int prefill_run(struct prefill_runner *r, struct prefill_pass *out, int32_t n_pr
 double prefill_density(const struct prefill_pass *p)
 {
     return p->reachable ? (double)p->kept / (double)p->reachable : 1.0;
+}
+
+int prefill_steered_level(const struct prefill_runner *r, double density, int32_t n_prompt)
+{
+    int32_t i = 0, n = 0;
+    (void)thresholds_k(r->thresholds, &n);
+    while (i < n - 1 && thresholds_level_density(r->thresholds, i, n_prompt) < density)
+        i++;
+    return i;
 }
 
 int prefill_find_level(struct prefill_runner *r, int *level, double density, int32_t n_prompt)

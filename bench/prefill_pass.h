@@ -12,6 +12,7 @@ struct prefill_runner {
     const struct thresholds *thresholds; /* NULL: no ABS */
     const int32_t *tokens, *pages;       /* enough for the longest prompt */
     int32_t chunk;
+    double steer;    /* of ABS */
     bool all_rows;   /* batch.h */
     bool terminal;   /* a line on stderr */
     char title[128]; /* of that line */
@@ -29,15 +30,19 @@ struct prefill_pass {
     int32_t token; /* the greedy one after the prompt */
 };
 
-/* The policy of a mode. level: of the file, for modes that are found by their density; any other
- * mode knows its own. */
+/* The policy of a mode for a prompt. level: of the file, for modes that are found by their density;
+ * any other mode knows its own. */
 MUST_CHECK int prefill_policy(const struct prefill_runner *r, struct batch_policy *out,
-                              const struct prefill_mode *mode, int level, struct err_msg *why);
+                              const struct prefill_mode *mode, int level, int32_t n_prompt,
+                              struct err_msg *why);
 MUST_CHECK int prefill_run(struct prefill_runner *r, struct prefill_pass *out, int32_t n_prompt,
                            const struct batch_policy *policy);
 double prefill_density(const struct prefill_pass *p);
-/* The level of the file whose density on such a prompt comes nearest: higher levels keep more, so
- * it is found by halving, a pass each. */
+/* The level of the file that is steered to the density, as the engine chooses: the smallest that is
+ * predicted to keep so much, or the largest. */
+int prefill_steered_level(const struct prefill_runner *r, double density, int32_t n_prompt);
+/* The level whose density on such a prompt comes nearest: higher levels keep more, so it is found
+ * by halving, a pass each. */
 MUST_CHECK int prefill_find_level(struct prefill_runner *r, int *level, double density,
                                   int32_t n_prompt);
 /* Erases the line. */
