@@ -105,6 +105,7 @@ static void fill_sched(const struct daemon *d, struct sched_config *s)
     *s = (struct sched_config){
         .max_running = (int32_t)o->max_running,
         .token_budget = d->model.token_budget,
+        .step_us = o->max_step_time * 1000,
         .max_partial_prefills = (int32_t)o->max_partial_prefills,
         .max_long_partial = (int32_t)o->max_long_partial,
         .long_prefill_tokens = (int32_t)o->long_prefill_tokens,

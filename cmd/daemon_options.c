@@ -64,6 +64,8 @@ static const struct conf_opt options[] = {
      "requests in the batch at once"},
     {"token-budget", CONF_INT, AT(token_budget), "0", 0, 1048576, {0}, "TOKENS",
      "tokens a step: decodes first, the rest to prefill chunks; 0 is 2048 on the CPU, on GPUs 8192 for each rank, at most 32768"},
+    {"max-step-time", CONF_MS, AT(max_step_time), "400ms", 0, 3600000, {0}, "MS",
+     "a step that generates tokens takes in as much of prompts as should keep it under this, by what steps before took, but an eighth of the token budget at least; 0 is no limit"},
     {"max-partial-prefills", CONF_INT, AT(max_partial_prefills), "4", 1, 256, {0}, "N",
      "prompts in prefill at once, sharing the budget"},
     {"max-long-partial", CONF_INT, AT(max_long_partial), "2", 1, 256, {0}, "N",

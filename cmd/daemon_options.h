@@ -15,7 +15,7 @@ struct daemon_options {
     double watermark, decode_density, steer;
     int64_t max_queued_requests, max_queued_tokens, max_tenant_requests;
     int64_t max_connections, max_frame, handshake_timeout, slow_bytes, slow_timeout;
-    int64_t drain_timeout, step_timeout, comm_timeout;
+    int64_t drain_timeout, step_timeout, comm_timeout, max_step_time;
 };
 
 extern const struct conf_program daemon_program;

@@ -3,6 +3,7 @@
  *   scheduler.c     create, destroy, cancel, expire, statistics
  *   sched_admit.c   submit and admission: who enters the batch
  *   sched_plan.c    one step: decodes, preemption, prefill shares
+ *   sched_cost.c    what prompts cost a step
  *   sched_follow.c  prompts in prefill that begin alike compute the beginning once
  *   sched_update.c  the result of a step, and how a request ends
  *   sched_queue.c   the waiting order: priority, resumed, fairness between tenants
@@ -15,6 +16,7 @@
 #define SCHEDULER_SCHED_INTERNAL_H
 
 #include "core/list.h"
+#include "scheduler/sched_cost.h"
 #include "scheduler/sched_heap.h"
 #include "scheduler/scheduler.h"
 
@@ -104,6 +106,7 @@ struct sched {
     struct sched_req **partial; /* [max_running] prompts in prefill */
     int32_t n_partial, n_long;
     int32_t budget; /* tokens left */
+    struct sched_cost cost;
 
     struct {
         uint64_t id;        /* head of the queue that did not fit; 0: none */

@@ -8,6 +8,8 @@
 
 #include "core/mem.h"
 
+#include <math.h>
+
 static void add_seq(struct sched *s, struct sched_req *r, int32_t n_tokens)
 {
     struct request *p = &r->pub;
@@ -156,19 +158,48 @@ static int32_t most_of_long(const struct sched *s)
     return s->budget;
 }
 
+/* The time that prompts may take of the step: whose tokens are generated in it shall not wait too
+ * long for the next. */
+static double time_left(const struct sched *s)
+{
+    const bool waits = s->cfg.step_us > 0 && s->batch.n_seqs > 0;
+    return waits ? (double)s->cfg.step_us - s->cost.decode_us : (double)INFINITY;
+}
+
+/* As much of a share as is done in time, in whole chunks; of the first prompt an eighth of the
+ * budget in any case, since much smaller chunks would leave the device idle. */
+static int32_t in_time(const struct sched *s, const struct request *r, int32_t share, double us,
+                       bool is_first)
+{
+    const int32_t eighth = s->cfg.token_budget / 8 / SCHED_CHUNK * SCHED_CHUNK;
+    const int32_t least = eighth > SCHED_CHUNK ? eighth : SCHED_CHUNK;
+    int32_t room = sched_cost_room(&s->cost, r->n_computed, share, us);
+    if (room < share)
+        room -= room % SCHED_CHUNK;
+    if (room < least && is_first)
+        room = least;
+    return room < share ? room : share;
+}
+
 /* In the order of share_before; what one does not use goes to those behind. */
 static void plan_prefills(struct sched *s)
 {
-    const int32_t most = most_of_long(s);
+    const int32_t most = most_of_long(s), n_decodes = s->batch.n_seqs;
+    double us = time_left(s);
     sort_partial(s);
     for (int32_t i = 0; i < s->n_partial; i++) {
         struct sched_req *r = s->partial[i];
-        if (s->budget < SCHED_CHUNK) {
+        int32_t share = 0;
+        if (s->budget >= SCHED_CHUNK)
+            share = in_time(s, &r->pub, share_of(s, r, s->n_partial - i - 1, most), us,
+                            s->batch.n_seqs == n_decodes);
+        if (share == 0) {
             r->passed_over++;
             continue;
         }
-        const int32_t share = share_of(s, r, s->n_partial - i - 1, most);
-        add_seq(s, r, chunk_end(&r->pub, share) - r->pub.n_computed);
+        const int32_t start = r->pub.n_computed, n = chunk_end(&r->pub, share) - start;
+        add_seq(s, r, n);
+        us -= sched_cost_us(&s->cost, sched_work_of(start, n));
         r->passed_over = 0;
     }
 }

@@ -121,10 +121,27 @@ static void apply(struct sched *s, struct sched_req *r, const struct batch_seq *
         kv_prefix_reset(s->kv);
 }
 
+/* What the step took, for those to come. */
+static void learn(struct sched *s, int64_t us)
+{
+    struct sched_work sum = {0};
+    for (int32_t i = 0; i < s->batch.n_seqs; i++) {
+        const struct batch_seq *q = &s->seqs[i];
+        if (q->start >= q->prompt_len && q->n_tokens == 1)
+            continue;
+        const struct sched_work w = sched_work_of(q->start, q->n_tokens);
+        sum.tokens += w.tokens;
+        sum.pairs += w.pairs;
+    }
+    sched_cost_learn(&s->cost, sum, (double)us);
+}
+
 void sched_update(struct sched *s, int status, const struct batch_result *result, int64_t now_us)
 {
     ASSERT(s->plan_out && (status < 0 || result));
     s->plan_out = false;
+    if (status >= 0 && s->cfg.step_us > 0)
+        learn(s, result->total_us);
     for (int32_t i = 0; i < s->batch.n_seqs; i++) {
         struct sched_req *r = s->planned[i];
         r->pub.in_flight = 0;

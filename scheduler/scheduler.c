@@ -9,6 +9,7 @@
 #include "scheduler/sched_internal.h"
 
 #include <errno.h>
+#include <inttypes.h>
 
 bool sched_keep_before(const struct sched_req *a, const struct sched_req *b)
 {
@@ -75,6 +76,8 @@ static int check_config(const struct sched_config *c, struct err_msg *why)
                        "token_budget: %d is under max_running + %d = %lld; decodes could keep "
                        "prefills waiting for ever",
                        c->token_budget, SCHED_CHUNK, (long long)c->max_running + SCHED_CHUNK);
+    if (c->step_us < 0)
+        return err_set(why, ERR_CONFIG, "step_us: %" PRId64 " is negative", c->step_us);
     if (c->max_partial_prefills < 1 || c->max_long_partial < 1)
         return err_set(why, ERR_CONFIG, "%s: under 1",
                        c->max_long_partial < 1 ? "max_long_partial" : "max_partial_prefills");

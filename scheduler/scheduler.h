@@ -13,9 +13,10 @@
  * than long_prefill_tokens, each given an equal share rounded down to 128 (the shortest remainder
  * first, so a short prompt is never behind a long one), a short one all that it needs where that is
  * there, a long one beside short ones at most an equal part of the whole. Chunks end on multiples
- * of 128 of the absolute position except at the prompt's end. Recomputed generated tokens form
- * chunks of their own that start at the prompt's end. A prompt whose beginning another prefill
- * computes right now waits for it and takes its pages.
+ * of 128 of the absolute position except at the prompt's end. Where tokens are generated beside
+ * them, the time that prompts should take of the step (sched_cost.h) is limited as well. Recomputed
+ * generated tokens form chunks of their own that start at the prompt's end. A prompt whose
+ * beginning another prefill computes right now waits for it and takes its pages.
  *   2. waiting requests are admitted by (priority, preempted first, tenant's virtual token count,
  * arrival) while the whole prompt fits beside the running ones and the watermark stays free.
  *   3. when a running request cannot grow, the worst running request (highest priority value, then
@@ -46,9 +47,11 @@ struct sched_events {
 };
 
 struct sched_config {
-    int32_t max_running;          /* sequences at once; at most the cache's max_seqs */
-    int32_t token_budget;         /* tokens a step, >= max_running + 128: decodes always fit and
-                                     never take a prefill's last chunk */
+    int32_t max_running;  /* sequences at once; at most the cache's max_seqs */
+    int32_t token_budget; /* tokens a step, >= max_running + 128: decodes always fit and
+                             never take a prefill's last chunk */
+    int64_t step_us; /* a step that generates tokens takes in as much of prompts as should keep it
+                        under this, but an eighth of the budget in any case; 0: no limit */
     int32_t max_partial_prefills; /* prompts in prefill at once */
     int32_t max_long_partial;     /* of which long */
     int32_t

@@ -185,6 +185,7 @@ static void choose_config(struct world *w)
         .share_generated = rng_range(r, 0, 1),
         .n_eos = 1,
         .eos_ids = {EOS},
+        .step_us = rng_range(r, 0, 1) * rng_range(r, 1, 100000),
     };
     w->cfg.token_budget = w->cfg.max_running + 128 + rng_range(r, 0, 500);
     w->kv_cfg = (struct kv_cache_config){.n_pages = pick(r, pools, 8),
@@ -516,6 +517,7 @@ static bool turn(struct world *w, bool disturb)
         outside(w);
     check(w);
     w->now_us += 500;
+    w->result.total_us = rng_range(&w->rng, 0, 200000);
     sched_update(w->sched, status, status < 0 ? NULL : &w->result, w->now_us);
     check(w);
     return true;

@@ -22,7 +22,7 @@ struct fixture {
     uint64_t last_id;
     enum req_finish last_finish;
     int last_err;
-    int64_t now_us;
+    int64_t now_us, step_us; /* step_us: what the step took */
 };
 
 static void on_progress(void *ctx, const struct request *r)
@@ -104,7 +104,8 @@ static struct request *submit(struct fixture *f, const struct req_params *p)
 
 static void update(struct fixture *f, const struct batch *b)
 {
-    const struct batch_result result = {.tokens = f->tokens, .counts = f->counts};
+    const struct batch_result result = {
+        .tokens = f->tokens, .counts = f->counts, .total_us = f->step_us};
     for (int32_t i = 0; i < b->n_seqs; i++) {
         f->tokens[i].token = b->seqs[i].sample ? f->next_token : -1;
         f->counts[i] = (struct batch_counts){
@@ -522,6 +523,66 @@ static void short_beside_128k(void **state)
     mem_free(m);
 }
 
+/* One request generates tokens, for 9 ms a step, while two prompts of 128K follow each other: the
+ * longest such step behind the first five. Adds what all took to *sum_us. */
+static int64_t longest_step_us(int64_t limit_us, int32_t *least, int64_t *sum_us)
+{
+    struct mix *m = mem_zalloc(1, sizeof *m);
+    struct sched_config cfg = usual();
+    int64_t longest = 0;
+    cfg.token_budget = 8192;
+    cfg.max_model_len = LONG;
+    cfg.step_us = limit_us;
+    open_fixture(&m->f, &cfg, 3 * LONG / 64);
+    *least = LONG;
+    struct req_params p = ask(&m->f, 100, LONG / 2);
+    (void)submit(&m->f, &p);
+    for (int i = 0, n = 0; n < 2; i++) {
+        if (i > 0 && !m->longs[0]) {
+            p = ask(&m->f, LONG - 128, 1);
+            p.prompt = m->long_prompt;
+            p.user = &m->longs[0];
+            m->long_prompt[0] = -1 - i;
+            m->longs[0] = submit(&m->f, &p);
+        }
+        const struct batch *b = sched_plan(m->f.sched, m->f.now_us);
+        m->f.step_us = 9000;
+        for (int32_t s = 0; s < b->n_seqs; s++) {
+            const struct batch_seq *q = &b->seqs[s];
+            m->f.step_us += q->n_tokens > 1 ? cost_us(q->start, q->n_tokens) : 0;
+            if (q->n_tokens > 1 && !q->sample && q->n_tokens < *least)
+                *least = q->n_tokens;
+        }
+        longest = i > 5 && m->f.step_us > longest ? m->f.step_us : longest;
+        *sum_us += m->f.step_us;
+        update(&m->f, b);
+        n += i > 0 && !m->longs[0];
+    }
+    sched_cancel_all(m->f.sched, REQ_FINISH_CANCELLED, 0);
+    close_fixture(&m->f);
+    mem_free(m);
+    return longest;
+}
+
+static void tokens_beside_128k(void **state)
+{
+    int64_t all_us = 0, limited_us = 0, least_us = 0;
+    int32_t least[3];
+    (void)state;
+    const int64_t longest = longest_step_us(0, &least[0], &all_us);
+    const int64_t limited = longest_step_us(250000, &least[1], &limited_us);
+    const int64_t eighth = longest_step_us(20000, &least[2], &least_us);
+    print_message(
+        "# steps take at most %.0f ms, of 250 ms %.0f, of 20 ms %.0f; all %.1f, %.1f, %.1f s\n",
+        (double)longest / 1e3, (double)limited / 1e3, (double)eighth / 1e3, (double)all_us / 1e6,
+        (double)limited_us / 1e6, (double)least_us / 1e6);
+    assert_true(longest > 700000);
+    assert_true(limited < 265000 && limited > 200000);
+    assert_in_range(least[1], 2048, 4096);
+    assert_int_equal(least[2], 1024); /* an eighth, though it takes longer */
+    assert_true(limited_us < all_us + all_us / 20);
+}
+
 struct load {
     int32_t budget, n_pages, prompt, out, tenants;
 };
@@ -711,6 +772,7 @@ int main(void)
         cmocka_unit_test(shares_generated_tokens),
         cmocka_unit_test(short_beside_16k),
         cmocka_unit_test(short_beside_128k),
+        cmocka_unit_test(tokens_beside_128k),
         cmocka_unit_test(nobody_starves),
         cmocka_unit_test(large_is_not_overtaken),
         cmocka_unit_test(many_waiting),

@@ -15,7 +15,7 @@ import unittest
 import urllib.error
 import urllib.request
 
-from harness import (ABS, ACCEPTED, BIN, DEVICE, DONE, ERROR, GOAWAY, NEEDLE, PATIENCE, PROGRESS, REL, ROOT, SANITIZED, Client,
+from harness import (ABS, ACCEPTED, BIN, DEVICE, DONE, ERROR, GOAWAY, NEEDLE, PATIENCE, PROGRESS, REL, ROOT, SANITIZED, TOKENS, Client,
                      Daemon, golden, main, prompts)
 
 DRAINING, DEADLINE, QUEUE_FULL = 7, 9, 6
@@ -337,6 +337,24 @@ class Latency(unittest.TestCase):
             self.assertLessEqual(steps, 4)
             self.assertEqual(c.until_end("long")[0], DONE)
             c.close()
+
+    def test_step_time(self):
+        """While tokens are generated, a prompt gets an eighth of the budget where more would take too long, and the same answer."""
+        prompt, answers, chunks = prompts(4000)[2][0][:3000], [], []
+        for limit in ("0", "1ms"):
+            with Daemon("--max-model-len", "8192", "--token-budget", "1024", "--max-step-time", limit) as d:
+                c = Client(d.path)
+                c.submit("talks", prompt[:64], max_tokens=5000, ignore_eos=True)
+                while c.recv()[0] != TOKENS:
+                    pass
+                c.submit("prompt", prompt, max_tokens=4, ignore_eos=True, sparse={0: 1})
+                kind, _, tokens, progress = c.until_end("prompt")
+                self.assertEqual(kind, DONE)
+                answers.append(tokens)
+                chunks.append(progress)
+                c.close()
+        self.assertTrue(3 <= chunks[0] <= 4 and 22 <= chunks[1] <= 24, chunks)
+        self.assertEqual(answers[0], answers[1])
 
 
 class RandomWeights(unittest.TestCase):
