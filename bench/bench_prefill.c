@@ -147,11 +147,14 @@ static void print_head(const struct bench *b)
         return;
     bench_cpu_name(cpu, sizeof cpu);
     bench_date(date, sizeof date);
-    printf("# %s, %s, device %s, %s%s, %s, cache %s, chunk %d%s, %lld passes%s%s\n", date, cpu,
+    char steer[32] = "";
+    if (b->o->steer > 0)
+        (void)snprintf(steer, sizeof steer, ", steer %g", b->o->steer);
+    printf("# %s, %s, device %s, %s%s, %s, cache %s, chunk %d%s, %lld passes%s%s%s\n", date, cpu,
            b->ranks.parts.dev->ops->name, info->name,
            b->o->random_weights ? " (random weights)" : "", dtype_name(info->dtype),
            dtype_name(info->kv_dtype), prefill_chunk(b->o, 1), b->o->chunk ? "" : " a rank",
-           (long long)b->o->reps, gpu ? ", sums " : "", gpu ? b->o->sums : "");
+           (long long)b->o->reps, gpu ? ", sums " : "", gpu ? b->o->sums : "", steer);
     printf("tp,prompt,mode,ms,tokens_per_s,speedup,attention_share,gemm_share,comm_share,density,"
            "logits_off,lost_mass,token\n");
 }

@@ -28,7 +28,7 @@ static const struct conf_opt opts[] = {
     {"density", CONF_TEXT, AT(density), NULL, 0, 0, {0}, "LIST",
      "likewise, levels found by the share of pages they keep, for every prompt"},
     {"steer", CONF_FLOAT, AT(steer), "0", 0, 100, {0}, "X",
-     "how firmly these are held to their pages, as by sluiced --steer, whose default is 1; 0: thresholds alone"},
+     "how firmly these are held to their pages, levels of a density as sluiced --steer chooses them (default there: 1); 0: thresholds alone"},
     {"lambda", CONF_TEXT, AT(lambda), NULL, 0, 0, {0}, "LIST", "REL gates to run beside dense"},
     {"lost-mass", CONF_BOOL, AT(lost_mass), "false", 0, 0, {0}, NULL,
      "every gate once more with its lost softmax mass measured"},

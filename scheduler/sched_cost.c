@@ -23,13 +23,15 @@ static void fit(struct sched_cost *c)
     c->pair_us = b;
 }
 
-void sched_cost_learn(struct sched_cost *c, struct sched_work w, double us)
+void sched_cost_learn(struct sched_cost *c, struct sched_work w, bool decodes, double us)
 {
     if (w.tokens <= 0) {
         c->decode_us = c->decode_us > 0 ? KEEP * c->decode_us + (1 - KEEP) * us : us;
         return;
     }
-    const double t = us - c->decode_us;
+    if (decodes && c->decode_us > us) /* one stalled once, or there were more of them */
+        c->decode_us = us;
+    const double t = decodes ? us - c->decode_us : us;
     if (t <= 0)
         return;
     c->nn = KEEP * c->nn + w.tokens * w.tokens / t;

@@ -9,6 +9,7 @@
 #ifndef SCHEDULER_SCHED_COST_H
 #define SCHEDULER_SCHED_COST_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* Of one step: prompt tokens, and the (query, key) pairs n (start + n / 2) of their chunks. */
@@ -27,8 +28,8 @@ static inline struct sched_work sched_work_of(int32_t start, int32_t n)
     return (struct sched_work){n, (double)n * ((double)start + (double)n / 2)};
 }
 
-/* A step with these prompt chunks took so long; none: it generated tokens alone. */
-void sched_cost_learn(struct sched_cost *c, struct sched_work w, double us);
+/* A step with these prompt chunks, and with decodes or without, took so long. */
+void sched_cost_learn(struct sched_cost *c, struct sched_work w, bool decodes, double us);
 /* What chunks add to a step; 0 as long as nothing is known. */
 double sched_cost_us(const struct sched_cost *c, struct sched_work w);
 /* How many tokens of a prompt, up to `most`, whose first `start` are computed, take so long. */

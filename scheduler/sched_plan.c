@@ -105,7 +105,7 @@ static int32_t chunk_end(const struct request *r, int32_t share)
 }
 
 /* Fewest tokens left first, so a short prompt never waits for a long one; but whoever has been
- * passed over several times in a row comes before. */
+ * passed over several times in a row comes before, the longest so first. */
 static bool share_before(const struct sched_req *a, const struct sched_req *b)
 {
     bool late_a = a->passed_over >= SCHED_PASSED_OVER, late_b = b->passed_over >= SCHED_PASSED_OVER;
@@ -113,6 +113,8 @@ static bool share_before(const struct sched_req *a, const struct sched_req *b)
     int32_t left_b = b->pub.n_tokens - b->pub.n_computed;
     if (late_a != late_b)
         return late_a;
+    if (late_a && a->passed_over != b->passed_over)
+        return a->passed_over > b->passed_over;
     if (!late_a && left_a != left_b)
         return left_a < left_b;
     return a->pub.id < b->pub.id;
@@ -173,9 +175,11 @@ static int32_t in_time(const struct sched *s, const struct request *r, int32_t s
 {
     const int32_t eighth = s->cfg.token_budget / 8 / SCHED_CHUNK * SCHED_CHUNK;
     const int32_t least = eighth > SCHED_CHUNK ? eighth : SCHED_CHUNK;
-    int32_t room = sched_cost_room(&s->cost, r->n_computed, share, us);
-    if (room < share)
-        room -= room % SCHED_CHUNK;
+    const int32_t wanted = chunk_end(r, share) - r->n_computed;
+    int32_t room = sched_cost_room(&s->cost, r->n_computed, wanted, us);
+    if (room == wanted)
+        return share;
+    room -= room % SCHED_CHUNK;
     if (room < least && is_first)
         room = least;
     return room < share ? room : share;

@@ -125,15 +125,18 @@ static void apply(struct sched *s, struct sched_req *r, const struct batch_seq *
 static void learn(struct sched *s, int64_t us)
 {
     struct sched_work sum = {0};
+    bool decodes = false;
     for (int32_t i = 0; i < s->batch.n_seqs; i++) {
         const struct batch_seq *q = &s->seqs[i];
-        if (q->start >= q->prompt_len && q->n_tokens == 1)
+        if (q->start >= q->prompt_len && q->n_tokens == 1) {
+            decodes = true;
             continue;
+        }
         const struct sched_work w = sched_work_of(q->start, q->n_tokens);
         sum.tokens += w.tokens;
         sum.pairs += w.pairs;
     }
-    sched_cost_learn(&s->cost, sum, (double)us);
+    sched_cost_learn(&s->cost, sum, decodes, (double)us);
 }
 
 void sched_update(struct sched *s, int status, const struct batch_result *result, int64_t now_us)
