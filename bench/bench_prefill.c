@@ -191,7 +191,7 @@ static struct batch_policy choose_policy(struct bench *b, int prompt, int mode)
     struct err_msg why = {""};
     b->runner.all_rows = m->all_rows;
     if (m->density > 0 && b->o->steer > 0) {
-        ref->level = prefill_steered_level(&b->runner, m->density, b->o->prompts[prompt]);
+        ref->level = thresholds_level_for(b->runner.thresholds, m->density, b->o->prompts[prompt]);
     } else if (m->density > 0 && b->o->quick && prompt > 0) {
         ref->level = b->refs[0][mode].level;
     } else if (m->density > 0 && !ref->logits) {

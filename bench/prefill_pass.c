@@ -94,15 +94,6 @@ double prefill_density(const struct prefill_pass *p)
     return p->reachable ? (double)p->kept / (double)p->reachable : 1.0;
 }
 
-int prefill_steered_level(const struct prefill_runner *r, double density, int32_t n_prompt)
-{
-    int32_t i = 0, n = 0;
-    (void)thresholds_k(r->thresholds, &n);
-    while (i < n - 1 && thresholds_level_density(r->thresholds, i, n_prompt) < density)
-        i++;
-    return i;
-}
-
 int prefill_find_level(struct prefill_runner *r, int *level, double density, int32_t n_prompt)
 {
     struct prefill_pass pass;

@@ -38,11 +38,8 @@ MUST_CHECK int prefill_policy(const struct prefill_runner *r, struct batch_polic
 MUST_CHECK int prefill_run(struct prefill_runner *r, struct prefill_pass *out, int32_t n_prompt,
                            const struct batch_policy *policy);
 double prefill_density(const struct prefill_pass *p);
-/* The level of the file that is steered to the density, as the engine chooses: the smallest that is
- * predicted to keep so much, or the largest. */
-int prefill_steered_level(const struct prefill_runner *r, double density, int32_t n_prompt);
-/* The level whose density on such a prompt comes nearest: higher levels keep more, so it is found
- * by halving, a pass each. */
+/* The level of the file whose density on such a prompt comes nearest: higher levels keep more, so
+ * it is found by halving, a pass each. */
 MUST_CHECK int prefill_find_level(struct prefill_runner *r, int *level, double density,
                                   int32_t n_prompt);
 /* Erases the line. */

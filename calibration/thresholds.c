@@ -713,6 +713,15 @@ double thresholds_level_density(const struct thresholds *t, int32_t level, int64
     return thresholds_heads_density(t->head_k + level * heads, heads, n_tokens, t->meta.gate_rows);
 }
 
+int32_t thresholds_level_for(const struct thresholds *t, double density, int64_t n_tokens)
+{
+    int32_t i = 0, n = 0;
+    (void)thresholds_k(t, &n);
+    while (i < n - 1 && thresholds_level_density(t, i, n_tokens) < density)
+        i++;
+    return i;
+}
+
 double thresholds_row_density(int32_t k, int64_t n_tokens)
 {
     const int64_t available = n_tokens / KV_PAGE_TOKENS;

@@ -146,6 +146,8 @@ double thresholds_predicted_density(int32_t k, int64_t n_tokens, int32_t gate_ro
 double thresholds_heads_density(const int32_t *k, int64_t n, int64_t n_tokens, int32_t gate_rows);
 /* Of a level of the file, by what its heads keep; grows with the level. */
 double thresholds_level_density(const struct thresholds *t, int32_t level, int64_t n_tokens);
+/* The smallest level that is predicted to reach the density, or the largest. */
+int32_t thresholds_level_for(const struct thresholds *t, double density, int64_t n_tokens);
 /* Predicted density of a generated row at position n_tokens that keeps k of the A pages before its
  * own: (min(k, A) + 1) / (A + 1). */
 double thresholds_row_density(int32_t k, int64_t n_tokens);

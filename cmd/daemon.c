@@ -126,9 +126,9 @@ static double rel_ln_lambda(const void *rel, double density, int64_t n_tokens)
     return thresholds_rel_ln_lambda(rel, density, n_tokens);
 }
 
-static double level_density(const void *thresholds, int32_t level, int64_t n_tokens)
+static int32_t level_for(const void *thresholds, double density, int64_t n_tokens)
 {
-    return thresholds_level_density(thresholds, level, n_tokens);
+    return thresholds_level_for(thresholds, density, n_tokens);
 }
 
 static bool steered(const void *thresholds, double density, int64_t n_tokens,
@@ -164,7 +164,7 @@ static void fill_policy(const struct daemon *d, struct engine_policy *p)
     p->auto_rows = thresholds_meta(t)->auto_rows;
     p->auto_density = thresholds_meta(t)->auto_density;
     p->auto_ln_lambda = thresholds_meta(t)->auto_ln_lambda;
-    p->predicted = level_density;
+    p->level_for = level_for;
     p->thresholds = t;
     p->ln_lambda = rel_ln_lambda;
     p->steered = steered;

@@ -32,9 +32,10 @@ struct engine_policy {
     /* Above 0: `auto` is REL of so many rows, not auto_k; at a density above 0, or at a lambda. */
     int32_t auto_rows;
     double auto_density, auto_ln_lambda;
-    /* Densities that requests name; set where n_levels > 0: of a level, growing with it; and
-     * ln(lambda) of the REL gate by what was calibrated for its rows. */
-    double (*predicted)(const void *thresholds, int32_t level, int64_t n_tokens);
+    /* For densities that requests name; set where n_levels > 0: the smallest level that is
+     * predicted to reach it, or the largest; and ln(lambda) of the REL gate by what was calibrated
+     * for its rows. */
+    int32_t (*level_for)(const void *thresholds, double density, int64_t n_tokens);
     const void *thresholds; /* borrowed */
     double (*ln_lambda)(const void *rel, double density, int64_t n_tokens);
     const void *rel_128, *rel_64; /* borrowed; NULL: not calibrated */

@@ -46,15 +46,6 @@ static int32_t level_of(const struct engine_policy *p, int32_t k)
     return -1;
 }
 
-/* The smallest level that is predicted to reach the density, or the largest. */
-static int32_t level_for(const struct engine_policy *p, double density, int32_t n_tokens)
-{
-    int32_t i = 0;
-    while (i < p->n_levels - 1 && p->predicted(p->thresholds, i, n_tokens) < density)
-        i++;
-    return i;
-}
-
 /* Holds a policy to a density, ABS without one to its level's pages, where that can be. */
 static void steer(const struct engine_policy *p, double density, int32_t n_tokens,
                   struct batch_policy *out)
@@ -67,8 +58,9 @@ static void steer(const struct engine_policy *p, double density, int32_t n_token
 static int choose_abs(const struct engine_policy *p, const struct ipc_sparse *s, int32_t n_tokens,
                       struct batch_policy *out, struct err_msg *why)
 {
-    int32_t level =
-        s->density > 0 && p->n_levels > 0 ? level_for(p, s->density, n_tokens) : level_of(p, s->k);
+    int32_t level = s->density > 0 && p->n_levels > 0
+                        ? p->level_for(p->thresholds, s->density, n_tokens)
+                        : level_of(p, s->k);
     if (p->n_levels == 0)
         return err_set(why, ERR_INVALID,
                        "sparse.mode: the daemon has no threshold file (--thresholds)");

@@ -168,8 +168,9 @@ static double time_left(const struct sched *s)
     return waits ? (double)s->cfg.step_us - s->cost.decode_us : (double)INFINITY;
 }
 
-/* As much of a share as is done in time, in whole chunks; of the first prompt an eighth of the
- * budget in any case, since much smaller chunks would leave the device idle. */
+/* The tokens of a share that are computed: as many as are done in time, in whole chunks; of the
+ * first prompt an eighth of the budget in any case, since much smaller chunks would leave the
+ * device idle. */
 static int32_t in_time(const struct sched *s, const struct request *r, int32_t share, double us,
                        bool is_first)
 {
@@ -177,12 +178,13 @@ static int32_t in_time(const struct sched *s, const struct request *r, int32_t s
     const int32_t least = eighth > SCHED_CHUNK ? eighth : SCHED_CHUNK;
     const int32_t wanted = chunk_end(r, share) - r->n_computed;
     int32_t room = sched_cost_room(&s->cost, r->n_computed, wanted, us);
-    if (room == wanted)
-        return share;
-    room -= room % SCHED_CHUNK;
+    if (room < wanted)
+        room -= room % SCHED_CHUNK;
     if (room < least && is_first)
         room = least;
-    return room < share ? room : share;
+    if (room >= wanted)
+        return wanted;
+    return room > 0 ? chunk_end(r, room) - r->n_computed : 0;
 }
 
 /* In the order of share_before; what one does not use goes to those behind. */
@@ -193,17 +195,16 @@ static void plan_prefills(struct sched *s)
     sort_partial(s);
     for (int32_t i = 0; i < s->n_partial; i++) {
         struct sched_req *r = s->partial[i];
-        int32_t share = 0;
+        int32_t n = 0;
         if (s->budget >= SCHED_CHUNK)
-            share = in_time(s, &r->pub, share_of(s, r, s->n_partial - i - 1, most), us,
-                            s->batch.n_seqs == n_decodes);
-        if (share == 0) {
+            n = in_time(s, &r->pub, share_of(s, r, s->n_partial - i - 1, most), us,
+                        s->batch.n_seqs == n_decodes);
+        if (n == 0) {
             r->passed_over++;
             continue;
         }
-        const int32_t start = r->pub.n_computed, n = chunk_end(&r->pub, share) - start;
         add_seq(s, r, n);
-        us -= sched_cost_us(&s->cost, sched_work_of(start, n));
+        us -= sched_cost_us(&s->cost, sched_work_of(r->pub.n_computed, n));
         r->passed_over = 0;
     }
 }

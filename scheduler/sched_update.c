@@ -100,6 +100,12 @@ static void publish(struct sched *s, const struct request *r)
     kv_seq_publish(s->kv, r->slot, r->seed, r->tokens, r->n_computed < most ? r->n_computed : most);
 }
 
+/* One generated token, and no chunk of tokens computed again. */
+static bool is_decode(const struct batch_seq *q)
+{
+    return q->start >= q->prompt_len && q->n_tokens == 1;
+}
+
 /* One sequence of a step that succeeded. */
 static void apply(struct sched *s, struct sched_req *r, const struct batch_seq *q,
                   const struct batch_token *t, int64_t now_us)
@@ -112,7 +118,7 @@ static void apply(struct sched *s, struct sched_req *r, const struct batch_seq *
     if (p->state == REQ_FINISHED) {
         release(s, r);
     } else {
-        if (q->start < p->n_prompt || q->n_tokens > 1)
+        if (!is_decode(q))
             s->ev.progress(s->ev.ctx, p);
         if (q->sample)
             append_token(s, r, t, now_us);
@@ -128,7 +134,7 @@ static void learn(struct sched *s, int64_t us)
     bool decodes = false;
     for (int32_t i = 0; i < s->batch.n_seqs; i++) {
         const struct batch_seq *q = &s->seqs[i];
-        if (q->start >= q->prompt_len && q->n_tokens == 1) {
+        if (is_decode(q)) {
             decodes = true;
             continue;
         }

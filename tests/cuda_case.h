@@ -71,6 +71,16 @@ static inline uint16_t *random16(size_t n, int dtype, double scale, struct rng *
     return x;
 }
 
+/* Scales each tile of bf16 keys by 0.2 to 1.8, so that pages matter more, or less. */
+static inline void uneven_tiles(uint16_t *x, size_t n, size_t tile, struct rng *rng)
+{
+    for (size_t i = 0; i < n; i += tile) {
+        const float scale = 0.2f + 1.6f * (float)(rng_u64(rng) >> 40) * 0x1p-24f;
+        for (size_t j = i; j < i + tile; j++)
+            x[j] = to16(scale * from16(x[j], 0), 0);
+    }
+}
+
 /* Half a unit in the last place, after f32 arithmetic that erred by 2e-6 of `scale`. */
 static inline void check16(uint16_t got, double want, double scale, int dtype, const char *what)
 {
